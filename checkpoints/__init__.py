@@ -1,0 +1,1 @@
+"""Trajectories of training checkpoints, stored bit for bit."""
