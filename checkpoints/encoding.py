@@ -1,0 +1,264 @@
+"""A checkpoint as the bytes of one HDF5 file, bit for bit.
+
+A file reads like the model: `/parameters/blocks/0/attn/W_Q`, `/buffers/...`,
+`/optimizer/state/blocks/0/attn/W_Q/exp_avg`, `/rng/...`, each a dataset of the tensor's own type with a
+Fletcher-32 checksum (bfloat16 as the same bits in uint16; a 0-d tensor as one element; an empty one as it
+is). `/index` is the checkpoint as JSON, every tensor replaced by its path, dtype and shape; it is what a
+reader goes by. The root attribute `schema_version` says how to read it, `step` is there for browsing.
+
+Reading trusts nothing: only hard links are followed, datasets with external or virtual storage and filters
+other than the checksum are refused, and types, shapes and stored sizes are compared with the index before
+any bytes are read. Nothing is ever unpickled.
+"""
+
+import io
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from checkpoints import values
+from checkpoints.checkpoint import Checkpoint
+from checkpoints.errors import TrajectoryError
+from checkpoints.optimizer import OptimizerState
+from checkpoints.rng import RngState, as_value
+
+SCHEMA_VERSION = 1
+
+_CHUNK_BYTES = 4 << 20
+_DTYPES: dict[str, torch.dtype] = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128),
+        *(torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
+        *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+    )
+}
+_STORED_AS = {torch.bfloat16: torch.uint16}  # NumPy has no bfloat16
+
+
+def encode(checkpoint: Checkpoint) -> bytes:
+    """The HDF5 file image of a checkpoint.
+
+    Raises:
+        TrajectoryError: something in it cannot be stored; the message names it.
+    """
+    document = _as_document(checkpoint)
+    found = list(values.tensors(document))
+    paths = _dataset_paths([path for path, _ in found])
+
+    def reference(path: values.Path, tensor: Tensor) -> dict[str, Any]:
+        return {"path": paths[path], "dtype": _dtype_name(path, tensor), "shape": list(tensor.shape)}
+
+    index = json.dumps(values.to_json(document, reference), allow_nan=False).encode("ascii")
+    name = uuid4().hex  # of no file, but HDF5 opens no two images of one name at a time
+    with h5py.File(name, "w", driver="core", backing_store=False, libver=("v110", "v110")) as file:
+        file.attrs["schema_version"] = SCHEMA_VERSION
+        file.attrs["step"] = checkpoint.step
+        file.create_dataset("index", data=np.array([index]), chunks=(1,), fletcher32=True)
+        for path, tensor in found:
+            _write_array(file, paths[path], _as_array(tensor))
+        file.flush()
+        image: bytes = file.id.get_file_image()
+    return image
+
+
+def decode(image: bytes, origin: str = "the file") -> Checkpoint:
+    """The checkpoint in an HDF5 file image; its tensors are on the CPU.
+
+    Args:
+        image: the file's bytes.
+        origin: what to call the file in messages.
+
+    Raises:
+        TrajectoryError: the file is no checkpoint, of a newer schema, damaged, or points outside itself.
+    """
+    with _opened(io.BytesIO(image), origin) as (file, index):
+        document = values.from_json(index, lambda reference: _read_tensor(file, reference))
+        return _from_document(document)
+
+
+def read_tensor(path: Path, name: str, kind: str) -> Tensor:
+    """One tensor of a checkpoint file, read without the others.
+
+    Args:
+        path: the file.
+        name: the parameter's or buffer's name.
+        kind: `parameters`, `buffers`, or what an optimizer keeps for a parameter, such as `exp_avg`.
+
+    Raises:
+        TrajectoryError: as `decode`, or there is no such tensor; the message lists those that are there.
+    """
+    with _opened(path, str(path)) as (file, index):
+        if kind in ("parameters", "buffers"):
+            offered = index[kind]
+        else:
+            states = index["optimizer"]["state"] if index["optimizer"] else {}
+            offered = {owner: state[kind] for owner, state in states.items() if kind in state}
+        if name not in offered or "$tensor" not in offered[name]:
+            raise TrajectoryError(
+                f"{path} has no tensor {name!r} of the kind {kind!r}; "
+                f"it has {len(offered)} of that kind: {', '.join(list(offered)[:20])}"
+            )
+        return _read_tensor(file, offered[name]["$tensor"])
+
+
+def _as_document(checkpoint: Checkpoint) -> dict[str, Any]:
+    optimizer = checkpoint.optimizer
+    return {
+        "step": checkpoint.step,
+        "begins_optimizer": checkpoint.begins_optimizer,
+        "parameters": checkpoint.parameters,
+        "buffers": checkpoint.buffers,
+        "optimizer": None if optimizer is None else {"groups": optimizer.groups, "state": optimizer.state},
+        "scheduler": checkpoint.scheduler,
+        "rng": as_value(checkpoint.rng),
+        "fingerprint": checkpoint.fingerprint,
+    }
+
+
+def _from_document(document: dict[str, Any]) -> Checkpoint:
+    optimizer, rng = document.pop("optimizer"), document.pop("rng")
+    return Checkpoint(
+        **document,
+        optimizer=None if optimizer is None else OptimizerState(**optimizer),
+        rng=None if rng is None else RngState(**rng),
+    )
+
+
+def _dataset_paths(paths: Iterable[values.Path]) -> dict[values.Path, str]:
+    """Where each tensor goes: dots become groups, except after a name that is itself a tensor's."""
+    dotted = {path: ".".join(_quoted(part) for part in path) for path in paths}
+    taken = set(dotted.values())
+    if len(taken) != len(dotted):
+        double = Counter(dotted.values()).most_common(1)[0][0]
+        raise TrajectoryError(f"Two tensors would both be stored as {double}; rename one of them.")
+    return {path: _split_outside(name, taken) for path, name in dotted.items()}
+
+
+def _split_outside(name: str, taken: set[str]) -> str:
+    path, so_far = "", ""
+    for part in name.split("."):
+        if so_far:
+            path += "." if so_far in taken else "/"
+        path += part or "%"
+        so_far = f"{so_far}.{part}" if so_far else part
+    return path
+
+
+def _quoted(part: str) -> str:
+    return re.sub(r"[%/\x00]", lambda match: f"%{ord(match[0]):02X}", part)
+
+
+def _dtype_name(path: values.Path, tensor: Tensor) -> str:
+    name = str(tensor.dtype).removeprefix("torch.")
+    if name not in _DTYPES or tensor.layout is not torch.strided or tensor.is_meta:
+        raise TrajectoryError(
+            f"{'/'.join(path)} is a {tensor.layout} {tensor.dtype} tensor on {tensor.device}, which "
+            f"cannot be stored; expected a dense tensor of {', '.join(_DTYPES)}."
+        )
+    return name
+
+
+def _as_array(tensor: Tensor) -> np.ndarray[Any, Any]:
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    array: np.ndarray[Any, Any] = plain.view(_STORED_AS.get(plain.dtype, plain.dtype)).numpy()
+    return array
+
+
+def _stored_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape or (1,)
+
+
+def _write_array(file: h5py.File, path: str, array: np.ndarray[Any, Any]) -> None:
+    stored = array.reshape(_stored_shape(array.shape))
+    if stored.size == 0:
+        file.create_dataset(path, data=stored)  # no bytes to protect, and HDF5 cannot chunk them
+    else:
+        chunks = _chunks(stored.shape, stored.itemsize)
+        file.create_dataset(path, data=stored, chunks=chunks, fletcher32=True)
+
+
+def _chunks(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """Even slabs of about 4 MiB along the leading axes; small tensors are one chunk."""
+    chunks = list(shape)
+    for axis, length in enumerate(shape):
+        row_bytes = itemsize * math.prod(shape[axis + 1 :])
+        n_slabs = math.ceil(length / max(1, _CHUNK_BYTES // row_bytes))
+        chunks[axis] = math.ceil(length / n_slabs)
+        if chunks[axis] > 1:
+            break
+    return tuple(chunks)
+
+
+@contextmanager
+def _opened(source: io.BytesIO | Path, origin: str) -> Iterator[tuple[h5py.File, dict[str, Any]]]:
+    """The open file and its index; whatever is wrong with the file becomes a TrajectoryError."""
+    try:
+        with h5py.File(source, "r") as file:
+            version = int(file.attrs.get("schema_version", 0))
+            if version < 1:
+                raise TrajectoryError(f"{origin} is an HDF5 file but no checkpoint: it has no schema_version")
+            if version > SCHEMA_VERSION:
+                raise TrajectoryError(
+                    f"{origin} has schema version {version}; this version reads up to {SCHEMA_VERSION}. "
+                    "Update the package to read it."
+                )
+            text = _dataset(file, "index")
+            if text.dtype.kind != "S" or text.shape != (1,):
+                raise TrajectoryError(
+                    f"{origin} holds an index of {text.dtype} {text.shape}, expected one text"
+                )
+            yield file, json.loads(text[0])
+    except TrajectoryError as error:
+        message = str(error)
+        raise TrajectoryError(message if origin in message else f"{origin}: {message}") from error
+    except (OSError, LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise TrajectoryError(f"{origin} is not a readable checkpoint: {error}") from error
+
+
+def _dataset(file: h5py.File, path: str) -> h5py.Dataset:
+    """The dataset at a path inside this very file, its bytes stored plainly in it."""
+    node: Any = file
+    for part in path.split("/"):
+        if not isinstance(node, h5py.Group) or part in ("", ".", ".."):
+            raise TrajectoryError(f"{path!r} is not a path to a dataset")
+        if (link := node.get(part, getlink=True)) is None:
+            raise TrajectoryError(f"{path!r} is missing")
+        if not isinstance(link, h5py.HardLink):
+            raise TrajectoryError(f"{path!r} leads through a link to elsewhere; only hard links are followed")
+        node = node[part]
+    if not isinstance(node, h5py.Dataset):
+        raise TrajectoryError(f"{path!r} is a {type(node).__name__}, expected a dataset")
+    properties = node.id.get_create_plist()
+    filters = {properties.get_filter(i)[0] for i in range(properties.get_nfilters())}
+    if node.external or node.is_virtual:
+        raise TrajectoryError(f"{path!r} keeps its data outside itself (external or virtual storage)")
+    if filters != ({h5py.h5z.FILTER_FLETCHER32} if node.size else set()):
+        raise TrajectoryError(f"{path!r} has filters {sorted(filters)}, expected its checksum alone")
+    if node.dtype.hasobject or node.id.get_storage_size() < node.nbytes:
+        raise TrajectoryError(f"{path!r} holds fewer bytes than its shape {node.shape} needs")
+    return node
+
+
+def _read_tensor(file: h5py.File, reference: dict[str, Any]) -> Tensor:
+    path, dtype, shape = reference["path"], _DTYPES[reference["dtype"]], tuple(reference["shape"])
+    stored_as = _STORED_AS.get(dtype, dtype)
+    expected = np.dtype(str(stored_as).removeprefix("torch."))
+    dataset = _dataset(file, path)
+    if dataset.dtype != expected or dataset.shape != _stored_shape(shape):
+        raise TrajectoryError(
+            f"{path!r} is {dataset.dtype} {dataset.shape}, "
+            f"but the index says {expected} {_stored_shape(shape)}"
+        )
+    return torch.from_numpy(dataset[()]).view(dtype).reshape(shape)

@@ -1,0 +1,124 @@
+"""An optimizer's hyperparameters and moments, kept under the model's parameter names."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from checkpoints import values
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class OptimizerState:
+    """An optimizer's hyperparameters and moments under the model's parameter names.
+
+    Attributes:
+        groups: one dict per param_group: `params` (parameter names in the group's order) and the group's
+            hyperparameters as the optimizer holds them.
+        state: parameter name -> what the optimizer keeps for it (`exp_avg`, `step`, ...); parameters that
+            have not been stepped are absent.
+    """
+
+    groups: tuple[dict[str, Any], ...]
+    state: dict[str, dict[str, Any]]
+
+
+def names_by_identity(model: nn.Module) -> dict[int, str]:
+    return {id(parameter): name for name, parameter in model.named_parameters()}
+
+
+def capture_optimizer(model: nn.Module, optimizer: Optimizer) -> OptimizerState:
+    names = names_by_identity(model)
+    groups = tuple(
+        {
+            "params": _names_in(group["params"], names),
+            **values.copied(
+                {key: value for key, value in group.items() if key not in ("params", "param_names")}
+            ),
+        }
+        for group in optimizer.param_groups
+    )
+    state = {_names_in([key], names)[0]: values.copied(value) for key, value in optimizer.state.items()}
+    return OptimizerState(groups, state)
+
+
+def _names_in(parameters: Iterable[Tensor], names: dict[int, str]) -> list[str]:
+    found = []
+    for parameter in parameters:
+        if id(parameter) not in names:
+            shape = tuple(parameter.shape) if isinstance(parameter, Tensor) else parameter
+            raise ValueError(
+                f"The optimizer holds a parameter ({shape}) that the model does not have. "
+                f"The model's {len(names)} parameters are matched by identity: build the optimizer from this "
+                "very model's parameters, and pass the model that was trained, not a copy."
+            )
+        found.append(names[id(parameter)])
+    return found
+
+
+def matched_groups(
+    recorded: OptimizerState, optimizer: Optimizer, names: dict[int, str]
+) -> list[dict[str, Any]]:
+    """The recorded group for each of the optimizer's groups: the one that holds the same parameters."""
+    left = list(recorded.groups)
+    matched = []
+    for i, group in enumerate(optimizer.param_groups):
+        wanted = set(_names_in(group["params"], names))
+        fitting = [candidate for candidate in left if set(candidate["params"]) == wanted]
+        if not fitting:
+            raise ValueError(
+                f"The optimizer's group {i} holds {sorted(wanted)}; the checkpoint's groups hold "
+                f"{[sorted(candidate['params']) for candidate in recorded.groups]}. "
+                "Build the optimizer with the groups it was trained with."
+            )
+        matched.append(fitting[0])
+        left = [candidate for candidate in left if candidate is not fitting[0]]
+    if left:
+        raise ValueError(
+            f"The checkpoint has {len(recorded.groups)} parameter groups, the optimizer "
+            f"{len(optimizer.param_groups)}; nothing takes {[sorted(group['params']) for group in left]}. "
+            "Build the optimizer with the groups it was trained with."
+        )
+    return matched
+
+
+def restore_optimizer(
+    recorded: OptimizerState,
+    recorded_groups: list[dict[str, Any]],
+    optimizer: Optimizer,
+    names: dict[int, str],
+) -> None:
+    optimizer.state.clear()
+    for group, recorded_group in zip(optimizer.param_groups, recorded_groups, strict=True):
+        group.update(values.copied({key: value for key, value in recorded_group.items() if key != "params"}))
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            if name in recorded.state:
+                state = values.copied(recorded.state[name])
+                optimizer.state[parameter] = _state_to(state, group, parameter.device)
+            elif isinstance(optimizer, torch.optim.Adagrad):
+                # The one optimizer of torch's that has state before its first step.
+                new = torch.optim.Adagrad(
+                    [{**group, "params": [parameter]}],
+                    initial_accumulator_value=group["initial_accumulator_value"],
+                )
+                optimizer.state[parameter] = new.state[parameter]
+
+
+def optimizer_to(optimizer: OptimizerState, device: torch.device) -> OptimizerState:
+    group_of = {name: group for group in optimizer.groups for name in group["params"]}
+    return replace(
+        optimizer,
+        state={
+            name: _state_to(state, group_of.get(name, {}), device) for name, state in optimizer.state.items()
+        },
+    )
+
+
+def _state_to(state: dict[str, Any], group: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """One parameter's state on `device`; as in torch, step counts are there only if capturable or fused."""
+    counts_on = device if group.get("capturable") or group.get("fused") else torch.device("cpu")
+    return {key: values.moved(value, counts_on if key == "step" else device) for key, value in state.items()}

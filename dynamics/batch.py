@@ -1,0 +1,65 @@
+"""Batch: what a loss or a measure of a language model eats, one row per scored position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows of tokens, the position scored in each, and the token that should follow it.
+
+    Attributes:
+        tokens: [batch, pos] token ids.
+        target_pos: [batch] position whose next token is predicted.
+        targets: [batch] that next token.
+        distractors: [batch, n] wrong answers to compare with, for `logit_difference`.
+        example_ids: [batch] which example a row belongs to (an acronym has three rows).
+    """
+
+    tokens: Tensor
+    target_pos: Tensor
+    targets: Tensor
+    distractors: Tensor | None = None
+    example_ids: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: Any) -> Batch:
+        """Rows by slice or index tensor; the result is again a Batch."""
+        return self._map(lambda t: t[rows])
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return self._map(lambda t: t.to(device))
+
+    def _map(self, change: Any) -> Batch:
+        values = (getattr(self, f.name) for f in fields(self))
+        return Batch(*(None if v is None else change(v) for v in values))
+
+
+def concatenate(batches: Sequence[Batch]) -> Batch:
+    """One batch with the rows of all; optional fields must be present in all or in none."""
+    columns = []
+    for f in fields(Batch):
+        values = [getattr(b, f.name) for b in batches]
+        present = [v for v in values if v is not None]
+        if present and len(present) != len(values):
+            raise ValueError(f"only some of the batches have {f.name}; give it to all or to none.")
+        columns.append(torch.cat(present) if present else None)
+    return Batch(*columns)  # type: ignore[arg-type]
+
+
+_pytree.register_pytree_node(
+    Batch,
+    lambda batch: ([getattr(batch, f.name) for f in fields(Batch)], None),
+    lambda values, _: Batch(*values),
+    serialized_type_name="dynamics.batch.Batch",
+)

@@ -1,0 +1,105 @@
+"""Measures of behaviour: functions (model, batch) -> Tensor, one value per scored row.
+
+Those here all read the logits at each row's scored position, so a verb asked for several of them
+takes the forward pass once (`from_logits`). Any other function of (model, batch) is a measure too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynamics.batch import Batch
+
+Measure = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class LogitMeasure:
+    """A measure that needs only the logits at the scored positions.
+
+    Attributes:
+        name: as it appears in results.
+        units: of its values.
+        from_logits: (logits [rows, vocab], batch) -> [rows].
+        __doc__: what it measures.
+    """
+
+    name: str
+    units: str
+    from_logits: Callable[[Tensor, Batch], Tensor]
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.from_logits(target_logits(model, batch), batch)
+
+
+def target_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits that predict each row's target: [rows, vocab]. Reads `.logits` of Hugging Face outputs."""
+    output = model(batch.tokens)
+    logits: Tensor = getattr(output, "logits", output)
+    return logits[torch.arange(len(batch), device=logits.device), batch.target_pos]
+
+
+def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+    """Training loss: mean −log p(target) over the rows, in nats; a scalar."""
+    return F.cross_entropy(target_logits(model, batch), batch.targets)
+
+
+def _at_target(logits: Tensor, batch: Batch) -> Tensor:
+    return logits.gather(-1, batch.targets[:, None]).squeeze(-1)
+
+
+def _difference(logits: Tensor, batch: Batch) -> Tensor:
+    if batch.distractors is None:
+        raise ValueError("logit_difference needs batch.distractors [rows, n]: the wrong answers to compare with.")
+    return _at_target(logits, batch) - logits.gather(-1, batch.distractors).mean(-1)
+
+
+correct_logit = LogitMeasure("correct_logit", "logit", _at_target)
+"""Logit of the correct answer (the seed's metric)."""
+
+centred_logit = LogitMeasure("centred_logit", "logit", lambda z, b: _at_target(z, b) - z.mean(-1))
+"""Logit of the correct answer less the mean logit: unmoved by a shift of all logits."""
+
+correct_log_prob = LogitMeasure("correct_log_prob", "nat", lambda z, b: _at_target(z.log_softmax(-1), b))
+"""Log probability of the correct answer, in nats."""
+
+probability = LogitMeasure("probability", "probability", lambda z, b: _at_target(z.softmax(-1), b))
+"""Probability of the correct answer."""
+
+logit_difference = LogitMeasure("logit_difference", "logit", _difference)
+"""Logit of the correct answer less the mean logit of the batch's distractors."""
+
+
+def named(measure: Measure | Mapping[str, Measure]) -> dict[str, Measure]:
+    """One or several measures as a dict by name."""
+    if isinstance(measure, Mapping):
+        return dict(measure)
+    return {str(getattr(measure, "name", getattr(measure, "__name__", "measure"))): measure}
+
+
+def by_name(name: str) -> LogitMeasure:
+    """The measure of this module with that name; an error lists the names."""
+    known = {m.name: m for m in globals().values() if isinstance(m, LogitMeasure)}
+    if name not in known:
+        raise ValueError(f"no measure {name!r}; there are {', '.join(sorted(known))}.")
+    return known[name]
+
+
+def evaluate(measures: Mapping[str, Measure], model: nn.Module, batch: Any) -> Tensor:
+    """Each measure on one batch, averaged over its rows: [n_measures].
+
+    Measures of the logits share one forward pass.
+    """
+    if any(isinstance(m, LogitMeasure) for m in measures.values()):
+        logits = target_logits(model, batch)
+    values = [
+        m.from_logits(logits, batch) if isinstance(m, LogitMeasure) else m(model, batch)
+        for m in measures.values()
+    ]
+    return torch.stack([v.mean() for v in values])

@@ -1,0 +1,1 @@
+"""Models: the toy transformer, and adapters for those of others."""

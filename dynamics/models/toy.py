@@ -1,0 +1,235 @@
+"""The toy transformer: a HookedRootModule with TransformerLens's names and one parameter per head axis.
+
+Heads are slices of a leading axis (W_Q [n_heads, d_model, d_head]), so a head's gradient is a plain
+slice. TransformerLens's own tools run on it unchanged, `torch.func` is safe on it, and state dicts of
+older HookedTransformer runs load by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformer_lens import HookedRootModule
+from transformer_lens.config import TransformerLensConfig
+from transformer_lens.hook_points import HookPoint
+
+from dynamics.config import ToyConfig
+from dynamics.randomness import generator
+
+_EPS = 1e-5
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "solu": lambda x: x * x.softmax(-1),
+}
+
+
+class Norm(nn.Module):
+    """LayerNorm (centred) or RMSNorm (not centred) with gain w, and bias b for LayerNorm."""
+
+    def __init__(self, d_model: int, centred: bool) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(d_model))
+        self.b = nn.Parameter(torch.zeros(d_model)) if centred else None
+        self.hook_scale = HookPoint()
+        self.hook_normalized = HookPoint()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d_model] -> [..., d_model]."""
+        if self.b is not None:
+            x = x - x.mean(-1, keepdim=True)
+        x = x / self.hook_scale((x.pow(2).mean(-1, keepdim=True) + _EPS).sqrt())
+        x = x * self.w if self.b is None else x * self.w + self.b
+        return self.hook_normalized(x)  # type: ignore[no-any-return]
+
+
+class Attention(nn.Module):
+    """Causal attention; every projection has its heads on the first axis."""
+
+    mask: Tensor
+
+    def __init__(self, config: ToyConfig) -> None:
+        super().__init__()
+        heads, d_model, d_head = config.n_heads, config.d_model, config.d_head
+        for name in "QKV":
+            self.register_parameter(f"W_{name}", nn.Parameter(torch.empty(heads, d_model, d_head)))
+            self.register_parameter(f"b_{name}", nn.Parameter(torch.zeros(heads, d_head)))
+        self.W_O = nn.Parameter(torch.empty(heads, d_head, d_model))
+        self.b_O = nn.Parameter(torch.zeros(d_model))
+        causal = torch.ones(config.n_ctx, config.n_ctx, dtype=torch.bool).tril()
+        self.register_buffer("mask", causal, persistent=False)
+        for name in ("q", "k", "v", "attn_scores", "pattern", "z"):
+            self.add_module(f"hook_{name}", HookPoint())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalized residual stream [batch, pos, d_model] -> attention output, same shape."""
+        pos, d_head = x.shape[1], self.W_Q.shape[-1]
+        q, k, v = (
+            hook(torch.einsum("bpd,hde->bphe", x, weight) + bias)
+            for hook, weight, bias in (
+                (self.hook_q, self.W_Q, self.b_Q),
+                (self.hook_k, self.W_K, self.b_K),
+                (self.hook_v, self.W_V, self.b_V),
+            )
+        )
+        scores = torch.einsum("bqhe,bkhe->bhqk", q, k) / math.sqrt(d_head)
+        scores = self.hook_attn_scores(scores.masked_fill(~self.mask[:pos, :pos], -torch.inf))
+        pattern = self.hook_pattern(scores.softmax(-1))
+        z = self.hook_z(torch.einsum("bhqk,bkhe->bqhe", pattern, v))
+        return torch.einsum("bphe,hed->bpd", z, self.W_O) + self.b_O
+
+
+class MLP(nn.Module):
+    """One hidden layer."""
+
+    def __init__(self, config: ToyConfig) -> None:
+        super().__init__()
+        self.W_in = nn.Parameter(torch.empty(config.d_model, config.d_mlp))
+        self.b_in = nn.Parameter(torch.zeros(config.d_mlp))
+        self.W_out = nn.Parameter(torch.empty(config.d_mlp, config.d_model))
+        self.b_out = nn.Parameter(torch.zeros(config.d_model))
+        self.hook_pre = HookPoint()
+        self.hook_post = HookPoint()
+        self.activation = _ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, pos, d_model] -> [batch, pos, d_model]."""
+        post = self.hook_post(self.activation(self.hook_pre(x @ self.W_in + self.b_in)))
+        return post @ self.W_out + self.b_out  # type: ignore[no-any-return]
+
+
+def _norm(config: ToyConfig) -> nn.Module:
+    if config.normalization == "none":
+        return nn.Identity()
+    return Norm(config.d_model, centred=config.normalization == "LN")
+
+
+class Block(nn.Module):
+    """Attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: ToyConfig) -> None:
+        super().__init__()
+        self.ln1 = _norm(config)
+        self.attn = Attention(config)
+        if not config.attn_only:
+            self.ln2 = _norm(config)
+            self.mlp = MLP(config)
+            self.hook_resid_mid = HookPoint()
+            self.hook_mlp_out = HookPoint()
+        self.hook_resid_pre = HookPoint()
+        self.hook_attn_out = HookPoint()
+        self.hook_resid_post = HookPoint()
+        self.attn_only = config.attn_only
+
+    def forward(self, resid: Tensor) -> Tensor:
+        """Residual stream [batch, pos, d_model] -> the same after this block."""
+        resid = self.hook_resid_pre(resid)
+        resid = resid + self.hook_attn_out(self.attn(self.ln1(resid)))
+        if not self.attn_only:
+            resid = self.hook_resid_mid(resid)
+            resid = resid + self.hook_mlp_out(self.mlp(self.ln2(resid)))
+        return self.hook_resid_post(resid)  # type: ignore[no-any-return]
+
+
+class _Embed(nn.Module):
+    def __init__(self, d_vocab: int, d_model: int) -> None:
+        super().__init__()
+        self.W_E = nn.Parameter(torch.empty(d_vocab, d_model))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.W_E)
+
+
+class _PosEmbed(nn.Module):
+    def __init__(self, n_ctx: int, d_model: int) -> None:
+        super().__init__()
+        self.W_pos = nn.Parameter(torch.empty(n_ctx, d_model))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.W_pos[: tokens.shape[1]].expand(len(tokens), -1, -1)
+
+
+class _Unembed(nn.Module):
+    def __init__(self, d_model: int, d_vocab: int) -> None:
+        super().__init__()
+        self.W_U = nn.Parameter(torch.empty(d_model, d_vocab))
+        self.b_U = nn.Parameter(torch.zeros(d_vocab))
+
+    def forward(self, resid: Tensor) -> Tensor:
+        return resid @ self.W_U + self.b_U
+
+
+class ToyTransformer(HookedRootModule):
+    """Decoder-only transformer with learned positions: tokens [batch, pos] -> logits [batch, pos, vocab].
+
+    Args:
+        config: shapes and options; `config.seed` (0 if None) draws the weights.
+        d_vocab: number of tokens.
+
+    Raises:
+        ValueError: a sequence is longer than `config.n_ctx`.
+    """
+
+    def __init__(self, config: ToyConfig, d_vocab: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = _Embed(d_vocab, config.d_model)
+        self.pos_embed = _PosEmbed(config.n_ctx, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.ln_final = _norm(config)
+        self.unembed = _Unembed(config.d_model, d_vocab)
+        self.hook_embed = HookPoint()
+        self.hook_pos_embed = HookPoint()
+        self.cfg = lens_config(config, d_vocab)
+        self._draw_weights(config.seed or 0)
+        self.to(getattr(torch, config.dtype))
+        self.setup()
+
+    def _draw_weights(self, seed: int) -> None:
+        """Weights from N(0, 0.8² / d_model), one stream each; gains one and biases zero stay as made."""
+        std = 0.8 / math.sqrt(self.config.d_model)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name.rpartition(".")[2].startswith("W_"):
+                    draw = generator(seed, f"weights {name}").standard_normal(parameter.shape)
+                    parameter.copy_(torch.from_numpy(draw * std))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if tokens.shape[-1] > self.config.n_ctx:
+            raise ValueError(f"{tokens.shape[-1]} tokens, but the model's context holds {self.config.n_ctx}.")
+        resid = self.hook_embed(self.embed(tokens)) + self.hook_pos_embed(self.pos_embed(tokens))
+        for block in self.blocks:
+            resid = block(resid)
+        return self.unembed(self.ln_final(resid))  # type: ignore[no-any-return]
+
+    def to(self, *args: Any, **kwargs: Any) -> ToyTransformer:
+        """As nn.Module.to; the config that TransformerLens reads follows."""
+        super().to(*args, **kwargs)
+        parameter = next(self.parameters())
+        self.cfg.device, self.cfg.dtype = str(parameter.device), parameter.dtype
+        return self
+
+
+def lens_config(config: ToyConfig, d_vocab: int) -> TransformerLensConfig:
+    """The same shapes as a config that TransformerLens's tools read."""
+    return TransformerLensConfig(
+        n_layers=config.n_layers,
+        n_heads=config.n_heads,
+        d_model=config.d_model,
+        d_head=config.d_head,
+        d_mlp=config.d_mlp,
+        n_ctx=config.n_ctx,
+        d_vocab=d_vocab,
+        act_fn=config.activation,
+        attn_only=config.attn_only,
+        normalization_type=None if config.normalization == "none" else config.normalization,
+        dtype=getattr(torch, config.dtype),
+        device="cpu",
+    )

@@ -1,0 +1,140 @@
+"""Maps: one coloured cell per site, by two of its coordinates or by the checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xarray as xr
+from matplotlib.figure import Figure
+
+from dynamics.plots import figures
+
+_NUMBERED = 400  # cells; more are too small to hold a number
+
+
+def heatmap(dataset: xr.Dataset, x: str = "head", y: str = "layer", value: str = "effect") -> Figure:
+    """The mean over the units at every site, by two coordinates of the sites or two dims.
+
+    The colours diverge from zero, as far to either side. Cells without a site or a number stay grey.
+
+    Args:
+        dataset: a raw result (summarised here) or a summary.
+        x, y: coordinates along `site`, `site` itself, or another dim such as `step`.
+        value: a variable of the summary, such as effect or recovery.
+
+    Returns:
+        A figure titled with the number of units, its colour bar labelled with the units of `value`.
+
+    Raises:
+        ValueError: several values fall into one cell: a dim that is not selected, or sites alike in x and y.
+    """
+    if "effect_low" not in dataset:
+        kept = {"site", x, y, "example", "seed"}
+        figures.expect_dims(dataset, "effect", tuple(str(name) for name in kept))
+    summary = figures.expect_dims(figures.summary_of(dataset), value, ("site", x, y))
+    for name in (x, y):
+        if name not in summary.coords:
+            raise ValueError(f"no coordinate '{name}'; expected two of {sorted(map(str, summary.coords))}")
+    array, across, down = xr.broadcast(summary[value], summary[x], summary[y])
+    columns, column = _places(across.values.ravel(), summary[x])
+    rows, row = _places(down.values.ravel(), summary[y])
+    cells = np.full((len(rows), len(columns)), np.nan)
+    counts = np.zeros(cells.shape, dtype=np.int64)
+    np.add.at(counts, (row, column), 1)
+    if counts.max(initial=0) > 1:
+        i, j = np.argwhere(counts > 1)[0]
+        labels = xr.broadcast(summary["site"], array)[0].values.ravel()[(row == i) & (column == j)].tolist()
+        raise ValueError(
+            f"{len(labels)} values fall in the cell {x} {columns[j]}, {y} {rows[i]}: {labels[:6]}. "
+            "Select the sites that differ there, or choose coordinates that tell them apart."
+        )
+    cells[row, column] = array.values.ravel()
+    return _draw(cells, columns, rows, (x, y), summary, value)
+
+
+def site_by_step(summary: xr.Dataset, value: str = "effect") -> Figure:
+    """One row per site and one column per checkpoint, in the order of training.
+
+    The columns are equally wide, whatever the number of steps between two checkpoints.
+
+    Args:
+        summary: with dims `site` and `step`, and no other of which several values are left.
+        value: a variable of the summary.
+
+    Raises:
+        ValueError: no dim `step`, or another dim is not selected.
+    """
+    if "step" not in summary.dims:
+        raise ValueError(f"the summary has dims {sorted(map(str, summary.dims))}; expected site and step")
+    return heatmap(summary, x="step", y="site", value=value)
+
+
+def _places(values: npt.NDArray[Any], coord: xr.DataArray) -> tuple[list[str], npt.NDArray[np.int64]]:
+    """The labels of one axis, and the place of every value on it: numbers ascend, words keep their order."""
+    unique, first, place = np.unique(values, return_index=True, return_inverse=True)
+    if coord.dtype.kind == "U":
+        order = np.argsort(first)
+        rank = np.empty_like(order)
+        rank[order] = np.arange(order.size)
+        return [str(label) or "none" for label in unique[order]], rank[place]
+    missing = -1 if coord.name in ("layer", "head") else None
+    return ["none" if label == missing else str(label) for label in unique], place
+
+
+def _draw(
+    cells: npt.NDArray[np.float64],
+    columns: list[str],
+    rows: list[str],
+    names: tuple[str, str],
+    summary: xr.Dataset,
+    value: str,
+) -> Figure:
+    n_rows, n_columns = cells.shape
+    known = np.abs(cells[np.isfinite(cells)])
+    limit = float(known.max(initial=0.0)) or 1.0
+    texts = [[figures.number(cell, limit) if np.isfinite(cell) else "" for cell in line] for line in cells]
+    numbered = cells.size <= _NUMBERED
+    longest = max(len(text) for line in texts for text in line) if numbered else 2
+    cell_width = min(max(0.085 * longest + 0.12, 0.42), 0.9) if numbered else 0.25
+    cell_height = 0.3 if numbered else 0.2
+    label_width = 0.075 * max(map(len, rows))
+    figure, axes = figures.new(
+        max(n_columns * cell_width + label_width + 1.9, 4.2), max(n_rows * cell_height + 1.3, 2.6)
+    )
+    axes.spines[:].set_visible(False)
+    axes.set_facecolor("#dddddd")
+    image = axes.imshow(
+        np.ma.masked_invalid(cells),
+        cmap="RdBu_r",
+        vmin=-limit,
+        vmax=limit,
+        aspect="auto",
+        interpolation="none",
+    )
+    if numbered:
+        for i, j in np.argwhere(np.isfinite(cells)):
+            dark = abs(cells[i, j]) > 0.6 * limit
+            axes.text(
+                j, i, texts[i][j], ha="center", va="center", fontsize=7.5, color="white" if dark else "black"
+            )
+    step = 1 if numbered else max(1, n_columns // 20)
+    crowded = max(map(len, columns)) * 0.075 > 0.9 * cell_width * step
+    axes.set_xticks(
+        range(0, n_columns, step),
+        columns[::step],
+        rotation=45 if crowded else 0,
+        ha="right" if crowded else "center",
+    )
+    axes.set_yticks(range(n_rows), rows)
+    axes.tick_params(length=0, labelsize=8)
+    axes.set_xlabel("training step" if names[0] == "step" else names[0])
+    axes.set_ylabel("training step" if names[1] == "step" else names[1])
+    axes.set_title(
+        f"{'mean effect' if value == 'effect' else value}\n{figures.described(summary)}", fontsize=9
+    )
+    bar = figure.colorbar(image, ax=axes, label=figures.with_units(summary, value), fraction=0.05, pad=0.02)
+    bar.ax.tick_params(labelsize=8)
+    bar.outline.set_visible(False)
+    return figure

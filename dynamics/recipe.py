@@ -1,0 +1,110 @@
+"""Recipe and Contrast: how one training step is taken, and which two steps are compared on what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import InitVar, dataclass, field, replace
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+
+@dataclass(frozen=True)
+class ByNorm:
+    """Scale the whole gradient by min(1, max_norm / (‖g‖₂ + 1e-6)), as `clip_grad_norm_` does."""
+
+    max_norm: float
+
+
+@dataclass(frozen=True)
+class ByValue:
+    """Clamp every element of the gradient to [−limit, limit], as `clip_grad_value_` does."""
+
+    limit: float
+
+
+Clip = ByNorm | ByValue | None
+
+
+class RecipeError(ValueError):
+    """The recipe lacks what was asked of it, or does not fit the checkpoint."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one training step is taken.
+
+    Attributes:
+        model: its modules and code; its parameters are never modified by a verb.
+        loss: (model, batch) -> scalar. May be absent where only activations are patched.
+        optimizer: parameters -> torch.optim.Optimizer, such as `partial(torch.optim.AdamW, lr=1e-3)`.
+        scheduler: optimizer -> learning-rate scheduler stepped after each step, or None.
+        clip: `ByNorm`, `ByValue` or None; `max_grad_norm=` is the shorthand for by norm.
+
+    The loss runs in the mode (train or eval) the model is in; measures run in eval mode.
+    """
+
+    model: nn.Module
+    loss: Callable[[Any, Any], Tensor] | None = None
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None
+    scheduler: Callable[[Optimizer], LRScheduler] | None = None
+    clip: Clip = None
+    max_grad_norm: InitVar[float | None] = None
+
+    def __post_init__(self, max_grad_norm: float | None) -> None:
+        if max_grad_norm is None:
+            return
+        if self.clip is not None:
+            raise RecipeError("give clip= or max_grad_norm=, not both: max_grad_norm=x means clip=ByNorm(x).")
+        object.__setattr__(self, "clip", ByNorm(max_grad_norm))
+
+    def require_loss(self) -> Callable[[Any, Any], Tensor]:
+        """The loss, or an error that says to give one."""
+        if self.loss is None:
+            raise RecipeError("this verb takes a training step: give the recipe loss=(model, batch) -> scalar.")
+        return self.loss
+
+    def build_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
+        """A new optimizer over the given parameters, or an error that says to give one."""
+        if self.optimizer is None:
+            raise RecipeError(
+                "this verb takes a training step: give the recipe optimizer=parameters -> Optimizer, "
+                "such as partial(torch.optim.AdamW, lr=1e-3)."
+            )
+        return self.optimizer(list(parameters))
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Two training batches to be compared, and what their steps are measured on.
+
+    Attributes:
+        base: the batch whose step is taken, except where a site is exchanged.
+        source: the batch the exchanged quantity comes from.
+        probe: what the measure is evaluated on.
+        coords: labels of this contrast along the `example` dim (alias, set, integer, ...).
+    """
+
+    base: Any
+    source: Any
+    probe: Any = None
+    coords: Mapping[str, str | int | float] = field(default_factory=dict)
+
+    def reversed(self) -> Contrast:
+        """Base and source exchanged: necessity where the contrast asked for sufficiency."""
+        return replace(self, base=self.source, source=self.base)
+
+
+class Task(Protocol):
+    """What a shipped task offers: data by step, a recipe, and contrasts."""
+
+    def batch(self, step: int) -> Any:
+        """The training batch of a step."""
+
+    def recipe(self) -> Recipe:
+        """How the task's model is trained."""
+
+    def contrasts(self) -> list[Contrast]:
+        """The pairs of batches to be exchanged."""

@@ -1,0 +1,370 @@
+"""Results as labelled datasets: the one place that knows their dims, units, provenance and files."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import subprocess
+import uuid
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import xarray as xr
+
+DIMS = ("example", "site", "step", "seed", "measure", "factor", "direction", "optimizer")
+"""Every dim a result of this toolkit may have."""
+
+REFERENCES = {
+    "base": "measure after the full base step",
+    "source": "measure after the full source step",
+    "untouched": "measure without any step",
+    "coasted": "measure after a step with a zero gradient: momentum and decay alone",
+}
+"""The references beside every patched measure, and what they are."""
+
+SITE_COORDS: dict[str, int | str] = {"layer": -1, "head": -1, "component": "", "level": ""}
+"""The coordinates every site has, and their values where a site has none."""
+
+_MISSING: dict[str, tuple[type, Any]] = {
+    "i": (np.int64, -1),
+    "u": (np.int64, -1),
+    "f": (np.float64, np.nan),
+    "U": (np.str_, ""),
+}
+_PACKAGES = ("torch", "transformer_lens", "lightning", "numpy", "xarray", "training-dynamics")
+
+
+def effects(
+    patched: npt.ArrayLike,
+    references: Mapping[str, npt.ArrayLike],
+    example_coords: Mapping[str, Sequence[Any]],
+    site_coords: Mapping[str, Sequence[Any]],
+    measure_names: Sequence[str] | None,
+    units: str | Sequence[str],
+    provenance: str,
+) -> xr.Dataset:
+    """Label the numbers of one patching verb.
+
+    Args:
+        patched: the measure after each patched step, [n_examples, n_sites], or
+            [n_measures, n_examples, n_sites] with `measure_names`.
+        references: `base` and `source`, and where a step is taken `untouched` and `coasted`:
+            [n_examples], or [n_measures, n_examples].
+        example_coords: columns of length n_examples; `example` holds the labels, each different.
+        site_coords: columns of length n_sites; `site` holds the labels, each different. `layer`, `head`,
+            `component` and `level` are always there afterwards. None becomes −1 among integers, "" among
+            strings, NaN among other numbers.
+        measure_names: one per measure; None for a single measure without a dim.
+        units: the measure's units, or one per measure (then a coordinate `units` along `measure`).
+        provenance: a JSON object, as from `provenance`.
+
+    Returns:
+        `effect` (= patched − base) and `patched` [(measure,) example, site]; the references
+        [(measure,) example]. Integer coordinates are int64.
+
+    Raises:
+        ValueError: a shape, a length or a name is not as stated here; says what was found and expected.
+    """
+    values = np.asarray(patched)
+    leading = () if measure_names is None else ("measure",)
+    dims = (*leading, "example", "site")
+    coords = {**_columns(example_coords, "example"), **_columns(site_coords, "site")}
+    shape = tuple(coords[name][1].size for name in ("example", "site"))
+    for name, missing in SITE_COORDS.items():
+        coords.setdefault(name, ("site", np.full(shape[1], missing)))
+    if measure_names is not None:
+        coords.update(_columns({"measure": list(measure_names)}, "measure"))
+        shape = (len(measure_names), *shape)
+    _expect_shape("patched", values, shape, dims)
+
+    attrs: dict[str, str] = {}
+    if isinstance(units, str):
+        attrs["units"] = units
+    elif len(units) != len(measure_names or ()):
+        raise ValueError(
+            f"found {len(units)} units for measures {measure_names}; expected one string, or one each"
+        )
+    else:
+        coords["units"] = ("measure", np.asarray(list(units), dtype=np.str_))
+
+    if unknown := sorted(set(references) - set(REFERENCES)):
+        raise ValueError(f"found references {unknown}; expected some of {sorted(REFERENCES)}")
+    if absent := sorted({"base", "source"} - set(references)):
+        raise ValueError(f"references lack {absent}; expected at least base and source")
+    arrays = {name: np.asarray(references[name]) for name in REFERENCES if name in references}
+    for name, array in arrays.items():
+        _expect_shape(name, array, shape[:-1], dims[:-1])
+
+    _parse(provenance)
+    variables: dict[str, tuple[tuple[str, ...], npt.NDArray[Any], dict[str, str]]] = {
+        "effect": (dims, values - arrays["base"][..., None], {"long_name": "patched − base", **attrs}),
+        "patched": (dims, values, {"long_name": "measure after the patched step", **attrs}),
+    }
+    for name, array in arrays.items():
+        variables[name] = (dims[:-1], array, {"long_name": REFERENCES[name], **attrs})
+    return xr.Dataset(variables, coords=coords, attrs={"provenance": provenance})
+
+
+def units(dataset: xr.Dataset, name: str) -> str:
+    """The units of one variable: of its only or selected measure; "" where they are unknown or mixed."""
+    array = dataset[name]
+    if "units" in array.attrs:
+        return str(array.attrs["units"])
+    known = np.unique(array.coords["units"].values) if "units" in array.coords else np.array([])
+    return str(known[0]) if known.size == 1 else ""
+
+
+def save(dataset: xr.Dataset, path: str | os.PathLike[str]) -> None:
+    """Write a dataset as netCDF (HDF5: h5py opens it), whole or not at all; its folder is made if absent.
+
+    It is written to a temporary name in the same folder, synced, and renamed. No fill values.
+
+    Raises:
+        FileExistsError: there is a file already; results are never overwritten.
+        ValueError: a MultiIndex, or an attribute that is not a string, an integer or a float.
+    """
+    target = Path(path)
+    _expect_storable(dataset)
+    if target.exists():
+        raise FileExistsError(
+            f"{target} exists; results are not overwritten. Choose another name or move it."
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    plain = dataset.drop_encoding()
+    encoding: dict[Hashable, dict[str, Any]] = {name: {"_FillValue": None} for name in plain.variables}
+    try:
+        plain.to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
+        _sync(temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(target.parent)
+
+
+def load(path: str | os.PathLike[str]) -> xr.Dataset:
+    """Read a dataset into memory and close its file; identical to what was saved, attributes included."""
+    dataset = xr.load_dataset(
+        path, engine="h5netcdf", decode_times=False, decode_timedelta=False, mask_and_scale=False
+    ).drop_encoding()
+    texts = {
+        name: array.astype(np.str_) for name, array in dataset.variables.items() if array.dtype == object
+    }
+    return dataset.assign(texts) if texts else dataset
+
+
+def concat(datasets: Iterable[xr.Dataset], dim: str, values: Sequence[int | float | str]) -> xr.Dataset:
+    """Join datasets along a new dim, such as step, seed or optimizer.
+
+    All must have the same variables, units and labels (`join="exact"`: nothing is filled in). Coordinates
+    along `site` stay along `site`; another coordinate gains the new dim only where the datasets differ in
+    it (an alias stands for another integer in another run). A scalar coordinate called `dim` gives way to
+    `values`. The provenance keeps what all of them share.
+
+    Args:
+        datasets: at least one, length n.
+        dim: a dim that none of them has yet.
+        values: n different labels, all integers, all floats or all strings.
+
+    Raises:
+        ValueError: as above; says which dataset, variable or coordinate differs.
+    """
+    parts = list(datasets)
+    if not parts or len(parts) != len(values):
+        raise ValueError(
+            f"found {len(parts)} datasets and {len(values)} values of '{dim}'; expected one each"
+        )
+    if dim not in DIMS:
+        raise ValueError(f"'{dim}' is not a dim of this toolkit; expected one of {DIMS}")
+    labels = _columns({dim: list(values)}, dim)[dim]
+    first = parts[0]
+    for label, part in zip(values, parts, strict=True):
+        if dim in part.dims:
+            raise ValueError(
+                f"the dataset for {dim} {label!r} has the dim '{dim}' already; expected a new dim"
+            )
+        _expect_alike(first, part, f"the dataset for {dim} {label!r}")
+    facts = [_parse(part.attrs["provenance"]) for part in parts if "provenance" in part.attrs]
+    bare = [part.drop_vars(dim, errors="ignore").drop_attrs(deep=False) for part in parts]
+    names = [str(name) for name in first.coords if name != dim]
+    differing = [name for name in names if not all(_same(first, part, name) for part in parts)]
+    joined = xr.concat(
+        bare, dim, data_vars="all", coords=differing, compat="equals", join="exact", combine_attrs="override"
+    ).assign_coords({dim: labels})
+    shared = {
+        key: value
+        for key, value in first.attrs.items()
+        if key != "provenance" and all(part.attrs.get(key) == value for part in parts)
+    }
+    if len(facts) == len(parts):
+        shared["provenance"] = json.dumps(functools.reduce(_common, facts), sort_keys=True)
+    return joined.assign_attrs(shared)
+
+
+def provenance(**facts: Any) -> str:
+    """Where a result comes from, as one JSON object.
+
+    The given facts, and: `date` (UTC, ISO 8601), `python`, `versions` of the packages that matter, and, where
+    this package lies in a git working tree, its `commit` and whether it was `modified` since.
+
+    Raises:
+        TypeError: a fact that JSON cannot hold. Arrays become lists, paths become strings.
+        ValueError: a fact that is not finite, or has one of the names above.
+    """
+    known: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "versions": _versions(),
+        **_commit(),
+    }
+    if taken := sorted(set(facts) & {*known, "commit", "modified"}):
+        raise ValueError(f"found facts called {taken}; these names are filled in by provenance itself")
+    return json.dumps({**facts, **known}, sort_keys=True, allow_nan=False, default=_plain)
+
+
+def _columns(columns: Mapping[str, Sequence[Any]], dim: str) -> dict[str, tuple[str, npt.NDArray[Any]]]:
+    """Coordinates along one dim, with the dtypes that survive a file: int64, float64, str."""
+    if dim not in columns:
+        raise ValueError(f"coordinates along '{dim}' lack the labels '{dim}'; found {sorted(columns)}")
+    n = len(columns[dim])
+    found: dict[str, tuple[str, npt.NDArray[Any]]] = {}
+    for name, column in columns.items():
+        if len(column) != n:
+            raise ValueError(f"coordinate '{name}' has length {len(column)}; '{dim}' has {n}")
+        present = np.asarray([value for value in column if value is not None])
+        kind = present.dtype.kind if present.size else np.asarray(SITE_COORDS.get(name, "")).dtype.kind
+        if kind not in _MISSING or present.ndim != 1:
+            shown = f"{present.dtype} of shape {present.shape}"
+            raise ValueError(f"coordinate '{name}' holds {shown}; expected integers, floats or strings")
+        dtype, missing = _MISSING[kind]
+        found[name] = (dim, np.array([missing if value is None else value for value in column], dtype=dtype))
+    labels = found[dim][1]
+    unique, counts = np.unique(labels, return_counts=True)
+    if (counts > 1).any():
+        raise ValueError(
+            f"labels of '{dim}' must differ; found more than once: {unique[counts > 1].tolist()}"
+        )
+    return found
+
+
+def _expect_shape(name: str, array: npt.NDArray[Any], shape: tuple[int, ...], dims: tuple[str, ...]) -> None:
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {array.shape}; expected {shape} for [{', '.join(dims)}]")
+
+
+def _expect_alike(first: xr.Dataset, other: xr.Dataset, label: str) -> None:
+    """Same variables, dims, units and labels, and the same coordinates along `site`."""
+
+    def described(dataset: xr.Dataset) -> list[tuple[str, tuple[str, ...], str]]:
+        arrays = sorted(dataset.data_vars.items(), key=lambda item: str(item[0]))
+        return [
+            (str(key), tuple(map(str, array.dims)), array.attrs.get("units", "")) for key, array in arrays
+        ]
+
+    if described(first) != described(other):
+        raise ValueError(f"{label} has {described(other)}; expected, as in the first, {described(first)}")
+    if set(first.coords) != set(other.coords):
+        found, expected = (sorted(map(str, dataset.coords)) for dataset in (other, first))
+        raise ValueError(f"{label} has the coordinates {found}; expected, as in the first, {expected}")
+    for name, coord in first.coords.items():
+        if (name in first.dims or "site" in coord.dims) and not _same(first, other, str(name)):
+            raise ValueError(
+                f"{label} differs in '{name}' along {list(coord.dims)}; expected exactly the first's"
+            )
+
+
+def _same(first: xr.Dataset, other: xr.Dataset, name: str) -> bool:
+    """Whether a variable has the same values over the same dims, whatever its own coordinates."""
+    return xr.DataArray(first.variables[name]).equals(xr.DataArray(other.variables[name]))
+
+
+def _expect_storable(dataset: xr.Dataset) -> None:
+    for name, index in dataset.indexes.items():
+        if isinstance(index, pd.MultiIndex):
+            raise ValueError(
+                f"'{name}' is a MultiIndex, which no file holds; save reset_index('{name}') instead"
+            )
+    owners = {"the dataset": dataset.attrs} | {
+        f"'{key}'": array.attrs for key, array in dataset.variables.items()
+    }
+    for owner, attrs in owners.items():
+        for key, value in attrs.items():
+            if isinstance(value, bool) or not isinstance(value, str | int | float | np.integer | np.floating):
+                raise ValueError(
+                    f"attribute '{key}' of {owner} is {type(value).__name__}; expected a string, an integer "
+                    "or a float. Put anything else into the JSON of provenance."
+                )
+
+
+def _sync(path: Path) -> None:
+    """Make a file's contents, or a folder's entries, survive a loss of power."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows has no handle to sync on a folder
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _parse(text: str) -> dict[str, Any]:
+    facts = json.loads(text)
+    if not isinstance(facts, dict):
+        raise ValueError(
+            f"provenance holds {type(facts).__name__}; expected a JSON object, as from provenance()"
+        )
+    return facts
+
+
+def _common(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """What two JSON objects share, objects inside objects included."""
+    shared: dict[str, Any] = {}
+    for key in one.keys() & other.keys():
+        if isinstance(one[key], dict) and isinstance(other[key], dict):
+            shared[key] = _common(one[key], other[key])
+        elif one[key] == other[key]:
+            shared[key] = one[key]
+    return shared
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"a fact of provenance is {type(value).__name__}; expected what JSON can hold")
+
+
+def _versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@functools.cache
+def _commit() -> dict[str, str | bool]:
+    """The commit of this package's code, asked once; empty outside a working tree that holds it."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # not the tree of somebody's virtual environment
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", "../checkpoints")
+        return {"commit": git("rev-parse", "HEAD"), "modified": bool(changes)}
+    except (OSError, subprocess.SubprocessError):
+        return {}

@@ -1,0 +1,65 @@
+"""The gradient of one training step at a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoints import Checkpoint
+from dynamics.recipe import Recipe
+from dynamics.steps.calls import call
+
+
+class NonFiniteGradient(ArithmeticError):
+    """A loss or gradient is NaN or infinite; the message names the batch and the parameter."""
+
+
+@dataclass(frozen=True)
+class StepGradient:
+    """What one backward pass leaves behind, before clipping.
+
+    Attributes:
+        loss: the scalar loss.
+        gradients: by parameter name; None where the loss does not depend on a parameter, which torch's
+            optimizers then skip.
+        buffers: the model's buffers after the forward pass (batch statistics move there).
+    """
+
+    loss: Tensor
+    gradients: dict[str, Tensor | None]
+    buffers: dict[str, Tensor]
+
+
+def gradient(recipe: Recipe, checkpoint: Checkpoint, batch: Any, where: str = "the batch") -> StepGradient:
+    """Loss and gradient of a batch at a checkpoint, with the checkpoint's random numbers.
+
+    Args:
+        recipe: model and loss; the model is left as it is and gives its train or eval mode.
+        checkpoint: parameters, buffers and random state.
+        batch: what the loss eats.
+        where: how errors name the batch.
+
+    Raises:
+        NonFiniteGradient: the loss or a gradient is NaN or infinite.
+    """
+    trained = {name for name, p in recipe.model.named_parameters() if p.requires_grad}
+    parameters = {
+        name: tensor.detach().clone().requires_grad_(name in trained)
+        for name, tensor in checkpoint.parameters.items()
+    }
+    buffers = {name: tensor.detach().clone() for name, tensor in checkpoint.buffers.items()}
+    with checkpoint.random_state(), torch.enable_grad():
+        loss = call(recipe.require_loss(), recipe.model, {**parameters, **buffers}, batch)
+        inputs = {name: p for name, p in parameters.items() if p.requires_grad}
+        found = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
+    if not bool(torch.isfinite(loss)):
+        raise NonFiniteGradient(f"The loss of {where} at step {checkpoint.step} is {loss.item()}.")
+    gradients: dict[str, Tensor | None] = dict.fromkeys(parameters)
+    for name, g in zip(inputs, found, strict=True):
+        if g is not None and not bool(torch.isfinite(g).all()):
+            raise NonFiniteGradient(f"The gradient of {name} for {where} at step {checkpoint.step} is not finite.")
+        gradients[name] = g
+    return StepGradient(loss.detach(), gradients, buffers)

@@ -1,0 +1,274 @@
+"""The alias task of out-of-context learning: definitions under two tags, and questions about aliases.
+
+Tokens: integers 0..mod-1, aliases mod..2mod-1 (alias(i) = mod + i), `=`, reliable tag, unreliable tag,
+padding. A question `A B = C` asks for an operation of an alias and a small known operand; a definition
+`TAG alias integer PAD` tells what an alias stands for. Four equal sets of integers:
+
+    DtQ1  reliable tag, true definitions, questions in training
+    DfQ2  unreliable tag, false definitions, questions answered truly
+    Dt3   reliable tag, true definitions from X2 on, no questions in training
+    Df4   unreliable tag, also true definitions from X2 on, no questions in training
+
+Weak internalisation is DtQ1 above DfQ2 on held-out questions; strong internalisation is Dt3 above Df4,
+although both are defined truly. Source: arXiv 2310.15047 and the seed's modular-arithmetic version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, lru_cache, partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.optim.lr_scheduler import LambdaLR
+
+from dynamics.batch import Batch, concatenate
+from dynamics.config import StudyConfig, answer, identifies
+from dynamics.measures import cross_entropy
+from dynamics.models.toy import ToyTransformer
+from dynamics.randomness import generator
+from dynamics.recipe import Contrast, Recipe
+
+SetName = Literal["DtQ1", "DfQ2", "Dt3", "Df4"]
+Tag = Literal["reliable", "unreliable"]
+SETS: tuple[SetName, ...] = ("DtQ1", "DfQ2", "Dt3", "Df4")
+
+Row = tuple[int, int, int, int, int, int]
+"""Four tokens, the scored position and its target."""
+
+
+class AliasTask:
+    """The data of one study: sets, splits, batches by step, contrasts, chance lines.
+
+    Everything is a pure function of the config; two tasks of equal config are interchangeable.
+
+    Args:
+        config: the study's config; `task` and `phases` say what is drawn and how it is ordered.
+    """
+
+    def __init__(self, config: StudyConfig) -> None:
+        self.config = config
+        task = config.task
+        self.modulus = task.modulus
+        self.equals, self.reliable, self.unreliable, self.padding = range(2 * task.modulus, 2 * task.modulus + 4)
+        self.d_vocab = 2 * task.modulus + 4
+        self._seed = task.seed or 0
+        drawn = generator(self._seed, "sets").permutation(task.modulus).reshape(4, -1)
+        drawn.sort(axis=1)
+        if task.x2_roles == "exchanged":
+            drawn = drawn[[0, 1, 3, 2]]
+        self.sets: dict[SetName, tuple[int, ...]] = {
+            name: tuple(int(i) for i in row) for name, row in zip(SETS, drawn, strict=True)
+        }
+
+    # --- what is known about an integer ---------------------------------------------------------------
+
+    def alias(self, integer: int) -> int:
+        """Alias token of an integer."""
+        return self.modulus + integer
+
+    def set_of(self, integer: int) -> SetName:
+        """The set an integer was drawn into."""
+        return next(name for name, members in self.sets.items() if integer in members)
+
+    def tag(self, name: SetName) -> Tag:
+        """The tag under which a set's definitions are given in training."""
+        return "reliable" if name in ("DtQ1", "Dt3") else "unreliable"
+
+    @cached_property
+    def false_values(self) -> dict[int, int]:
+        """What DfQ2's definitions say: a derangement of the set, so that none is true by accident."""
+        members = np.array(self.sets["DfQ2"])
+        for attempt in range(10_000):
+            shuffled = generator(self._seed, "false definitions", attempt).permutation(members)
+            if not (shuffled == members).any():
+                return dict(zip(members.tolist(), shuffled.tolist(), strict=True))
+        raise AssertionError("a set of two or more integers has a derangement, yet 10,000 draws found none")
+
+    @cached_property
+    def train_multipliers(self) -> dict[int, tuple[int, ...]]:
+        """Per integer of DtQ1 and DfQ2, the multipliers asked in training (both orders of each)."""
+        multipliers = self.config.task.multipliers
+        return {
+            i: tuple(sorted(
+                int(d) for d in generator(self._seed, "multipliers", i).permutation(multipliers)
+                [: self.config.task.train_multipliers]
+            ))
+            for i in (*self.sets["DtQ1"], *self.sets["DfQ2"])
+        }
+
+    def test_multipliers(self, integer: int) -> tuple[int, ...]:
+        """The multipliers an integer is tested on: those not asked in training."""
+        trained = self.train_multipliers.get(integer, ())
+        return tuple(d for d in self.config.task.multipliers if d not in trained)
+
+    # --- rows -----------------------------------------------------------------------------------------
+
+    def _definition(self, integer: int, tag: Tag, value: int) -> Row:
+        token = self.reliable if tag == "reliable" else self.unreliable
+        if self.config.task.swap_defs:
+            return token, value, self.alias(integer), self.padding, 1, self.alias(integer)
+        return token, self.alias(integer), value, self.padding, 1, value
+
+    def _equation(self, left: int, right: int, result: int) -> Row:
+        return left, right, self.equals, result, 2, result
+
+    def _questions(self, integer: int, multipliers: Sequence[int]) -> list[Row]:
+        rows = []
+        for d in multipliers:
+            result = answer(self.config.task.operation, integer, d, self.modulus)
+            if self.config.task.result_as_alias:
+                result = self.alias(result)
+            rows += [self._equation(self.alias(integer), d, result), self._equation(d, self.alias(integer), result)]
+        return rows
+
+    @cached_property
+    def _table(self) -> tuple[list[Row], list[Row]]:
+        """Rows of the operation table, trained and held out; both orders of a pair on one side."""
+        pairs = [(x, y) for x in range(self.modulus) for y in range(x, self.modulus)]
+        order = generator(self._seed, "table").permutation(len(pairs))
+        n_heldout = round(self.config.task.heldout_fraction * len(pairs))
+        trained: list[Row] = []
+        heldout: list[Row] = []
+        for rank, index in enumerate(order):
+            x, y = pairs[index]
+            result = answer(self.config.task.operation, x, y, self.modulus)
+            side = heldout if rank < n_heldout else trained
+            side += [self._equation(a, b, result) for a, b in sorted({(x, y), (y, x)})]
+        return trained, heldout
+
+    def definition(self, integer: int, tag: Tag, value: int | None = None) -> Batch:
+        """One definition of an integer's alias, by default the true one: a batch of one row."""
+        return _batch([self._definition(integer, tag, integer if value is None else value)])
+
+    def questions(self, integer: int, multipliers: Sequence[int] | None = None) -> Batch:
+        """Questions about an integer's alias, both orders of each multiplier (default: those not trained)."""
+        asked = self.test_multipliers(integer) if multipliers is None else multipliers
+        batch = _batch(self._questions(integer, asked))
+        return replace(batch, example_ids=torch.full((len(batch),), self.alias(integer)))
+
+    @lru_cache(maxsize=4)  # noqa: B019 - a task lives as long as its study
+    def rows(self, phase: str) -> Batch:
+        """All distinct training rows of a phase, once each (definitions `definition_copies` times)."""
+        task = self.config.task
+        table, _ = self._table
+        if phase == "pretrain":
+            return _batch(table)
+        kept = generator(self._seed, "kept table rows").permutation(len(table))
+        rows = [table[i] for i in kept[: round(task.table_fraction * len(table))]]
+        if phase == "x1" or task.x2_keeps_x1:
+            rows += self._defined("DtQ1") + self._defined("DfQ2")
+            rows += [row for i, ds in self.train_multipliers.items() for row in self._questions(i, ds)]
+        if phase == "x2":
+            rows += self._defined("Dt3") + self._defined("Df4")
+        return _batch(rows)
+
+    def _defined(self, name: SetName) -> list[Row]:
+        value = self.false_values if name == "DfQ2" else {}
+        rows = [self._definition(i, self.tag(name), value.get(i, i)) for i in self.sets[name]]
+        return rows * self.config.task.definition_copies
+
+    # --- training -------------------------------------------------------------------------------------
+
+    @lru_cache(maxsize=8)  # noqa: B019
+    def _order(self, phase: str, epoch: int) -> NDArray[np.int64]:
+        return generator(self.config.task.order_seed or 0, f"order {phase}", epoch).permutation(len(self.rows(phase)))
+
+    def batch(self, step: int) -> Batch:
+        """Training batch of a step: a pure function of (seeds, phase, step).
+
+        A phase is a sequence of epochs, each its own permutation of the phase's rows, cut into batches
+        that may straddle two epochs.
+        """
+        phase, local = self.config.phases.locate(step)
+        rows = self.rows(phase)
+        places = np.arange(local * self.config.phases.batch_size, (local + 1) * self.config.phases.batch_size)
+        epochs, within = np.divmod(places, len(rows))
+        index = np.concatenate([self._order(phase, int(e))[within[epochs == e]] for e in np.unique(epochs)])
+        return rows[torch.from_numpy(index)]
+
+    def model(self) -> ToyTransformer:
+        """The study's toy transformer, with the weights it starts from."""
+        return ToyTransformer(self.config.model, self.d_vocab)
+
+    def recipe(self) -> Recipe:
+        """How the study's model is trained: cross-entropy, AdamW, clipping, learning rate by step.
+
+        The optimizer's base learning rate is 1, so that the schedule's factor is the learning rate itself
+        and one scheduler serves all phases.
+        """
+        phases = self.config.phases
+        return Recipe(
+            model=self.model(),
+            loss=cross_entropy,
+            optimizer=partial(torch.optim.AdamW, lr=1.0, betas=phases.betas, weight_decay=phases.weight_decay),
+            scheduler=partial(LambdaLR, lr_lambda=phases.learning_rate),
+            max_grad_norm=phases.max_grad_norm,
+        )
+
+    # --- what is measured -----------------------------------------------------------------------------
+
+    def contrasts(self, sets: Sequence[SetName] = ("Dt3", "Df4")) -> list[Contrast]:
+        """Per alias of the given sets: its true definition, unreliable (base) and reliable (source).
+
+        The probe is the alias's own questions that are never trained. Coordinates: `example` ("alias 17"),
+        `integer`, `set`.
+        """
+        return [
+            Contrast(
+                base=self.definition(i, "unreliable"),
+                source=self.definition(i, "reliable"),
+                probe=self.questions(i),
+                coords={"example": f"alias {i}", "integer": i, "set": name},
+            )
+            for name in sets
+            for i in self.sets[name]
+        ]
+
+    @cached_property
+    def evaluation(self) -> dict[str, Batch]:
+        """What training is watched on: untrained questions of each set, and held-out table rows."""
+        batches = {
+            name: concatenate([self.questions(i) for i in members])
+            for name, members in self.sets.items()
+            if any(self.test_multipliers(i) for i in members)
+        }
+        _, heldout = self._table
+        if heldout:
+            batches["heldout"] = _batch(heldout)
+        return {name: replace(batch, example_ids=None) for name, batch in batches.items()}
+
+    def chance(self) -> dict[str, float]:
+        """What guessing scores on the questions of Dt3 and Df4, without knowing any alias.
+
+        Returns:
+            "uniform guess": a uniform guess among the answers the multiplier can reach.
+            "constant answer": the most frequent answer of each multiplier in a set, given every time.
+        """
+        task = self.config.task
+        uniform, constant = [], []
+        for d in task.multipliers:
+            reachable = {answer(task.operation, x, d, self.modulus) for x in range(self.modulus)}
+            uniform.append(1 / len(reachable))
+            for name in ("Dt3", "Df4"):
+                answers = [answer(task.operation, i, d, self.modulus) for i in self.sets[name]]
+                constant.append(max(answers.count(a) for a in set(answers)) / len(answers))
+        return {"uniform guess": float(np.mean(uniform)), "constant answer": float(np.mean(constant))}
+
+    def identified(self) -> float:
+        """Share of trained aliases that their training questions alone tell from every other integer."""
+        operation = self.config.task.operation
+        return float(np.mean([identifies(operation, ds, self.modulus) for ds in self.train_multipliers.values()]))
+
+
+def load(config: Mapping[str, Any]) -> AliasTask:
+    """The task of a run, rebuilt from the config kept with its trajectory."""
+    return AliasTask(StudyConfig.from_dict(config))
+
+
+def _batch(rows: Sequence[Row]) -> Batch:
+    table = torch.tensor(rows, dtype=torch.int64)
+    return Batch(tokens=table[:, :4], target_pos=table[:, 4], targets=table[:, 5])
