@@ -1,1 +1,62 @@
-"""Exchange one quantity at one site between two training runs, take the step, measure what changed."""
+"""Exchange one quantity at one site between two training runs, take the step, measure what changed.
+
+The names below are imported when they are first used, so that `import dynamics` is quick.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dynamics import measures as measures
+    from dynamics import plots as plots
+    from dynamics import results as results
+    from dynamics import sites as sites
+    from dynamics import statistics as statistics
+    from dynamics import steps as steps
+    from dynamics import studies as studies
+    from dynamics import tasks as tasks
+    from dynamics import training as training
+    from dynamics.batch import Batch as Batch
+    from dynamics.config import StudyConfig as StudyConfig
+    from dynamics.patching import patch_gradients as patch_gradients
+    from dynamics.patching import patch_updates as patch_updates
+    from dynamics.recipe import ByNorm as ByNorm
+    from dynamics.recipe import ByValue as ByValue
+    from dynamics.recipe import Contrast as Contrast
+    from dynamics.recipe import Recipe as Recipe
+
+_MODULES = (
+    "measures",
+    "plots",
+    "results",
+    "sites",
+    "statistics",
+    "steps",
+    "studies",
+    "tasks",
+    "training",
+)
+_HOMES = {
+    "Batch": "dynamics.batch",
+    "StudyConfig": "dynamics.config",
+    "patch_gradients": "dynamics.patching",
+    "patch_updates": "dynamics.patching",
+    "ByNorm": "dynamics.recipe",
+    "ByValue": "dynamics.recipe",
+    "Contrast": "dynamics.recipe",
+    "Recipe": "dynamics.recipe",
+}
+
+__all__ = [*_MODULES, *_HOMES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"dynamics.{name}")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'dynamics' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

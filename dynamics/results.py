@@ -193,7 +193,7 @@ def concat(datasets: Iterable[xr.Dataset], dim: str, values: Sequence[int | floa
             )
         _expect_alike(first, part, f"the dataset for {dim} {label!r}")
     facts = [_parse(part.attrs["provenance"]) for part in parts if "provenance" in part.attrs]
-    bare = [part.drop_vars(dim, errors="ignore").drop_attrs(deep=False) for part in parts]
+    bare = [part.drop_vars(dim, errors="ignore") for part in parts]
     names = [str(name) for name in first.coords if name != dim]
     differing = [name for name in names if not all(_same(first, part, name) for part in parts)]
     joined = xr.concat(
@@ -206,7 +206,8 @@ def concat(datasets: Iterable[xr.Dataset], dim: str, values: Sequence[int | floa
     }
     if len(facts) == len(parts):
         shared["provenance"] = json.dumps(functools.reduce(_common, facts), sort_keys=True)
-    return joined.assign_attrs(shared)
+    joined.attrs = shared
+    return joined
 
 
 def provenance(**facts: Any) -> str:
@@ -275,7 +276,7 @@ def _expect_alike(first: xr.Dataset, other: xr.Dataset, label: str) -> None:
         found, expected = (sorted(map(str, dataset.coords)) for dataset in (other, first))
         raise ValueError(f"{label} has the coordinates {found}; expected, as in the first, {expected}")
     for name, coord in first.coords.items():
-        if (name in first.dims or "site" in coord.dims) and not _same(first, other, str(name)):
+        if (name in (*first.dims, "units") or "site" in coord.dims) and not _same(first, other, str(name)):
             raise ValueError(
                 f"{label} differs in '{name}' along {list(coord.dims)}; expected exactly the first's"
             )

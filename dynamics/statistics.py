@@ -5,6 +5,7 @@ Numerics on arrays first, labelled datasets after them. NaN units are left out e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -145,7 +146,7 @@ def pairwise_recovery(dataset: xr.Dataset) -> xr.DataArray:
     0 is the base run, 1 the source run. A pair whose gap is small weighs as much as any other, so its mean
     is not the recovery of a population: that is `recovery`. NaN where the gap is exactly zero.
     """
-    _expect_variables(dataset, "effect")
+    _expect_variables(dataset, "effect", "base", "source")
     gap = dataset["source"] - dataset["base"]
     ratio: xr.DataArray = dataset["effect"] / gap.where(gap != 0)
     return ratio.rename("pairwise_recovery").assign_attrs(units="1", long_name="effect / (source − base)")
@@ -176,7 +177,7 @@ def summarize(dataset: xr.Dataset, over: str = "example", confidence: float = 0.
     Raises:
         ValueError: a variable or the dim is not there.
     """
-    _expect_variables(dataset, "effect")
+    _expect_variables(dataset, "effect", "base", "source")
     runs = "seed" in dataset.dims
     if over not in dataset.dims and not runs:
         raise ValueError(f"the dataset has no dim '{over}'; expected one of {sorted(map(str, dataset.dims))}")
@@ -186,51 +187,35 @@ def summarize(dataset: xr.Dataset, over: str = "example", confidence: float = 0.
     if runs and over in values.dims:
         values = values.mean(over)
     effect, gap = values["effect"], values["source"] - values["base"]
-    if unit not in gap.dims:
-        gap = gap.expand_dims({unit: values[unit]})
-    setting = {"confidence": confidence}
-    core = [[unit]]
 
-    found: dict[str, xr.DataArray] = {}
-    found.update(
-        _spread(
-            "effect",
-            xr.apply_ufunc(
-                mean_interval, effect, input_core_dims=core, output_core_dims=[[]] * 3, kwargs=setting
-            ),
+    def bounded(
+        name: str, function: Callable[..., Interval], *arrays: xr.DataArray
+    ) -> dict[str, xr.DataArray]:
+        parts = xr.apply_ufunc(
+            function,
+            *arrays,
+            input_core_dims=[[unit]] * len(arrays),
+            output_core_dims=[[]] * 3,
+            kwargs={"confidence": confidence},
         )
-    )
-    found["p"] = xr.apply_ufunc(sign_flip_p, effect, input_core_dims=core)
-    found["q"] = _q_by_level(found["p"])
-    found.update(
-        _spread(
-            "recovery",
-            xr.apply_ufunc(
-                recovery, effect, gap, input_core_dims=core * 2, output_core_dims=[[]] * 3, kwargs=setting
-            ),
-        )
-    )
-    found["n"] = effect.notnull().sum(unit)
-    found.update(
-        _spread(
-            "gap",
-            xr.apply_ufunc(
-                mean_interval, gap, input_core_dims=core, output_core_dims=[[]] * 3, kwargs=setting
-            ),
-        )
-    )
-    found.update(
-        {name: values[name].mean(unit) if unit in values[name].dims else values[name] for name in names}
-    )
+        return dict(zip((name, f"{name}_low", f"{name}_high"), parts, strict=True))
 
+    p = xr.apply_ufunc(sign_flip_p, effect, input_core_dims=[[unit]])
+    found: dict[str, xr.DataArray] = {
+        **bounded("effect", mean_interval, effect),
+        "p": p,
+        "q": _q_by_level(p),
+        **bounded("recovery", recovery, effect, gap),
+        "n": effect.notnull().sum(unit),
+        **bounded("gap", mean_interval, gap),
+        **{name: values[name].mean(unit) for name in names},
+    }
     without_units = {"p", "q", "n", "recovery", "recovery_low", "recovery_high"}
     units = dataset["effect"].attrs.get("units")
-    summary = xr.Dataset({name: array.drop_attrs() for name, array in found.items()})
+    summary = xr.Dataset(found)
     for name in summary.data_vars:
-        if name in without_units:
-            summary[name].attrs["units"] = "1"
-        elif units is not None:
-            summary[name].attrs["units"] = units
+        unit_of = "1" if name in without_units else units
+        summary[name].attrs = {} if unit_of is None else {"units": unit_of}
     described = "run" if runs else f"{over}, in this run"
     return summary.assign_attrs({**dataset.attrs, "unit": described, "confidence": confidence})
 
@@ -312,10 +297,6 @@ def _q_by_level(p: xr.DataArray) -> xr.DataArray:
     for level in np.unique(levels):
         q[..., levels == level] = false_discovery_q(ordered.values[..., levels == level])
     return ordered.copy(data=q).transpose(*p.dims)
-
-
-def _spread(name: str, arrays: tuple[xr.DataArray, xr.DataArray, xr.DataArray]) -> dict[str, xr.DataArray]:
-    return dict(zip((name, f"{name}_low", f"{name}_high"), arrays, strict=True))
 
 
 def _bounded(dataset: xr.Dataset, name: str) -> str:

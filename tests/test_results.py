@@ -223,6 +223,12 @@ def test_concat_refuses_what_it_would_have_to_fill_in(other: xr.Dataset, message
         results.concat([build(), other], "step", [0, 1])
 
 
+def test_concat_refuses_a_measure_that_changes_its_units() -> None:
+    other = with_measures().assign_coords(units=("measure", ["logits", "nats"]))
+    with pytest.raises(ValueError, match="differs in 'units'"):
+        results.concat([with_measures(), other], "step", [0, 1])
+
+
 def test_concat_wants_one_new_label_for_each_dataset_and_a_known_dim() -> None:
     with pytest.raises(ValueError, match="found 2 datasets and 1 values"):
         results.concat([build(), build()], "step", [0])

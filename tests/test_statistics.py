@@ -280,6 +280,8 @@ def test_a_summary_survives_its_file(tmp_path: object) -> None:
 def test_what_cannot_be_summarised_is_refused_with_what_was_found() -> None:
     with pytest.raises(ValueError, match="expected \\['effect'\\] too"):
         statistics.summarize(build().drop_vars("effect"))
+    with pytest.raises(ValueError, match=r"expected \['source'\] too"):
+        statistics.summarize(build().drop_vars("source"))
     with pytest.raises(ValueError, match="no dim 'example'; expected one of \\['site'\\]"):
         statistics.summarize(build().isel(example=0))
 

@@ -1,0 +1,5 @@
+"""Whole studies: train, patch, summarise, draw, and say in words what was found."""
+
+from dynamics.studies.aliases import run as run
+from dynamics.studies.internalisation import internalisation as internalisation
+from dynamics.studies.verification import verify as verify
