@@ -47,7 +47,7 @@ _HOMES = {
     "Recipe": "dynamics.recipe",
 }
 
-__all__ = [*_MODULES, *_HOMES]  # noqa: PLE0604
+__all__ = [*_MODULES, *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

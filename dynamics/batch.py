@@ -41,8 +41,8 @@ class Batch:
         return self._map(lambda t: t.to(device))
 
     def _map(self, change: Any) -> Batch:
-        values = (getattr(self, f.name) for f in fields(self))
-        return Batch(*(None if v is None else change(v) for v in values))
+        present = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        return Batch(**{name: change(value) for name, value in present.items()})
 
 
 def concatenate(batches: Sequence[Batch]) -> Batch:

@@ -121,7 +121,9 @@ class ToyConfig:
         _choice("model.normalization", self.normalization, Normalization)
         _choice("model.dtype", self.dtype, Literal["float32", "float64", "bfloat16"])
         for name in ("n_layers", "n_heads", "d_model", "d_head", "d_mlp", "n_ctx"):
-            _require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}; it must be at least 1.")
+            _require(
+                getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}; it must be at least 1."
+            )
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,9 @@ class PhaseConfig:
 
     def __post_init__(self) -> None:
         _require(self.steps >= 1, f"a phase has {self.steps} steps; it needs at least 1.")
-        _require(self.learning_rate > 0, f"a phase's learning_rate is {self.learning_rate}; it must be above 0.")
+        _require(
+            self.learning_rate > 0, f"a phase's learning_rate is {self.learning_rate}; it must be above 0."
+        )
         _require(self.warmup >= 0, f"a phase's warmup is {self.warmup} steps; it cannot be negative.")
 
 
@@ -278,10 +282,10 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         """Seeds left open take the study's; checks that concern several parts."""
-        if self.task.seed is None or self.task.order_seed is None:
-            seeds = {n: self.seed if getattr(self.task, n) is None else getattr(self.task, n)
-                     for n in ("seed", "order_seed")}
-            object.__setattr__(self, "task", replace(self.task, **seeds))
+        if self.task.seed is None:
+            object.__setattr__(self, "task", replace(self.task, seed=self.seed))
+        if self.task.order_seed is None:
+            object.__setattr__(self, "task", replace(self.task, order_seed=self.seed))
         if self.model.seed is None:
             object.__setattr__(self, "model", replace(self.model, seed=self.seed))
         _require(
@@ -293,7 +297,8 @@ class StudyConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain data, as written beside every run."""
-        return _plain(asdict(self))
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> StudyConfig:

@@ -56,7 +56,9 @@ def _at_target(logits: Tensor, batch: Batch) -> Tensor:
 
 def _difference(logits: Tensor, batch: Batch) -> Tensor:
     if batch.distractors is None:
-        raise ValueError("logit_difference needs batch.distractors [rows, n]: the wrong answers to compare with.")
+        raise ValueError(
+            "logit_difference needs batch.distractors [rows, n]: the wrong answers to compare with."
+        )
     return _at_target(logits, batch) - logits.gather(-1, batch.distractors).mean(-1)
 
 

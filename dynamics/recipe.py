@@ -63,7 +63,9 @@ class Recipe:
     def require_loss(self) -> Callable[[Any, Any], Tensor]:
         """The loss, or an error that says to give one."""
         if self.loss is None:
-            raise RecipeError("this verb takes a training step: give the recipe loss=(model, batch) -> scalar.")
+            raise RecipeError(
+                "this verb takes a training step: give the recipe loss=(model, batch) -> scalar."
+            )
         return self.loss
 
     def build_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:

@@ -43,7 +43,8 @@ class Site:
 def parameters(model: nn.Module) -> list[Site]:
     """One site per parameter tensor."""
     return [
-        Site(name, {name: ...}, _coords("parameters", name, _layer(name))) for name, _ in model.named_parameters()
+        Site(name, {name: ...}, _coords("parameters", name, _layer(name)))
+        for name, _ in model.named_parameters()
     ]
 
 
@@ -77,7 +78,11 @@ def matching(
             )
         layers = {_layer(n) for n in matched}
         sites.append(
-            Site(label, dict.fromkeys(matched, ...), _coords("matching", label, *(layers if len(layers) == 1 else ())))
+            Site(
+                label,
+                dict.fromkeys(matched, ...),
+                _coords("matching", label, *(layers if len(layers) == 1 else ())),
+            )
         )
     return sites
 
@@ -139,8 +144,10 @@ def matrices(model: nn.Module) -> list[Site]:
 
     W_E, W_pos, per head W_Q, W_K, W_V and W_O, per block b_O, W_in, W_out and norms, final norm, W_U.
     """
-    sites = [Site(name, _whole(model, prefix), _coords("matrices", name))
-             for name, prefix in (("W_E", "embed."), ("W_pos", "pos_embed."))]
+    sites = [
+        Site(name, _whole(model, prefix), _coords("matrices", name))
+        for name, prefix in (("W_E", "embed."), ("W_pos", "pos_embed."))
+    ]
     every_head = _heads(model)
     for layer in range(_n_layers(model)):
         block = f"blocks.{layer}."
@@ -163,8 +170,10 @@ def matrices(model: nn.Module) -> list[Site]:
         }.items():
             covers = _whole(model, *(block + suffix for suffix in suffixes))
             sites.append(Site(f"{name} {layer}", covers, _coords("matrices", name, layer)))
-    sites += [Site(name, _whole(model, prefix), _coords("matrices", name))
-              for name, prefix in (("ln_final.w,b", "ln_final."), ("W_U", "unembed."))]
+    sites += [
+        Site(name, _whole(model, prefix), _coords("matrices", name))
+        for name, prefix in (("ln_final.w,b", "ln_final."), ("W_U", "unembed."))
+    ]
     return [site for site in sites if site.covers]
 
 
@@ -176,7 +185,10 @@ def up_to_layer(model: nn.Module) -> list[Site]:
         covers |= _whole(model, f"blocks.{layer}.")
         sites.append(Site(f"+ block {layer}", dict(covers), _coords("up_to_layer", "up to block", layer)))
     names = [name for name, _ in model.named_parameters()]
-    return [*sites, Site("+ unembedding", dict.fromkeys(names, ...), _coords("up_to_layer", "up to unembedding"))]
+    return [
+        *sites,
+        Site("+ unembedding", dict.fromkeys(names, ...), _coords("up_to_layer", "up to unembedding")),
+    ]
 
 
 LEVELS = {
@@ -199,13 +211,17 @@ def check(sites: Sequence[Site], model: nn.Module) -> None:
     labels = [site.label for site in sites]
     repeated = sorted({label for label in labels if labels.count(label) > 1})
     if repeated:
-        raise SiteError(f"Site labels {_some(repeated)} occur more than once; a result is read by its labels.")
+        raise SiteError(
+            f"Site labels {_some(repeated)} occur more than once; a result is read by its labels."
+        )
     for site in sites:
         if not site.covers:
             raise SiteError(f"Site {site.label!r} covers nothing.")
         for name, index in site.covers.items():
             if name not in tensors:
-                raise SiteError(f"Site {site.label!r} covers {name!r}, but the model has {_some(list(tensors))}.")
+                raise SiteError(
+                    f"Site {site.label!r} covers {name!r}, but the model has {_some(list(tensors))}."
+                )
             _check_index(site.label, name, index, tensors[name])
 
 
@@ -229,7 +245,9 @@ def _check_index(label: str, name: str, index: Index, tensor: Tensor) -> None:
                 f"sites.heads(model) lists a transformer's heads."
             )
         if isinstance(part, slice) and (part.stop is not None and part.stop > size):
-            raise SiteError(f"Site {label!r} slices axis {axis} of {name!r} to {part.stop}, which has {size}.")
+            raise SiteError(
+                f"Site {label!r} slices axis {axis} of {name!r} to {part.stop}, which has {size}."
+            )
 
 
 # --- names ------------------------------------------------------------------------------------------------

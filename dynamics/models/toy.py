@@ -31,6 +31,10 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def _hook() -> HookPoint:
+    return HookPoint()  # type: ignore[no-untyped-call]
+
+
 class Norm(nn.Module):
     """LayerNorm (centred) or RMSNorm (not centred) with gain w, and bias b for LayerNorm."""
 
@@ -38,8 +42,8 @@ class Norm(nn.Module):
         super().__init__()
         self.w = nn.Parameter(torch.ones(d_model))
         self.b = nn.Parameter(torch.zeros(d_model)) if centred else None
-        self.hook_scale = HookPoint()
-        self.hook_normalized = HookPoint()
+        self.hook_scale = _hook()
+        self.hook_normalized = _hook()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_model] -> [..., d_model]."""
@@ -58,15 +62,14 @@ class Attention(nn.Module):
     def __init__(self, config: ToyConfig) -> None:
         super().__init__()
         heads, d_model, d_head = config.n_heads, config.d_model, config.d_head
-        for name in "QKV":
-            self.register_parameter(f"W_{name}", nn.Parameter(torch.empty(heads, d_model, d_head)))
-            self.register_parameter(f"b_{name}", nn.Parameter(torch.zeros(heads, d_head)))
+        self.W_Q, self.W_K, self.W_V = (nn.Parameter(torch.empty(heads, d_model, d_head)) for _ in range(3))
+        self.b_Q, self.b_K, self.b_V = (nn.Parameter(torch.zeros(heads, d_head)) for _ in range(3))
         self.W_O = nn.Parameter(torch.empty(heads, d_head, d_model))
         self.b_O = nn.Parameter(torch.zeros(d_model))
         causal = torch.ones(config.n_ctx, config.n_ctx, dtype=torch.bool).tril()
         self.register_buffer("mask", causal, persistent=False)
-        for name in ("q", "k", "v", "attn_scores", "pattern", "z"):
-            self.add_module(f"hook_{name}", HookPoint())
+        self.hook_q, self.hook_k, self.hook_v, self.hook_z = (_hook() for _ in range(4))
+        self.hook_attn_scores, self.hook_pattern = _hook(), _hook()
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalized residual stream [batch, pos, d_model] -> attention output, same shape."""
@@ -95,8 +98,8 @@ class MLP(nn.Module):
         self.b_in = nn.Parameter(torch.zeros(config.d_mlp))
         self.W_out = nn.Parameter(torch.empty(config.d_mlp, config.d_model))
         self.b_out = nn.Parameter(torch.zeros(config.d_model))
-        self.hook_pre = HookPoint()
-        self.hook_post = HookPoint()
+        self.hook_pre = _hook()
+        self.hook_post = _hook()
         self.activation = _ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,11 +124,11 @@ class Block(nn.Module):
         if not config.attn_only:
             self.ln2 = _norm(config)
             self.mlp = MLP(config)
-            self.hook_resid_mid = HookPoint()
-            self.hook_mlp_out = HookPoint()
-        self.hook_resid_pre = HookPoint()
-        self.hook_attn_out = HookPoint()
-        self.hook_resid_post = HookPoint()
+            self.hook_resid_mid = _hook()
+            self.hook_mlp_out = _hook()
+        self.hook_resid_pre = _hook()
+        self.hook_attn_out = _hook()
+        self.hook_resid_post = _hook()
         self.attn_only = config.attn_only
 
     def forward(self, resid: Tensor) -> Tensor:
@@ -185,12 +188,12 @@ class ToyTransformer(HookedRootModule):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.ln_final = _norm(config)
         self.unembed = _Unembed(config.d_model, d_vocab)
-        self.hook_embed = HookPoint()
-        self.hook_pos_embed = HookPoint()
+        self.hook_embed = _hook()
+        self.hook_pos_embed = _hook()
         self.cfg = lens_config(config, d_vocab)
         self._draw_weights(config.seed or 0)
         self.to(getattr(torch, config.dtype))
-        self.setup()
+        self.setup()  # type: ignore[no-untyped-call]
 
     def _draw_weights(self, seed: int) -> None:
         """Weights from N(0, 0.8² / d_model), one stream each; gains one and biases zero stay as made."""

@@ -93,7 +93,8 @@ def experiment(
         example_coords=columns([{"example": f"contrast {i}", **c.coords} for i, c in enumerate(contrasts)]),
         site_coords=columns([{"site": s.label, **s.coords} for s in patched_sites]),
         measure_names=list(by_name) if several else None,
-        units=[getattr(m, "units", "") for m in by_name.values()] if several
+        units=[getattr(m, "units", "") for m in by_name.values()]
+        if several
         else getattr(measure, "units", ""),
         provenance=results.provenance(verb=verb, step=state.step, measure=list(by_name)),
     )
@@ -114,7 +115,7 @@ def evaluated(
     """Each measure on a contrast's probe, with the model's tensors replaced: [n_measures]."""
     with torch.no_grad(), evaluating(recipe.model):
         found = call(lambda m, b: measures.evaluate(by_name, m, b), recipe.model, tensors, contrast.probe)
-    return found.double().cpu().numpy()  # type: ignore[no-any-return]
+    return found.double().cpu().numpy()
 
 
 def stepped(recipe: Recipe, runs: Runs, gradients: Iterable[Gradients]) -> Iterator[dict[str, Tensor]]:

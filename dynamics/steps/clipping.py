@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from dynamics.trees import Gradients, squared_norm
 
 def coefficient(total_squared_norm: float, max_norm: float) -> float:
     """min(1, τ / (N + 1e-6)), the factor of `torch.nn.utils.clip_grad_norm_`; N² is given."""
-    return min(1.0, max_norm / (total_squared_norm**0.5 + 1e-6))
+    return min(1.0, max_norm / (math.sqrt(total_squared_norm) + 1e-6))
 
 
 def clipped(

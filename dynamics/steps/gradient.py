@@ -60,6 +60,8 @@ def gradient(recipe: Recipe, checkpoint: Checkpoint, batch: Any, where: str = "t
     gradients: dict[str, Tensor | None] = dict.fromkeys(parameters)
     for name, g in zip(inputs, found, strict=True):
         if g is not None and not bool(torch.isfinite(g).all()):
-            raise NonFiniteGradient(f"The gradient of {name} for {where} at step {checkpoint.step} is not finite.")
+            raise NonFiniteGradient(
+                f"The gradient of {name} for {where} at step {checkpoint.step} is not finite."
+            )
         gradients[name] = g
     return StepGradient(loss.detach(), gradients, buffers)

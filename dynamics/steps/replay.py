@@ -39,7 +39,9 @@ def advance(recipe: Recipe, checkpoint: Checkpoint, step: int, batch_of: Callabl
     if step == checkpoint.step:
         return checkpoint
     if step < checkpoint.step:
-        raise ValueError(f"step {step} lies before checkpoint {checkpoint.step}; replaying only goes forward.")
+        raise ValueError(
+            f"step {step} lies before checkpoint {checkpoint.step}; replaying only goes forward."
+        )
     loss_of = recipe.require_loss()
     model = copy.deepcopy(recipe.model)
     optimizer = recipe.build_optimizer(model.parameters())

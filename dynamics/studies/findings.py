@@ -24,7 +24,12 @@ def findings(task: AliasTask, accuracy: Mapping[str, float], summary: xr.Dataset
     """
     patching = task.config.patching
     return " ".join(
-        [_trained(task, accuracy), _gap(task, chosen), _sites(chosen), _states(summary, patching.primary.level)]
+        [
+            _trained(task, accuracy),
+            _gap(task, chosen),
+            _sites(chosen),
+            _states(summary, patching.primary.level),
+        ]
     )
 
 
@@ -79,7 +84,9 @@ def _sites(chosen: xr.Dataset) -> str:
 
 
 def _site(site: xr.Dataset) -> str:
-    effect = f"{site['site'].item()} ({site['effect']:+.3g} [{site['effect_low']:.3g}, {site['effect_high']:.3g}]"
+    effect = (
+        f"{site['site'].item()} ({site['effect']:+.3g} [{site['effect_low']:.3g}, {site['effect_high']:.3g}]"
+    )
     if np.isfinite(site["recovery"]):
         effect += f", recovery {site['recovery']:.0%}"
     return f"{effect}, q = {site['q']:.2g})"
@@ -98,4 +105,6 @@ def _states(summary: xr.Dataset, level: str) -> str:
             f"with the {optimizer} optimizer state it is largest at step {int(at['step'])}: {at['gap']:+.3g} "
             f"[{at['gap_low']:.3g}, {at['gap_high']:.3g}]"
         )
-    return f"Over the replayed steps (exploratory, {summary['measure'].values[0]}), " + " and ".join(words) + "."
+    return (
+        f"Over the replayed steps (exploratory, {summary['measure'].values[0]}), " + " and ".join(words) + "."
+    )

@@ -42,6 +42,8 @@ def _late(metrics: pd.DataFrame, start: int, stop: int) -> pd.DataFrame:
     rows = metrics[(metrics["step"] >= first) & (metrics["step"] < stop)]
     if not len(rows):
         if len(metrics) and start <= stop - 1 and (metrics["step"] >= start).any():
-            raise ValueError(f"no step of {first:.0f}..{stop - 1} was evaluated; lower schedule.evaluate_every.")
+            raise ValueError(
+                f"no step of {first:.0f}..{stop - 1} was evaluated; lower schedule.evaluate_every."
+            )
         return rows.reindex(columns=metrics.columns)
     return rows

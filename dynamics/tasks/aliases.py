@@ -53,7 +53,9 @@ class AliasTask:
         self.config = config
         task = config.task
         self.modulus = task.modulus
-        self.equals, self.reliable, self.unreliable, self.padding = range(2 * task.modulus, 2 * task.modulus + 4)
+        self.equals, self.reliable, self.unreliable, self.padding = range(
+            2 * task.modulus, 2 * task.modulus + 4
+        )
         self.d_vocab = 2 * task.modulus + 4
         self._seed = task.seed or 0
         drawn = generator(self._seed, "sets").permutation(task.modulus).reshape(4, -1)
@@ -93,10 +95,14 @@ class AliasTask:
         """Per integer of DtQ1 and DfQ2, the multipliers asked in training (both orders of each)."""
         multipliers = self.config.task.multipliers
         return {
-            i: tuple(sorted(
-                int(d) for d in generator(self._seed, "multipliers", i).permutation(multipliers)
-                [: self.config.task.train_multipliers]
-            ))
+            i: tuple(
+                sorted(
+                    int(d)
+                    for d in generator(self._seed, "multipliers", i).permutation(multipliers)[
+                        : self.config.task.train_multipliers
+                    ]
+                )
+            )
             for i in (*self.sets["DtQ1"], *self.sets["DfQ2"])
         }
 
@@ -122,7 +128,10 @@ class AliasTask:
             result = answer(self.config.task.operation, integer, d, self.modulus)
             if self.config.task.result_as_alias:
                 result = self.alias(result)
-            rows += [self._equation(self.alias(integer), d, result), self._equation(d, self.alias(integer), result)]
+            rows += [
+                self._equation(self.alias(integer), d, result),
+                self._equation(d, self.alias(integer), result),
+            ]
         return rows
 
     @cached_property
@@ -175,7 +184,9 @@ class AliasTask:
 
     @lru_cache(maxsize=8)  # noqa: B019
     def _order(self, phase: str, epoch: int) -> NDArray[np.int64]:
-        return generator(self.config.task.order_seed or 0, f"order {phase}", epoch).permutation(len(self.rows(phase)))
+        return generator(self.config.task.order_seed or 0, f"order {phase}", epoch).permutation(
+            len(self.rows(phase))
+        )
 
     def batch(self, step: int) -> Batch:
         """Training batch of a step: a pure function of (seeds, phase, step).
@@ -204,7 +215,9 @@ class AliasTask:
         return Recipe(
             model=self.model(),
             loss=cross_entropy,
-            optimizer=partial(torch.optim.AdamW, lr=1.0, betas=phases.betas, weight_decay=phases.weight_decay),
+            optimizer=partial(
+                torch.optim.AdamW, lr=1.0, betas=phases.betas, weight_decay=phases.weight_decay
+            ),
             scheduler=partial(LambdaLR, lr_lambda=phases.learning_rate),
             max_grad_norm=phases.max_grad_norm,
         )
@@ -231,7 +244,7 @@ class AliasTask:
     @cached_property
     def evaluation(self) -> dict[str, Batch]:
         """What training is watched on: untrained questions of each set, and held-out table rows."""
-        batches = {
+        batches: dict[str, Batch] = {
             name: concatenate([self.questions(i) for i in members])
             for name, members in self.sets.items()
             if any(self.test_multipliers(i) for i in members)
@@ -261,7 +274,9 @@ class AliasTask:
     def identified(self) -> float:
         """Share of trained aliases that their training questions alone tell from every other integer."""
         operation = self.config.task.operation
-        return float(np.mean([identifies(operation, ds, self.modulus) for ds in self.train_multipliers.values()]))
+        return float(
+            np.mean([identifies(operation, ds, self.modulus) for ds in self.train_multipliers.values()])
+        )
 
 
 def load(config: Mapping[str, Any]) -> AliasTask:

@@ -18,7 +18,6 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from checkpoints import Checkpoint, Trajectory, TrajectoryWriter, schedule
-from dynamics import results
 from dynamics.config import PhaseConfig, StudyConfig
 from dynamics.recipe import ByNorm
 from dynamics.tasks import AliasTask
@@ -69,16 +68,19 @@ def fit(config: StudyConfig, out: Path, start: Checkpoint | None = None) -> Traj
 
 
 def kept_steps(config: StudyConfig) -> tuple[int, ...]:
-    """The steps whose checkpoints are stored: in every phase log-spaced from its start, X2's first, its
-    replayed ones, and the end."""
+    """The steps whose checkpoints are stored.
+
+    In every phase log-spaced from its start; X2's first ones and those it is replayed from; the end.
+    """
     starts, phases = config.phases.starts, config.phases
     kept = [
         schedule.log_spaced(starts[name] + phase.steps, config.schedule.per_decade, starts[name])
         for name, phase in _phases(config).items()
     ]
     dense = min(config.schedule.dense, phases.x2.steps)
+    first = schedule.window(starts["x2"], starts["x2"] + dense)
     replayed = [starts["x2"] + step for step in config.patching.x2_steps]
-    return schedule.union(*kept, schedule.window(starts["x2"], starts["x2"] + dense), replayed, [starts["end"]])
+    return schedule.union(*kept, first, replayed, [starts["end"]])
 
 
 def evaluated_steps(config: StudyConfig) -> tuple[int, ...]:
@@ -104,8 +106,8 @@ def _writer(config: StudyConfig, out: Path) -> TrajectoryWriter:
     requested = Trajectory.open(out).provenance.get("requested")
     if requested != config.to_dict():
         raise RunError(
-            f"{out} holds another run: {_difference(requested or {}, config.to_dict())}. Nothing was overwritten. "
-            "Give --out a new folder, or the config of that run to continue it."
+            f"{out} holds another run: {_difference(requested or {}, config.to_dict())}. "
+            "Nothing was overwritten. Give --out a new folder, or the config of that run to continue it."
         )
     return TrajectoryWriter.resume(out)
 

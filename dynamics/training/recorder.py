@@ -49,7 +49,7 @@ class TrajectoryRecorder(Callback):
         return Checkpoint.capture(
             pl_module if self.model is None else self.model,
             trainer.optimizers[0],
-            schedulers[0].scheduler if schedulers else None,  # type: ignore[arg-type]
+            schedulers[0].scheduler if schedulers else None,
             self.start + trainer.global_step,
             begins_optimizer=trainer.global_step == 0,
         )

@@ -87,6 +87,13 @@ def test_plain_values_survive_json_with_tuples_counters_integer_keys_and_nan(val
     assert values.differences(values.from_json(json.loads(text)), value) == []
 
 
+def test_not_a_number_infinities_and_minus_zero_survive_json_and_are_told_apart():
+    numbers = [math.nan, math.inf, -math.inf, -0.0, 5e-324]
+    read = values.from_json(json.loads(json.dumps(values.to_json(numbers), allow_nan=False)))
+    assert values.differences(read, numbers) == []
+    assert values.differences([math.nan, 0.0, 1, True], [math.nan, -0.0, 1.0, 1]) == ["1", "2", "3"]
+
+
 def test_views_are_stored_as_what_they_show():
     base = torch.arange(12.0, dtype=torch.float64).reshape(3, 4)
     shown = {
