@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 Operation = Literal["prod", "sum", "ssq"]
@@ -153,9 +153,9 @@ class PhasesConfig:
         batch_size, betas, weight_decay, max_grad_norm: shared by all phases; clipping is by total norm.
     """
 
-    pretrain: PhaseConfig = field(default_factory=lambda: PhaseConfig(steps=1500, warmup=50))
-    x1: PhaseConfig = field(default_factory=lambda: PhaseConfig(steps=3000, warmup=50))
-    x2: PhaseConfig = field(default_factory=lambda: PhaseConfig(steps=2000))
+    pretrain: PhaseConfig = PhaseConfig(steps=1500, warmup=50)
+    x1: PhaseConfig = PhaseConfig(steps=3000, warmup=50)
+    x2: PhaseConfig = PhaseConfig(steps=2000)
     stop_pretrain_at: float | None = None
     batch_size: int = 128
     betas: tuple[float, float] = (0.9, 0.98)

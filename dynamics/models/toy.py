@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -212,11 +211,10 @@ class ToyTransformer(HookedRootModule):
             resid = block(resid)
         return self.unembed(self.ln_final(resid))  # type: ignore[no-any-return]
 
-    def to(self, *args: Any, **kwargs: Any) -> ToyTransformer:
-        """As nn.Module.to; the config that TransformerLens reads follows."""
-        super().to(*args, **kwargs)
-        parameter = next(self.parameters())
-        self.cfg.device, self.cfg.dtype = str(parameter.device), parameter.dtype
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ToyTransformer:
+        """Every way of moving or converting a module ends here; the config that TransformerLens reads follows."""
+        super()._apply(fn, recurse)
+        self.cfg.device, self.cfg.dtype = str(self.embed.W_E.device), self.embed.W_E.dtype
         return self
 
 

@@ -2,4 +2,5 @@
 
 from dynamics.studies.aliases import run as run
 from dynamics.studies.internalisation import internalisation as internalisation
+from dynamics.studies.verification import environment_changes as environment_changes
 from dynamics.studies.verification import verify as verify

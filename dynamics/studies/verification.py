@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from torch import nn
+
 from checkpoints import Checkpoint, Trajectory
 from dynamics import steps, tasks
 
@@ -43,10 +45,14 @@ def verify(trajectory: Trajectory) -> Iterator[Verdict]:
         yield Verdict(start, stop, tuple(recorded.differences(replayed)))
 
 
-def environment_changes(recorded: Checkpoint, here: Checkpoint) -> list[str]:
-    """What of the numeric environment differs from the recorded one, in words."""
+def environment_changes(recorded: Checkpoint) -> list[str]:
+    """What of the numeric environment differs here from the recorded one, in words.
+
+    Deterministic kernels are left out: replaying turns them on where the run had them.
+    """
+    here = Checkpoint.capture(nn.Module()).fingerprint
     return [
-        f"{name} was {value}, here {here.fingerprint.get(name)}"
+        f"{name} was {value}, here {here.get(name)}"
         for name, value in recorded.fingerprint.items()
-        if here.fingerprint.get(name) != value and name != "deterministic"
+        if here.get(name) != value and name != "deterministic"
     ]
