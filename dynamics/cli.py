@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ignore[attr-defined]
 
 from dynamics.config import ConfigError, StudyConfig
 
@@ -22,7 +22,7 @@ INTERRUPTED = 130
 class _Parser(ArgumentParser):
     """A parser whose error for an unknown config key lists the keys that are there."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         unknown = re.search(r"(?:unrecognized arguments: --|accept option ')((?:\w+\.)*)", message)
         if unknown:
             section = unknown[1]
@@ -44,9 +44,7 @@ def _keys(config: object = None, prefix: str = "") -> list[str]:
 class _ConfigOrPreset(ActionConfigFile):
     """`--config FILE` reads a config; `--preset NAME` one that ships with the package. Later arguments win."""
 
-    def __call__(
-        self, parser: ArgumentParser, namespace: Any, values: Any, option_string: str | None = None
-    ) -> None:
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if option_string == "--preset":
             names = sorted(path.name.removesuffix(".yaml") for path in PRESETS.iterdir())
             if values not in names:
@@ -180,3 +178,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
 
 def _complain(message: str) -> None:
     print(message, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

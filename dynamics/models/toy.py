@@ -213,7 +213,7 @@ class ToyTransformer(HookedRootModule):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ToyTransformer:
         """Every way of moving or converting a module ends here; the config that TransformerLens reads follows."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.cfg.device, self.cfg.dtype = str(self.embed.W_E.device), self.embed.W_E.dtype
         return self
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
-from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.functional.classification import multiclass_accuracy
 
 from dynamics.batch import Batch
-from dynamics.measures import cross_entropy, target_logits
+from dynamics.measures import target_logits
 from dynamics.steps.calls import evaluating
 
 
@@ -27,12 +27,10 @@ def scores(model: nn.Module, batches: Mapping[str, Batch], d_vocab: int) -> dict
     with torch.no_grad(), evaluating(model):
         for name, batch in batches.items():
             here = batch.to(device)
-            accuracy = MetricCollection({"accuracy": MulticlassAccuracy(d_vocab, average="micro")}).to(device)
-            loss = MeanMetric().to(device)
-            accuracy.update(target_logits(model, here).float(), here.targets)
-            loss.update(cross_entropy(model, here))
-            found[f"{name}_accuracy"] = accuracy.compute()["accuracy"].item()
-            found[f"{name}_loss"] = loss.compute().item()
+            logits = target_logits(model, here)
+            accuracy = multiclass_accuracy(logits, here.targets, d_vocab, average="micro")
+            found[f"{name}_accuracy"] = accuracy.item()
+            found[f"{name}_loss"] = F.cross_entropy(logits, here.targets).item()
     return found
 
 

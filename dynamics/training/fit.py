@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 import yaml
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
+from tqdm.auto import tqdm
 
 from checkpoints import Checkpoint, Trajectory, TrajectoryWriter, schedule
 from dynamics.config import PhaseConfig, StudyConfig
@@ -168,7 +168,7 @@ def _fit_phase(task: AliasTask, writer: TrajectoryWriter, state: Checkpoint, pha
         stop_below=config.phases.stop_pretrain_at if phase == "pretrain" else None,
     )
     kept = [step for step in kept_steps(config) if state.step < step < stop]
-    recorder = TrajectoryRecorder(writer, kept, state.step, recipe.model)
+    recorder = _PhaseRecorder(writer, kept, state.step, recipe.model)
     assert isinstance(recipe.clip, ByNorm), "the task clips by norm"
     before = torch.are_deterministic_algorithms_enabled()
     try:
@@ -181,8 +181,9 @@ def _fit_phase(task: AliasTask, writer: TrajectoryWriter, state: Checkpoint, pha
                 max_epochs=1,
                 gradient_clip_val=recipe.clip.max_norm,
                 logger=_logger(config, writer.path, state.step),
-                callbacks=[evaluation, recorder, _PhaseBar(phase)],
+                callbacks=[evaluation, recorder, _PhaseBar(phase, stop - state.step)],
                 enable_checkpointing=False,
+                enable_progress_bar=False,
                 enable_model_summary=False,
                 log_every_n_steps=1,
                 deterministic=True,
@@ -194,19 +195,27 @@ def _fit_phase(task: AliasTask, writer: TrajectoryWriter, state: Checkpoint, pha
         collect(writer.path / "logs", writer.path / "metrics.csv")
 
 
-class _PhaseBar(TQDMProgressBar):
-    """Lightning's progress bar under the phase's name."""
+class _PhaseRecorder(TrajectoryRecorder):
+    """Leaves the phase's last state to `fit`, which stores it as the next phase begins with it."""
 
-    def __init__(self, phase: str) -> None:
-        super().__init__(refresh_rate=25)
-        self.phase = phase
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pass
 
-    def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
-        super().on_train_epoch_start(trainer, *args)
-        self.train_progress_bar.set_description(self.phase)
 
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        return {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
+class _PhaseBar(Callback):
+    """A progress bar under the phase's name, on stderr as all others here: stdout is for results."""
+
+    def __init__(self, phase: str, steps: int) -> None:
+        self.bar = tqdm(total=steps, desc=phase, unit="step", mininterval=0.5)
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self.bar.update()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.bar.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.bar.close()
 
 
 class _Batches:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from hypothesis import settings
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
@@ -20,6 +21,10 @@ from dynamics.recipe import ByNorm, ByValue
 from dynamics.sites import Site
 
 D_VOCAB = 11
+
+examples = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+"""For properties: the same examples in every run, however slow the machine."""
+
 ADAMW = partial(AdamW, lr=0.01, weight_decay=0.1)
 
 
@@ -125,14 +130,22 @@ def tied() -> nn.Module:
 
 # --- recipes ----------------------------------------------------------------------------------------------
 
-CLIPS = {"unclipped": None, "by norm": ByNorm(0.1), "by a norm it never reaches": ByNorm(1e6), "by value": ByValue(0.01)}
+CLIPS = {
+    "unclipped": None,
+    "by norm": ByNorm(0.1),
+    "by a norm it never reaches": ByNorm(1e6),
+    "by value": ByValue(0.01),
+}
 
 
 def two_groups(parameters: Iterable[nn.Parameter]) -> Optimizer:
     """Decay for matrices only, and another learning rate for the rest."""
     given = list(parameters)
     matrices, rest = ([p for p in given if (p.ndim > 1) == several] for several in (True, False))
-    return AdamW([{"params": matrices, "weight_decay": 0.3}, {"params": rest, "weight_decay": 0.0, "lr": 0.02}], lr=0.01)
+    return AdamW(
+        [{"params": matrices, "weight_decay": 0.3}, {"params": rest, "weight_decay": 0.0, "lr": 0.02}],
+        lr=0.01,
+    )
 
 
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
@@ -159,13 +172,13 @@ LOOPED: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
 
 
 def transformer_recipe(**changes: Any) -> dy.Recipe:
-    settings = {"loss": dy.measures.cross_entropy, "optimizer": ADAMW, "max_grad_norm": 0.5, **changes}
-    return dy.Recipe(model=settings.pop("model", None) or transformer(), **settings)
+    given = {"loss": dy.measures.cross_entropy, "optimizer": ADAMW, "max_grad_norm": 0.5, **changes}
+    return dy.Recipe(model=given.pop("model", None) or transformer(), **given)
 
 
 def classifier_recipe(**changes: Any) -> dy.Recipe:
-    settings = {"loss": classifier_loss, "optimizer": ADAMW, **changes}
-    return dy.Recipe(model=settings.pop("model", None) or classifier(), **settings)
+    given = {"loss": classifier_loss, "optimizer": ADAMW, **changes}
+    return dy.Recipe(model=given.pop("model", None) or classifier(), **given)
 
 
 # --- ordinary training ------------------------------------------------------------------------------------
@@ -216,7 +229,11 @@ def clip(recipe: dy.Recipe, model: nn.Module) -> None:
 
 
 def outcomes(
-    verb: Callable[..., Any], recipe: dy.Recipe, checkpoint: Checkpoint | None, contrast: dy.Contrast, sites: Sequence[Site]
+    verb: Callable[..., Any],
+    recipe: dy.Recipe,
+    checkpoint: Checkpoint | None,
+    contrast: dy.Contrast,
+    sites: Sequence[Site],
 ) -> dict[str, dict[str, Tensor]]:
     """All tensors of the model that each cell of a result was measured on, by reference or site label."""
     seen: list[dict[str, Tensor]] = []

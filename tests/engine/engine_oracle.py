@@ -36,13 +36,16 @@ def seed_patch(
     model, optimizer = copy.deepcopy((live.model, live.optimizer))
     if fresh:
         optimizer = recipe.optimizer(list(model.parameters()))
-    base, source = gradients or (backward(recipe, model, contrast.base), backward(recipe, model, contrast.source))
+    base, source = gradients or (
+        backward(recipe, model, contrast.base),
+        backward(recipe, model, contrast.source),
+    )
     for name, parameter in model.named_parameters():
         parameter.grad = None if base[name] is None else base[name].clone()
     for name, index in site.covers.items():
         parameter = model.get_parameter(name)
         if isinstance(index, EllipsisType):
-            parameter.grad = source[name]
+            parameter.grad = None if source[name] is None else source[name].clone()
         else:
             parameter.grad[index] = source[name][index]
     clip(recipe, model)

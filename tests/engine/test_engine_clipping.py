@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from engine_models import draws, tokens, trained, transformer_recipe
+from engine_models import draws, examples, tokens, trained, transformer_recipe
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -55,9 +55,10 @@ def test_the_clip_coefficient_from_additive_norms_is_torchs_at_every_site(gradie
         factor = coefficient(inside + outside, max_norm)
         assert factor == pytest.approx(torch_coefficient(patched, max_norm), rel=1e-12)
         name = "unembed.W_U"
-        assert torch.equal(clipped(patched, ByNorm(max_norm))[name], patched[name] * coefficient(
-            sum(squared_norm(g) for g in patched.values()), max_norm
-        ))
+        assert torch.equal(
+            clipped(patched, ByNorm(max_norm))[name],
+            patched[name] * coefficient(sum(squared_norm(g) for g in patched.values()), max_norm),
+        )
         factors.add(factor)
     assert (factors == {1.0}) == (max_norm == 1e6)
 
@@ -70,6 +71,7 @@ def test_a_norm_is_accumulated_in_double_precision():
     assert sum(squared_norm(g) for g in one_dominates.values()) == pytest.approx(1e12 + 0.1, rel=1e-14)
 
 
+@examples
 @given(norm=norms, limit=limits)
 def test_clipping_never_lengthens_a_gradient_and_never_leaves_it_longer_than_the_limit(norm, limit):
     factor = coefficient(norm**2, limit)
@@ -77,18 +79,21 @@ def test_clipping_never_lengthens_a_gradient_and_never_leaves_it_longer_than_the
     assert factor * norm <= limit * (1 + 1e-12)
 
 
+@examples
 @given(norm=norms, limit=limits)
 def test_a_gradient_well_inside_the_limit_is_not_touched(norm, limit):
     if norm + 1e-6 <= limit * (1 - 1e-12):
         assert coefficient(norm**2, limit) == 1.0
 
 
+@examples
 @given(one=norms, other=norms, limit=limits)
 def test_a_longer_gradient_is_never_scaled_less(one, other, limit):
     short, long = sorted((one, other))
     assert coefficient(long**2, limit) <= coefficient(short**2, limit)
 
 
+@examples
 @given(norm=norms, low=limits, high=limits)
 def test_a_higher_limit_never_clips_more(norm, low, high):
     assert coefficient(norm**2, min(low, high)) <= coefficient(norm**2, max(low, high))
@@ -108,7 +113,9 @@ def test_clipping_keeps_what_is_missing_missing_and_changes_no_given_tensor(clip
     elif isinstance(clip, ByValue):
         assert torch.equal(found["a"], g.clamp(-0.3, 0.3))
     else:
-        assert float(found["a"].norm()) == pytest.approx(0.3 * (1 - 1e-6 / (float(g.norm()) + 1e-6)), rel=1e-12)
+        assert float(found["a"].norm()) == pytest.approx(
+            0.3 * (1 - 1e-6 / (float(g.norm()) + 1e-6)), rel=1e-12
+        )
 
 
 def test_the_coefficient_by_hand():

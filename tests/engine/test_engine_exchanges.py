@@ -1,5 +1,7 @@
 """Exchanging nothing, everything, disjoint sites, or a batch with itself."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from engine_models import (
@@ -32,7 +34,9 @@ fresh_and_warm = pytest.mark.parametrize("start", ["fresh", "warm"])
 
 def normed(start="warm", **changes):
     """A recipe whose model moves batch statistics and drops units, and a checkpoint of it."""
-    recipe = classifier_recipe(model=classifier(norm=True, dropout=0.3), **{"clip": CLIPS["by norm"], **changes})
+    recipe = classifier_recipe(
+        model=classifier(norm=True, dropout=0.3), **{"clip": CLIPS["by norm"], **changes}
+    )
     live = trained(recipe, [points(seed) for seed in range(3)])
     return recipe, live.last if start == "warm" else live.last.with_fresh_optimizer()
 
@@ -46,9 +50,13 @@ def nothing(model):
 @every_verb
 @every_optimizer
 @fresh_and_warm
-def test_patching_nothing_leaves_the_base_step_and_patching_everything_the_source_step_bitwise(verb, optimizer, start):
+def test_patching_nothing_leaves_the_base_step_and_patching_everything_the_source_step_bitwise(
+    verb, optimizer, start
+):
     recipe, checkpoint = normed(start, optimizer=OPTIMIZERS[optimizer])
-    some = sites.parameters(recipe.model) * 4  # everything comes in another stack of steps than base and source
+    some = (
+        sites.parameters(recipe.model) * 4
+    )  # everything comes in another stack of steps than base and source
     some = [Site(f"{i}", s.covers) for i, s in enumerate(some)]
     assert len(some) > 16
     everything = sites.everything(recipe.model)
@@ -171,9 +179,14 @@ def test_updates_of_disjoint_sites_add_up_to_the_update_of_their_union(level, st
 def unions(parts):
     """Of each site with the next; slices of one tensor are united by a mask."""
     found = []
-    for one, other in zip(parts[:-1], parts[1:], strict=True):
+    for one, other in pairwise(parts):
         covers = {name: index for site in (one, other) for name, index in site.covers.items()}
         for name in one.covers.keys() & other.covers.keys():
-            covers[name] = (slice(min(one.covers[name][0], other.covers[name][0]), 1 + max(one.covers[name][0], other.covers[name][0])),)
+            covers[name] = (
+                slice(
+                    min(one.covers[name][0], other.covers[name][0]),
+                    1 + max(one.covers[name][0], other.covers[name][0]),
+                ),
+            )
         found.append(Site(f"{one.label} with {other.label}", covers))
     return found

@@ -34,22 +34,23 @@ def test_exchanging_the_key_bias_has_no_effect_up_to_rounding(verb, start):
     checkpoint = live.last if start == "stored" else live.last.with_fresh_optimizer()
     pair = dy.Contrast(tokens(2), tokens(3), tokens(4))
     controls = [s for s in sites.matrices(recipe.model) if s.coords["component"] in ("W_K", "W_Q")]
-    result = verb(recipe, checkpoint, [pair], [*key_biases(recipe.model), *controls], dy.measures.correct_logit)
+    result = verb(
+        recipe, checkpoint, [pair], [*key_biases(recipe.model), *controls], dy.measures.correct_logit
+    )
     effects = abs(result["effect"].isel(example=0))
     assert effects[:5].max() < 1e-12
     assert effects[5:].min() > 1e-8
 
 
-@pytest.mark.parametrize("start", ["fresh", "stored"])
-def test_in_single_precision_a_fresh_optimizer_moves_the_key_bias_and_the_effect_stays_at_rounding(start):
+def test_in_single_precision_a_fresh_optimizer_moves_the_key_bias_and_the_effect_stays_at_rounding():
     """Adam divides rounding by rounding; the scores it shifts are still shifted all alike."""
     recipe = transformer_recipe(model=transformer("float32"))
-    live = trained(recipe, [tokens(0), tokens(1), tokens(5)])
-    checkpoint = live.last if start == "stored" else live.last.with_fresh_optimizer()
+    checkpoint = trained(recipe, [tokens(0), tokens(1)]).last.with_fresh_optimizer()
     pair = dy.Contrast(tokens(2), tokens(3), tokens(4))
-    found = outcomes(dy.patch_updates, recipe, checkpoint, pair, key_biases(recipe.model))
-    moved = {n: t for n, t in found["base"].items() if n.endswith("b_K")}
-    stayed = {n: found["untouched"][n] for n in moved}
-    assert gap(moved, stayed) > 1e-3
-    result = dy.patch_updates(recipe, checkpoint, [pair], key_biases(recipe.model), dy.measures.correct_logit)
-    assert abs(result["effect"]).max() < 1e-5 * max(1.0, abs(result["base"]).item())
+    biases = key_biases(recipe.model)
+    found = outcomes(dy.patch_updates, recipe, checkpoint, pair, biases)
+    names = biases[-1].covers
+    by_gradient = gap({n: found["base"][n] for n in names}, {n: found["coasted"][n] for n in names})
+    assert by_gradient > 1e-3
+    result = dy.patch_updates(recipe, checkpoint, [pair], biases, dy.measures.correct_logit)
+    assert abs(result["effect"]).max() < 1e-5 * abs(result["base"]).item()

@@ -4,7 +4,17 @@ from functools import partial
 
 import pytest
 import torch
-from engine_models import CLIPS, LOOPED, OPTIMIZERS, classifier, classifier_recipe, points, tokens, trained, transformer_recipe
+from engine_models import (
+    CLIPS,
+    LOOPED,
+    OPTIMIZERS,
+    classifier,
+    classifier_recipe,
+    points,
+    tokens,
+    trained,
+    transformer_recipe,
+)
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 
@@ -92,7 +102,9 @@ def test_several_steps_at_once_equal_training_straight_through():
     recorded = trained(recipe, BATCHES).checkpoints
     for start in range(5):
         for stop in range(start, 5):
-            assert_same_bits(dy.steps.advance(recipe, recorded[start], stop, BATCHES.__getitem__), recorded[stop])
+            assert_same_bits(
+                dy.steps.advance(recipe, recorded[start], stop, BATCHES.__getitem__), recorded[stop]
+            )
 
 
 def test_any_step_between_two_stored_checkpoints_is_reached_as_training_went_through_it(tmp_path):

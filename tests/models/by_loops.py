@@ -93,7 +93,10 @@ class ByLoops:
             part: self._pass(
                 f"{name}hook_{part}",
                 [
-                    [[x @ w[f"{name}W_{part.upper()}"][h] + w[f"{name}b_{part.upper()}"][h] for h in heads] for x in row]
+                    [
+                        [x @ w[f"{name}W_{part.upper()}"][h] + w[f"{name}b_{part.upper()}"][h] for h in heads]
+                        for x in row
+                    ]
                     for row in resid
                 ],
             )
@@ -109,7 +112,8 @@ class ByLoops:
                         scores[b, h, reader, read] = q @ k / math.sqrt(self.config.d_head)
         scores = self._pass(f"{name}hook_attn_scores", scores)
         pattern = self._pass(
-            f"{name}hook_pattern", [[[softmax(scores[b, h, p]) for p in range(n_pos)] for h in heads] for b in range(n_rows)]
+            f"{name}hook_pattern",
+            [[[softmax(scores[b, h, p]) for p in range(n_pos)] for h in heads] for b in range(n_rows)],
         )
         z = self._pass(
             f"{name}hook_z",
@@ -125,7 +129,9 @@ class ByLoops:
 
     def _mlp(self, name: str, resid: Array) -> list[list[Array]]:
         w = self.weights
-        pre = self._pass(f"{name}hook_pre", [[x @ w[f"{name}W_in"] + w[f"{name}b_in"] for x in row] for row in resid])
+        pre = self._pass(
+            f"{name}hook_pre", [[x @ w[f"{name}W_in"] + w[f"{name}b_in"] for x in row] for row in resid]
+        )
         post = [[activation(self.config.activation, x) for x in row] for row in pre]
         post = self._pass(f"{name}hook_post", post)
         return [[x @ w[f"{name}W_out"] + w[f"{name}b_out"] for x in row] for row in post]

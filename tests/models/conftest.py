@@ -10,7 +10,16 @@ from dynamics.config import ToyConfig
 from dynamics.models.toy import ToyTransformer
 
 D_VOCAB = 6
-MICRO = {"n_layers": 2, "n_heads": 2, "d_model": 4, "d_head": 3, "d_mlp": 5, "n_ctx": 4, "dtype": "float64", "seed": 3}
+MICRO = {
+    "n_layers": 2,
+    "n_heads": 2,
+    "d_model": 4,
+    "d_head": 3,
+    "d_mlp": 5,
+    "n_ctx": 4,
+    "dtype": "float64",
+    "seed": 3,
+}
 
 
 def shaken(model: ToyTransformer) -> ToyTransformer:
@@ -28,6 +37,16 @@ def toy() -> Callable[..., ToyTransformer]:
 
     def make(**changes: Any) -> ToyTransformer:
         return shaken(ToyTransformer(ToyConfig(**{**MICRO, **changes}), D_VOCAB))
+
+    return make
+
+
+@pytest.fixture
+def fresh_toy() -> Callable[..., ToyTransformer]:
+    """A maker of the same micro models as they are drawn."""
+
+    def make(d_vocab: int = D_VOCAB, **changes: Any) -> ToyTransformer:
+        return ToyTransformer(ToyConfig(**{**MICRO, **changes}), d_vocab)
 
     return make
 

@@ -1,7 +1,5 @@
 """TransformerLens's own tools run on the toy transformer unchanged, and are right on it."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
@@ -61,18 +59,22 @@ def test_what_a_hook_returns_is_what_the_model_goes_on_with(toy, tokens, name):
     kept(tokens)
     changed = kept.kept[name] * 1.5 + 0.25
     with torch.no_grad():
-        hooked = model.run_with_hooks(tokens, fwd_hooks=[(name, lambda value, hook: torch.from_numpy(changed))])
+        hooked = model.run_with_hooks(
+            tokens, fwd_hooks=[(name, lambda value, hook: torch.from_numpy(changed))]
+        )
         assert (hooked - model(tokens)).abs().max() > 1e-4
     np.testing.assert_allclose(hooked.numpy(), ByLoops(model, {name: changed})(tokens), rtol=0, atol=1e-11)
 
 
-def test_the_backward_signal_at_a_hook_reaches_only_what_lies_upstream(toy, tokens):
+def test_a_backward_signal_set_to_zero_zeroes_the_gradients_upstream_of_it_alone(toy, tokens):
     model = toy()
     model.add_hook("blocks.1.hook_resid_pre", lambda signal, hook: (torch.zeros_like(signal),), dir="bwd")
     metric(model(tokens)).backward()
     upstream = {n for n, p in model.named_parameters() if n.startswith(("embed", "pos_embed", "blocks.0"))}
     assert {n for n, p in model.named_parameters() if not p.grad.any()} >= upstream
-    assert all(p.grad.any() for n, p in model.named_parameters() if n not in upstream and not n.endswith("b_K"))
+    assert all(
+        p.grad.any() for n, p in model.named_parameters() if n not in upstream and not n.endswith("b_K")
+    )
 
 
 # --- activation patching ----------------------------------------------------------------------------------
@@ -201,12 +203,12 @@ def test_first_order_attribution_equals_the_exact_effect_as_the_difference_vanis
 
 
 def test_attribution_is_exact_where_the_model_is_linear_behind_the_node(toy):
-    model = toy(attn_only=False, normalization="none", n_layers=1)
+    model = toy(normalization="none", n_layers=1)
     scores = attribution_patch(model, CLEAN[:1], CORRUPT[:1], metric).node_scores
     with torch.no_grad():
         _, cache = model.run_with_cache(CLEAN[:1])
     last = [node for node in scores if node.kind == "mlp_out"]
-    assert any(scores[node] for node in last) or CLEAN[0, 3] == CORRUPT[0, 3]
+    assert any(abs(scores[node]) > 1e-3 for node in last)
     for node in last:
         assert scores[node] == pytest.approx(exact_effect(model, cache, node), abs=1e-12)
 
@@ -214,7 +216,9 @@ def test_attribution_is_exact_where_the_model_is_linear_behind_the_node(toy):
 def test_attribution_of_a_batch_is_the_mean_over_its_pairs(toy):
     model = toy(activation="gelu")
     whole = attribution_patch(model, CLEAN, CORRUPT, metric).node_scores
-    each = [attribution_patch(model, CLEAN[i : i + 1], CORRUPT[i : i + 1], metric).node_scores for i in (0, 1)]
+    each = [
+        attribution_patch(model, CLEAN[i : i + 1], CORRUPT[i : i + 1], metric).node_scores for i in (0, 1)
+    ]
     assert whole == {node: pytest.approx((each[0][node] + each[1][node]) / 2) for node in whole}
     assert any(abs(score) > 1e-3 for score in whole.values())
 
@@ -225,6 +229,6 @@ def test_attribution_of_a_model_without_mlps_is_refused_by_name(toy):
 
 
 def test_a_model_in_training_mode_is_refused(toy):
-    run = partial(attribution_patch, toy().train(), CLEAN, CORRUPT, metric)
+    model = toy().train()
     with pytest.raises(ValueError, match="eval"):
-        run()
+        attribution_patch(model, CLEAN, CORRUPT, metric)

