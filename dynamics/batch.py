@@ -34,6 +34,8 @@ class Batch:
 
     def __getitem__(self, rows: Any) -> Batch:
         """Rows by slice or index tensor; the result is again a Batch."""
+        if isinstance(rows, int):
+            raise TypeError(f"batch[{rows}] would lose the batch axis; take batch[{rows}:{rows + 1}].")
         return self._map(lambda t: t[rows])
 
     def to(self, device: torch.device | str) -> Batch:
@@ -57,9 +59,14 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
     return Batch(*columns)  # type: ignore[arg-type]
 
 
+def _flatten(batch: Batch) -> tuple[list[Tensor], tuple[str, ...]]:
+    names = tuple(f.name for f in fields(Batch) if getattr(batch, f.name) is not None)
+    return [getattr(batch, name) for name in names], names
+
+
 _pytree.register_pytree_node(
     Batch,
-    lambda batch: ([getattr(batch, f.name) for f in fields(Batch)], None),
-    lambda values, _: Batch(*values),
+    _flatten,
+    lambda values, names: Batch(**dict(zip(names, values, strict=True))),
     serialized_type_name="dynamics.batch.Batch",
 )

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, TypeVar, get_args
+
+_Part = TypeVar("_Part")
 
 Operation = Literal["prod", "sum", "ssq"]
 Roles = Literal["drawn", "exchanged"]
 OptimizerState = Literal["stored", "fresh"]
 Level = Literal["layers", "components", "heads", "circuits", "matrices", "up_to_layer"]
-MeasureName = Literal["correct_logit", "centred_logit", "correct_log_prob", "probability", "logit_difference"]
+MeasureName = Literal["correct_logit", "centred_logit", "correct_log_prob", "probability"]
+Precision = Literal["32-true", "64-true", "bf16-mixed"]
+Dtype = Literal["float32", "float64", "bfloat16"]
 Activation = Literal["relu", "gelu", "silu", "solu"]
 Normalization = Literal["LN", "RMS", "none"]
 LoggerName = Literal["csv", "tensorboard", "wandb"]
@@ -32,6 +36,20 @@ def _require(condition: bool, message: str) -> None:
 def _choice(name: str, value: object, literal: object) -> None:
     allowed = get_args(literal)
     _require(value in allowed, f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
+
+
+def _check_seed(name: str, seed: int | None) -> None:
+    _require(seed is None or seed >= 0, f"{name} is {seed}; a seed is at least 0.")
+
+
+def _built(kind: type[_Part], value: _Part | Mapping[str, Any], where: str) -> _Part:
+    """A part of the config from plain data; unknown keys are named beside the valid ones."""
+    if not isinstance(value, Mapping):
+        return value
+    valid = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    wrong = sorted(set(value) - valid)
+    _require(not wrong, f"unknown config keys {wrong} in {where}; valid are {sorted(valid)}.")
+    return kind(**value)
 
 
 def answer(operation: Operation, x: int, y: int, modulus: int) -> int:
@@ -97,6 +115,13 @@ class AliasConfig:
         for name in ("table_fraction", "heldout_fraction"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"task.{name} is {value}; it is a share, at least 0 and below 1.")
+        pairs = m * (m + 1) // 2
+        _require(
+            round(self.heldout_fraction * pairs) < pairs,
+            f"task.heldout_fraction {self.heldout_fraction} leaves none of {pairs} pairs to train on.",
+        )
+        _check_seed("task.seed", self.seed)
+        _check_seed("task.order_seed", self.order_seed)
         _require(self.definition_copies >= 1, "task.definition_copies must be at least 1.")
 
 
@@ -113,13 +138,14 @@ class ToyConfig:
     attn_only: bool = False
     activation: Activation = "relu"
     normalization: Normalization = "LN"
-    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     seed: int | None = None
 
     def __post_init__(self) -> None:
         _choice("model.activation", self.activation, Activation)
         _choice("model.normalization", self.normalization, Normalization)
-        _choice("model.dtype", self.dtype, Literal["float32", "float64", "bfloat16"])
+        _choice("model.dtype", self.dtype, Dtype)
+        _check_seed("model.seed", self.seed)
         for name in ("n_layers", "n_heads", "d_model", "d_head", "d_mlp", "n_ctx"):
             _require(
                 getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}; it must be at least 1."
@@ -165,9 +191,15 @@ class PhasesConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
         for name in ("pretrain", "x1", "x2"):
-            if isinstance(value := getattr(self, name), Mapping):
-                object.__setattr__(self, name, PhaseConfig(**value))
+            object.__setattr__(self, name, _built(PhaseConfig, getattr(self, name), f"phases.{name}"))
         _require(self.batch_size >= 1, f"phases.batch_size is {self.batch_size}; it must be at least 1.")
+        _require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            f"phases.betas is {self.betas}; AdamW takes two numbers, each at least 0 and below 1.",
+        )
+        _require(
+            self.weight_decay >= 0, f"phases.weight_decay is {self.weight_decay}; it cannot be negative."
+        )
         _require(self.max_grad_norm > 0, f"phases.max_grad_norm is {self.max_grad_norm}; it must be above 0.")
 
     @property
@@ -243,8 +275,11 @@ class PatchingConfig:
             for value in getattr(self, name):
                 _choice(f"patching.{name}", value, literal)
         object.__setattr__(self, "x2_steps", tuple(self.x2_steps))
-        if isinstance(self.primary, Mapping):
-            object.__setattr__(self, "primary", PrimaryConfig(**self.primary))
+        object.__setattr__(self, "primary", _built(PrimaryConfig, self.primary, "patching.primary"))
+        for name in ("x2_steps", "optimizers", "levels", "measures"):
+            values = getattr(self, name)
+            _require(len(values) > 0, f"patching.{name} is empty; give at least one.")
+            _require(len(set(values)) == len(values), f"patching.{name} {values} repeats a value.")
         for name, value, where in (
             ("x2_step", self.primary.x2_step, self.x2_steps),
             ("optimizer", self.primary.optimizer, self.optimizers),
@@ -259,11 +294,12 @@ class TrainerConfig:
     """Lightning's own settings: accelerator, precision, logger; and torch's threads on CPU."""
 
     accelerator: str = "auto"
-    precision: Literal["32-true", "64-true", "bf16-mixed"] = "32-true"
+    precision: Precision = "32-true"
     logger: LoggerName = "csv"
     threads: int = 1
 
     def __post_init__(self) -> None:
+        _choice("trainer.precision", self.precision, Precision)
         _choice("trainer.logger", self.logger, LoggerName)
         _require(self.threads >= 1, "trainer.threads must be at least 1.")
 
@@ -281,13 +317,10 @@ class StudyConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Seeds left open take the study's; checks that concern several parts."""
-        if self.task.seed is None:
-            object.__setattr__(self, "task", replace(self.task, seed=self.seed))
-        if self.task.order_seed is None:
-            object.__setattr__(self, "task", replace(self.task, order_seed=self.seed))
-        if self.model.seed is None:
-            object.__setattr__(self, "model", replace(self.model, seed=self.seed))
+        """Checks that concern several parts."""
+        for name, kind in _PARTS.items():
+            object.__setattr__(self, name, _built(kind, getattr(self, name), name))
+        _check_seed("seed", self.seed)
         _require(
             self.model.n_ctx >= 4,
             f"model.n_ctx is {self.model.n_ctx}; definitions and questions have 4 tokens.",
@@ -300,23 +333,25 @@ class StudyConfig:
         plain: dict[str, Any] = _plain(asdict(self))
         return plain
 
+    @property
+    def split_seed(self) -> int:
+        """Draws the sets, splits and false definitions."""
+        return self.seed if self.task.seed is None else self.task.seed
+
+    @property
+    def order_seed(self) -> int:
+        """Draws the order of the rows."""
+        return self.seed if self.task.order_seed is None else self.task.order_seed
+
+    @property
+    def weights_seed(self) -> int:
+        """Draws the weights the model starts from."""
+        return self.seed if self.model.seed is None else self.model.seed
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> StudyConfig:
         """The study written by `to_dict`; unknown keys are named beside the valid ones."""
-        parts = {f.name: f for f in fields(cls)}
-        unknown = sorted(set(data) - set(parts))
-        _require(not unknown, f"unknown config keys {unknown}; valid are {sorted(parts)}.")
-        made: dict[str, Any] = {}
-        for name, value in data.items():
-            kind = _PARTS.get(name)
-            if kind is None:
-                made[name] = value
-                continue
-            valid = {f.name for f in fields(kind)}
-            wrong = sorted(set(value) - valid)
-            _require(not wrong, f"unknown config keys {wrong} in {name}; valid are {sorted(valid)}.")
-            made[name] = kind(**value)
-        return cls(**made)
+        return _built(cls, data, "the config")
 
 
 _PARTS: dict[str, Any] = {

@@ -198,10 +198,6 @@ def shadowed(modules: Mapping[str, str]) -> list[str]:
     ]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="steps.gradient, steps.replay and studies.internalisation are a module and its function at once",
-)
 def test_no_package_exports_a_function_under_the_name_of_its_module():
     assert shadowed(sources()) == []
 

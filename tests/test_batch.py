@@ -113,8 +113,5 @@ def test_vmap_goes_over_the_rows_of_a_batch():
     assert vmap(row_sum)(batch(2)).tolist() == [0 + 1 + 2 + 200, 10 + 11 + 12 + 201]
 
 
-@pytest.mark.xfail(
-    strict=True, raises=ValueError, reason="an absent field is flattened to a leaf None, which vmap refuses"
-)
 def test_vmap_goes_over_the_rows_of_a_batch_without_optional_fields():
     assert vmap(row_sum)(batch(2, optional=False)).tolist() == [203, 234]

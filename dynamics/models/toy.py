@@ -67,6 +67,7 @@ class Attention(nn.Module):
         self.b_O = nn.Parameter(torch.zeros(d_model))
         causal = torch.ones(config.n_ctx, config.n_ctx, dtype=torch.bool).tril()
         self.register_buffer("mask", causal, persistent=False)
+        self.register_load_state_dict_pre_hook(_without_old_buffers)  # type: ignore[no-untyped-call]
         self.hook_q, self.hook_k, self.hook_v, self.hook_z = (_hook() for _ in range(4))
         self.hook_attn_scores, self.hook_pattern = _hook(), _hook()
 
@@ -86,6 +87,14 @@ class Attention(nn.Module):
         pattern = self.hook_pattern(scores.softmax(-1))
         z = self.hook_z(torch.einsum("bhqk,bkhe->bqhe", pattern, v))
         return torch.einsum("bphe,hed->bpd", z, self.W_O) + self.b_O
+
+
+def _without_old_buffers(
+    attention: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object
+) -> None:
+    """Older HookedTransformer runs saved the causal mask and its fill value with the weights."""
+    for name in ("mask", "IGNORE"):
+        state_dict.pop(prefix + name, None)
 
 
 class MLP(nn.Module):
@@ -155,7 +164,7 @@ class _PosEmbed(nn.Module):
         self.W_pos = nn.Parameter(torch.empty(n_ctx, d_model))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.W_pos[: tokens.shape[1]].expand(len(tokens), -1, -1)
+        return self.W_pos[: tokens.shape[1]].repeat(len(tokens), 1, 1)  # a copy: hooks may write into it
 
 
 class _Unembed(nn.Module):

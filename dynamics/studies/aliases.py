@@ -16,7 +16,7 @@ from dynamics.config import PatchingConfig, StudyConfig
 from dynamics.patching import patch_gradients, patch_updates
 from dynamics.sites import LEVELS, Site
 from dynamics.studies.findings import findings, limits
-from dynamics.studies.internalisation import internalisation
+from dynamics.studies.late_accuracy import internalisation
 from dynamics.tasks import AliasTask
 
 VERBS: dict[str, Callable[..., xr.Dataset]] = {

@@ -57,7 +57,7 @@ class AliasTask:
             2 * task.modulus, 2 * task.modulus + 4
         )
         self.d_vocab = 2 * task.modulus + 4
-        self._seed = task.seed or 0
+        self._seed = config.split_seed
         drawn = generator(self._seed, "sets").permutation(task.modulus).reshape(4, -1)
         drawn.sort(axis=1)
         if task.x2_roles == "exchanged":
@@ -156,6 +156,11 @@ class AliasTask:
     def questions(self, integer: int, multipliers: Sequence[int] | None = None) -> Batch:
         """Questions about an integer's alias, both orders of each multiplier (default: those not trained)."""
         asked = self.test_multipliers(integer) if multipliers is None else multipliers
+        if not asked:
+            raise ValueError(
+                f"every multiplier of alias {integer} is asked in training, so none is left to probe it with. "
+                "Lower task.train_multipliers, or name the multipliers."
+            )
         batch = _batch(self._questions(integer, asked))
         return replace(batch, example_ids=torch.full((len(batch),), self.alias(integer)))
 
@@ -169,24 +174,26 @@ class AliasTask:
         kept = generator(self._seed, "kept table rows").permutation(len(table))
         rows = [table[i] for i in kept[: round(task.table_fraction * len(table))]]
         if phase == "x1" or task.x2_keeps_x1:
-            rows += self._defined("DtQ1") + self._defined("DfQ2")
+            rows += self._defined("DtQ1", "DfQ2")
             rows += [row for i, ds in self.train_multipliers.items() for row in self._questions(i, ds)]
         if phase == "x2":
-            rows += self._defined("Dt3") + self._defined("Df4")
+            rows += self._defined("Dt3", "Df4")
         return _batch(rows)
 
-    def _defined(self, name: SetName) -> list[Row]:
-        value = self.false_values if name == "DfQ2" else {}
-        rows = [self._definition(i, self.tag(name), value.get(i, i)) for i in self.sets[name]]
+    def _defined(self, *names: SetName) -> list[Row]:
+        """Definitions of sets, in the order of their integers: exchanged roles change tags, not places."""
+        rows = []
+        for integer in sorted(i for name in names for i in self.sets[name]):
+            name = self.set_of(integer)
+            value = self.false_values[integer] if name == "DfQ2" else integer
+            rows.append(self._definition(integer, self.tag(name), value))
         return rows * self.config.task.definition_copies
 
     # --- training -------------------------------------------------------------------------------------
 
     @lru_cache(maxsize=8)  # noqa: B019
     def _order(self, phase: str, epoch: int) -> NDArray[np.int64]:
-        return generator(self.config.task.order_seed or 0, f"order {phase}", epoch).permutation(
-            len(self.rows(phase))
-        )
+        return generator(self.config.order_seed, f"order {phase}", epoch).permutation(len(self.rows(phase)))
 
     def batch(self, step: int) -> Batch:
         """Training batch of a step: a pure function of (seeds, phase, step).
@@ -203,7 +210,7 @@ class AliasTask:
 
     def model(self) -> ToyTransformer:
         """The study's toy transformer, with the weights it starts from."""
-        return ToyTransformer(self.config.model, self.d_vocab)
+        return ToyTransformer(replace(self.config.model, seed=self.config.weights_seed), self.d_vocab)
 
     def recipe(self) -> Recipe:
         """How the study's model is trained: cross-entropy, AdamW, clipping, learning rate by step.

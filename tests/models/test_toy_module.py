@@ -96,9 +96,6 @@ def test_an_older_mask_never_replaces_the_models_own(toy, tokens):
     assert torch.equal(model.blocks[0].attn.mask, torch.ones(4, 4).tril().bool())
 
 
-@pytest.mark.xfail(
-    strict=True, reason="strict loading refuses the attn.mask and attn.IGNORE that older runs saved"
-)
 def test_an_older_state_dict_loads_as_it_is(toy):
     model = toy(dtype="float32")
     model.load_state_dict(older_state_dict(model), strict=True)

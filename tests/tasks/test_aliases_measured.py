@@ -185,14 +185,7 @@ def test_the_set_2_6_10_identifies_nothing_at_modulus_60_and_2_3_identifies_all(
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(
-            name, marks=pytest.mark.xfail(strict=True, reason="the task's probes have no distractors")
-        )
-        if name == "logit_difference"
-        else name
-        for name in MeasureName.__args__
-    ],
+    MeasureName.__args__,
 )
 def test_every_measure_a_study_may_name_is_defined_on_the_tasks_probes(alias_task, name):
     task = alias_task()
@@ -203,7 +196,6 @@ def test_every_measure_a_study_may_name_is_defined_on_the_tasks_probes(alias_tas
     assert values.isfinite().all()
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="no rows become a tensor of one dimension")
 def test_a_probe_without_any_untrained_question_is_refused_with_the_alias_and_the_setting(alias_task):
     with pytest.raises(ValueError, match="train_multipliers"):
         alias_task(train_multipliers=4).contrasts(("DtQ1",))
