@@ -79,14 +79,14 @@ class AliasConfig:
 
     modulus: int = 60
     multipliers: tuple[int, ...] = (2, 3, 5, 6, 10, 15)
-    train_multipliers: int = 3
+    train_multipliers: int = 4
     operation: Operation = "prod"
     x2_keeps_x1: bool = True
     swap_defs: bool = False
     result_as_alias: bool = False
     table_fraction: float = 0.25
     heldout_fraction: float = 0.1
-    definition_copies: int = 1
+    definition_copies: int = 3
     x2_roles: Roles = "drawn"
     seed: int | None = None
     order_seed: int | None = None
@@ -183,7 +183,7 @@ class PhasesConfig:
     x1: PhaseConfig = PhaseConfig(steps=3000, warmup=50)
     x2: PhaseConfig = PhaseConfig(steps=2000)
     stop_pretrain_at: float | None = None
-    batch_size: int = 128
+    batch_size: int = 64
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.3
     max_grad_norm: float = 1.0

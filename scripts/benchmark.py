@@ -1,0 +1,173 @@
+"""What the Trainer and the recorder cost over a bare loop of the same steps, in one run.
+
+Three ways take the same steps of the same toy, interleaved, so that a busy machine disturbs all alike: a
+bare loop; Lightning with `StepModule`; Lightning with a `TrajectoryRecorder` on the default schedule. The
+ratios of the medians go into the README.
+
+    .venv/bin/python scripts/benchmark.py --readme
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+
+import dynamics as dy
+from checkpoints import Checkpoint, TrajectoryWriter
+from dynamics.config import StudyConfig
+from dynamics.training.runs import kept_steps
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- overhead: begin -->", "<!-- overhead: end -->"
+
+
+def bare(task: dy.tasks.AliasTask, first: int, steps: int) -> None:
+    """The loop anyone would write."""
+    recipe = task.recipe()
+    model = recipe.model
+    optimizer = recipe.optimizer(model.parameters())
+    scheduler = recipe.scheduler(optimizer)
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        recipe.loss(model, task.batch(step)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip.max_norm)
+        optimizer.step()
+        scheduler.step()
+
+
+def by_trainer(task: dy.tasks.AliasTask, first: int, steps: int, callbacks: list[object]) -> None:
+    """The same steps by Lightning, set as `dynamics fit` sets it."""
+    recipe = task.recipe()
+    optimizer = recipe.optimizer(recipe.model.parameters())
+    start = Checkpoint.capture(recipe.model, optimizer, recipe.scheduler(optimizer), first)
+    Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=1,
+        gradient_clip_val=recipe.clip.max_norm,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        deterministic=True,
+    ).fit(dy.training.StepModule(recipe, start), Batches(task, first, steps))
+    torch.use_deterministic_algorithms(False)
+
+
+class Batches:
+    """A plain iterable of the task's batches, so that no sampler costs anything."""
+
+    def __init__(self, task: dy.tasks.AliasTask, first: int, steps: int) -> None:
+        self.task, self.first, self.steps = task, first, steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self):
+        return (self.task.batch(step) for step in range(self.first, self.first + self.steps))
+
+
+def recorded(task: dy.tasks.AliasTask, first: int, steps: int) -> None:
+    """The same by Lightning, with checkpoints stored on the default schedule."""
+    with tempfile.TemporaryDirectory() as folder, TrajectoryWriter.create(Path(folder) / "run", {}) as writer:
+        recorder = dy.training.TrajectoryRecorder(writer, kept_steps(task.config), first)
+        by_trainer(task, first, steps, [recorder])
+
+
+def timed(function: Callable[..., None], *arguments: object) -> float:
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
+
+
+def measure(repeats: int, threads: int) -> dict[str, float]:
+    """Median seconds of a whole X1 phase each way, and the two ratios."""
+    torch.set_num_threads(threads)
+    config = StudyConfig()
+    task = dy.tasks.AliasTask(config)
+    first, steps = config.phases.starts["x1"], config.phases.x1.steps
+    ways: dict[str, Callable[[], float]] = {
+        "bare": lambda: timed(bare, task, first, steps),
+        "trainer": lambda: timed(by_trainer, task, first, steps, []),
+        "recorded": lambda: timed(recorded, task, first, steps),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(repeats):
+        # Turn the order round every time, so that warming up or slowing down favours none.
+        for name in (list(ways), list(ways)[::-1])[repeat % 2]:
+            seconds[name].append(ways[name]())
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    return {
+        "steps": steps,
+        "repeats": repeats,
+        "threads": threads,
+        "bare_ms": 1e3 * medians["bare"] / steps,
+        "trainer_ms": 1e3 * medians["trainer"] / steps,
+        "recorded_ms": 1e3 * medians["recorded"] / steps,
+        "trainer_over_bare": statistics.median(
+            t / b for t, b in zip(seconds["trainer"], seconds["bare"], strict=True)
+        ),
+        "recorded_over_trainer": statistics.median(
+            r / t for r, t in zip(seconds["recorded"], seconds["trainer"], strict=True)
+        ),
+    }
+
+
+def table(found: dict[str, float]) -> str:
+    machine = (
+        f"{platform.machine()}, {os.cpu_count()} cores, {found['threads']} thread, torch {torch.__version__}"
+    )
+    return "\n".join(
+        [
+            "| | ms a step | ratio | goal |",
+            "|---|---|---|---|",
+            f"| bare loop | {found['bare_ms']:.2f} | 1 | |",
+            f"| Lightning's Trainer | {found['trainer_ms']:.2f} | {found['trainer_over_bare']:.3f} of the bare "
+            "loop | at most 1.10 |",
+            f"| with the trajectory recorded | {found['recorded_ms']:.2f} | {found['recorded_over_trainer']:.3f} "
+            "of the Trainer | at most 1.15 |",
+            "",
+            f"Default toy, all {found['steps']} steps of X1, default schedule; medians of {found['repeats']} "
+            f"interleaved repeats. {datetime.now(UTC):%Y-%m-%d}, {machine}; `scripts/benchmark.py`.",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, default=Path("runs/benchmark.json"))
+    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
+    given = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    found = measure(given.repeats, given.threads)
+    given.json.parent.mkdir(parents=True, exist_ok=True)
+    given.json.write_text(json.dumps(found, indent=1))
+    text = table(found)
+    print(text)
+    if given.readme:
+        before, _, rest = README.read_text().partition(BEGIN)
+        README.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+
+
+if __name__ == "__main__":
+    main()
