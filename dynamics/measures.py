@@ -94,7 +94,7 @@ def by_name(name: str) -> LogitMeasure:
 
 
 def evaluate(measures: Mapping[str, Measure], model: nn.Module, batch: Any) -> Tensor:
-    """Each measure on one batch, averaged over its rows: [n_measures].
+    """Each measure on one batch, averaged over its rows in fp64: [n_measures].
 
     Measures of the logits share one forward pass.
     """
@@ -104,4 +104,9 @@ def evaluate(measures: Mapping[str, Measure], model: nn.Module, batch: Any) -> T
         m.from_logits(logits, batch) if isinstance(m, LogitMeasure) else m(model, batch)
         for m in measures.values()
     ]
-    return torch.stack([v.mean() for v in values])
+    return torch.stack([_mean(v) for v in values])
+
+
+def _mean(values: Tensor | float) -> Tensor:
+    """Mean over the rows in fp64; correct or not counts as 1 or 0."""
+    return torch.as_tensor(values, dtype=torch.float64).mean()

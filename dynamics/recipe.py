@@ -69,13 +69,30 @@ class Recipe:
         return self.loss
 
     def build_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
-        """A new optimizer over the given parameters, or an error that says to give one."""
+        """A new optimizer over the given parameters, or an error that says to give one.
+
+        Raises:
+            RecipeError: there is no optimizer, or it holds other parameters than those it was given: a step
+                on a copy would move the original.
+        """
         if self.optimizer is None:
             raise RecipeError(
                 "this verb takes a training step: give the recipe optimizer=parameters -> Optimizer, "
                 "such as partial(torch.optim.AdamW, lr=1e-3)."
             )
-        return self.optimizer(list(parameters))
+        given = list(parameters)
+        optimizer = self.optimizer(given)
+        known = {id(p) for p in given}
+        if any(id(p) not in known for group in optimizer.param_groups for p in group["params"]):
+            raise RecipeError(
+                "the recipe's optimizer holds other parameters than it was given. Make it of its argument: "
+                "optimizer=lambda parameters: AdamW(parameters, ...)."
+            )
+        return optimizer
+
+    def build_scheduler(self, optimizer: Optimizer) -> LRScheduler | None:
+        """A new scheduler on an optimizer, whose learning rate it sets; None where the recipe has none."""
+        return self.scheduler(optimizer) if self.scheduler else None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from types import EllipsisType
 
+import torch
 from torch import Tensor, nn
 
 from dynamics.trees import Index
@@ -230,12 +231,17 @@ def _check_index(label: str, name: str, index: Index, tensor: Tensor) -> None:
     if isinstance(index, EllipsisType):
         return
     if isinstance(index, Tensor):
-        if tuple(index.shape) != shape or index.dtype.is_floating_point:
+        if tuple(index.shape) != shape or index.dtype != torch.bool:
             raise SiteError(
                 f"Site {label!r} masks {name!r} with a {index.dtype} tensor of shape {tuple(index.shape)}; "
                 f"it must be boolean and of shape {shape}."
             )
         return
+    if not isinstance(index, tuple) or not all(isinstance(part, int | slice) for part in index):
+        raise SiteError(
+            f"Site {label!r} covers {index!r} of {name!r}; it must be `...`, a tuple of ints and slices such as "
+            "(2,) or (slice(0, 4),), or a boolean mask."
+        )
     if len(index) > len(shape):
         raise SiteError(f"Site {label!r} indexes {len(index)} axes of {name!r}, which has shape {shape}.")
     for axis, (part, size) in enumerate(zip(index, shape, strict=False)):
@@ -244,10 +250,12 @@ def _check_index(label: str, name: str, index: Index, tensor: Tensor) -> None:
                 f"Site {label!r} reads index {part} on axis {axis} of {name!r}, which has {size} (0-{size - 1}). "
                 f"sites.heads(model) lists a transformer's heads."
             )
-        if isinstance(part, slice) and (part.stop is not None and part.stop > size):
+        if isinstance(part, slice) and part.stop is not None and part.stop > size:
             raise SiteError(
                 f"Site {label!r} slices axis {axis} of {name!r} to {part.stop}, which has {size}."
             )
+        if isinstance(part, slice) and not range(size)[part]:
+            raise SiteError(f"Site {label!r} takes nothing on axis {axis} of {name!r}, which has {size}.")
 
 
 # --- names ------------------------------------------------------------------------------------------------

@@ -28,7 +28,6 @@ from lightning.pytorch import Trainer
 import dynamics as dy
 from checkpoints import Checkpoint, TrajectoryWriter
 from dynamics.config import StudyConfig
-from dynamics.training.runs import kept_steps
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- overhead: begin -->", "<!-- overhead: end -->"
@@ -85,7 +84,7 @@ class Batches:
 def recorded(task: dy.tasks.AliasTask, first: int, steps: int) -> None:
     """The same by Lightning, with checkpoints stored on the default schedule."""
     with tempfile.TemporaryDirectory() as folder, TrajectoryWriter.create(Path(folder) / "run", {}) as writer:
-        recorder = dy.training.TrajectoryRecorder(writer, kept_steps(task.config), first)
+        recorder = dy.training.TrajectoryRecorder(writer, dy.training.kept_steps(task.config), first)
         by_trainer(task, first, steps, [recorder])
 
 

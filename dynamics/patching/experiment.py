@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from checkpoints import Checkpoint
 from dynamics import measures, results, sites
 from dynamics.measures import Measure
-from dynamics.recipe import Contrast, Recipe
+from dynamics.recipe import Contrast, Recipe, RecipeError
 from dynamics.sites import Site
 from dynamics.steps import StepGradient, gradient, steps_from
 from dynamics.steps.calls import call, evaluating
@@ -73,8 +73,8 @@ def experiment(
     by_name = measures.named(measure)
     values = np.full((len(contrasts), 4 + len(patched_sites), len(by_name)), np.nan)
     with tqdm(total=values[..., 0].size, desc=verb, unit="step", delay=SECONDS_BEFORE_PROGRESS) as bar:
-        for row, contrast in zip(values, contrasts, strict=True):
-            name = str(contrast.coords.get("example", "a contrast"))
+        for number, (row, contrast) in enumerate(zip(values, contrasts, strict=True)):
+            name = str(contrast.coords.get("example", f"contrast {number}"))
             runs = Runs(
                 state,
                 base=gradient(recipe, state, contrast.base, f"the base batch of {name}"),
@@ -83,7 +83,8 @@ def experiment(
             untouched = {**state.parameters, **state.buffers}
             models = chain_first(untouched, outcomes(recipe, runs, patched_sites))
             for cell, tensors in zip(row, models, strict=True):
-                cell[:] = evaluated(recipe, by_name, tensors, contrast)
+                with state.random_state():
+                    cell[:] = evaluated(recipe, by_name, tensors, contrast)
                 bar.update()
     references = {name: values[:, i] for i, name in enumerate(("untouched", "base", "source", "coasted"))}
     several = isinstance(measure, Mapping)
@@ -101,12 +102,29 @@ def experiment(
 
 
 def starting_point(recipe: Recipe, checkpoint: Checkpoint | None) -> Checkpoint:
-    """The checkpoint on the model's device; without one, the recipe's model as it stands, optimizer new."""
+    """The checkpoint on the model's device; without one, the recipe's model as it stands, optimizer new.
+
+    Raises:
+        RecipeError: the checkpoint is of another model.
+    """
     if checkpoint is None:
         optimizer = recipe.build_optimizer(recipe.model.parameters())
-        return Checkpoint.capture(recipe.model, optimizer)
-    device = next(recipe.model.parameters()).device
-    return checkpoint.to(device)
+        return Checkpoint.capture(recipe.model, optimizer, recipe.build_scheduler(optimizer))
+    for kind, recorded, present in (
+        ("parameters", checkpoint.parameters, dict(recipe.model.named_parameters())),
+        ("buffers", checkpoint.buffers, dict(recipe.model.named_buffers())),
+    ):
+        differing = _described(recorded) ^ _described(present)
+        if differing:
+            raise RecipeError(
+                f"checkpoint {checkpoint.step} does not fit the recipe's model: their {kind} differ in "
+                f"{', '.join(sorted({name for name, *_ in differing})[:5])} (name, shape or dtype)."
+            )
+    return checkpoint.to(next(recipe.model.parameters()).device)
+
+
+def _described(tensors: Mapping[str, Tensor]) -> set[tuple[str, torch.Size, torch.dtype]]:
+    return {(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def evaluated(
@@ -114,7 +132,8 @@ def evaluated(
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Each measure on a contrast's probe, with the model's tensors replaced: [n_measures]."""
     with torch.no_grad(), evaluating(recipe.model):
-        found = call(lambda m, b: measures.evaluate(by_name, m, b), recipe.model, tensors, contrast.probe)
+        copies = {name: tensor.clone() for name, tensor in tensors.items()}  # a measure may write into them
+        found = call(lambda m, b: measures.evaluate(by_name, m, b), recipe.model, copies, contrast.probe)
     return found.double().cpu().numpy()
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoints import Checkpoint
 from dynamics.recipe import Recipe
@@ -52,7 +53,7 @@ def gradient(recipe: Recipe, checkpoint: Checkpoint, batch: Any, where: str = "t
     }
     buffers = {name: tensor.detach().clone() for name, tensor in checkpoint.buffers.items()}
     with checkpoint.random_state(), torch.enable_grad():
-        loss = call(recipe.require_loss(), recipe.model, {**parameters, **buffers}, batch)
+        loss, buffers = call(_with_buffers(recipe), recipe.model, {**parameters, **buffers}, batch)
         inputs = {name: p for name, p in parameters.items() if p.requires_grad}
         found = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
     if not bool(torch.isfinite(loss)):
@@ -65,3 +66,14 @@ def gradient(recipe: Recipe, checkpoint: Checkpoint, batch: Any, where: str = "t
             )
         gradients[name] = g
     return StepGradient(loss.detach(), gradients, buffers)
+
+
+def _with_buffers(recipe: Recipe) -> Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]:
+    """The loss, and the buffers as the forward pass left them: written in place or assigned anew."""
+    loss_of = recipe.require_loss()
+
+    def function(model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = loss_of(model, batch)
+        return loss, {name: buffer.detach() for name, buffer in model.named_buffers()}
+
+    return function

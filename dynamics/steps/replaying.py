@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from checkpoints import Checkpoint, Trajectory
 from dynamics.recipe import ByNorm, ByValue, Recipe
+from dynamics.steps.states import revived
 
 
 def replay(recipe: Recipe, checkpoint: Checkpoint, batch: Any) -> Checkpoint:
@@ -43,14 +43,7 @@ def advance(recipe: Recipe, checkpoint: Checkpoint, step: int, batch_of: Callabl
             f"step {step} lies before checkpoint {checkpoint.step}; replaying only goes forward."
         )
     loss_of = recipe.require_loss()
-    model = copy.deepcopy(recipe.model)
-    optimizer = recipe.build_optimizer(model.parameters())
-    scheduler = recipe.scheduler(optimizer) if recipe.scheduler else None
-    checkpoint.restore(
-        model,
-        optimizer if checkpoint.optimizer else None,
-        scheduler if checkpoint.scheduler else None,
-    )
+    model, optimizer, scheduler = revived(recipe, checkpoint)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     with checkpoint.random_state(), _deterministic(checkpoint), torch.enable_grad():
         for current in range(checkpoint.step, step):
@@ -69,9 +62,9 @@ def advance(recipe: Recipe, checkpoint: Checkpoint, step: int, batch_of: Callabl
 @contextmanager
 def _deterministic(checkpoint: Checkpoint) -> Iterator[None]:
     """Deterministic kernels inside if the run was recorded with them; the caller's setting afterwards."""
-    before = torch.are_deterministic_algorithms_enabled()
+    before = torch.get_deterministic_debug_mode()
     torch.use_deterministic_algorithms(checkpoint.fingerprint.get("deterministic") == "True")
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.set_deterministic_debug_mode(before)

@@ -7,7 +7,6 @@ optimizers that work element by element.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from checkpoints import Checkpoint
 from dynamics.recipe import Recipe
 from dynamics.steps.clipping import clipped
+from dynamics.steps.states import check_kind, revived
 from dynamics.trees import Gradients, squared_norm
 
 ELEMENTWISE: tuple[type[Optimizer], ...] = (AdamW, Adam, SGD)
@@ -32,9 +32,7 @@ def step_from(recipe: Recipe, checkpoint: Checkpoint, gradients: Gradients) -> d
         checkpoint: state before the step.
         gradients: by parameter name, before clipping; None skips a parameter, zero lets it coast.
     """
-    model = copy.deepcopy(recipe.model)
-    optimizer = recipe.build_optimizer(model.parameters())
-    checkpoint.restore(model, optimizer if checkpoint.optimizer else None)
+    model, optimizer, _ = revived(recipe, checkpoint)
     for name, g in clipped(_of_optimizer(gradients, model, optimizer), recipe.clip).items():
         model.get_parameter(name).grad = g
     optimizer.step()
@@ -49,8 +47,14 @@ def steps_from(recipe: Recipe, checkpoint: Checkpoint, many: Sequence[Gradients]
     """
     if not many:
         return []
-    dummies = {name: nn.Parameter(t, requires_grad=False) for name, t in checkpoint.parameters.items()}
+    trained = {name: p.requires_grad for name, p in recipe.model.named_parameters()}
+    dummies = {
+        name: nn.Parameter(t.detach(), requires_grad=trained[name])
+        for name, t in checkpoint.parameters.items()
+    }
     template = recipe.build_optimizer(dummies.values())
+    recipe.build_scheduler(template)
+    check_kind(checkpoint, template)
     if type(template) not in ELEMENTWISE:
         return [step_from(recipe, checkpoint, gradients) for gradients in many]
     names = {id(p): name for name, p in dummies.items()}
@@ -116,7 +120,7 @@ def _state_value(value: Any, key: str, shape: torch.Size, repeat: Callable[[Tens
 def _groups(checkpoint: Checkpoint, template: Optimizer, names: Mapping[int, str]) -> list[dict[str, Any]]:
     """Parameter groups by name: the checkpoint's own, or the recipe's where it holds none."""
     if checkpoint.optimizer is not None:
-        return [dict(group) for group in checkpoint.optimizer.groups]
+        return [{**template.defaults, **group} for group in checkpoint.optimizer.groups]
     return [{**group, "params": [names[id(p)] for p in group["params"]]} for group in template.param_groups]
 
 

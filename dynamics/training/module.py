@@ -53,7 +53,7 @@ class StepModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The recipe's optimizer and scheduler, in the state of the start."""
         optimizer = self.recipe.build_optimizer(self.model.parameters())
-        scheduler = self.recipe.scheduler(optimizer) if self.recipe.scheduler else None
+        scheduler = self.recipe.build_scheduler(optimizer)
         self.start.restore(
             self.model,
             optimizer if self.start.optimizer else None,

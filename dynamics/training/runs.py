@@ -132,7 +132,7 @@ def _beginning(task: AliasTask) -> Checkpoint:
     """The new model at step 0, with the study's random numbers."""
     recipe = task.recipe()
     optimizer = recipe.build_optimizer(recipe.model.parameters())
-    scheduler = recipe.scheduler(optimizer) if recipe.scheduler else None
+    scheduler = recipe.build_scheduler(optimizer)
     with torch.random.fork_rng():
         torch.manual_seed(task.config.seed)
         return Checkpoint.capture(recipe.model, optimizer, scheduler, 0)
@@ -170,7 +170,7 @@ def _fit_phase(task: AliasTask, writer: TrajectoryWriter, state: Checkpoint, pha
     kept = [step for step in kept_steps(config) if state.step < step < stop]
     recorder = _PhaseRecorder(writer, kept, state.step, recipe.model)
     assert isinstance(recipe.clip, ByNorm), "the task clips by norm"
-    before = torch.are_deterministic_algorithms_enabled()
+    before = torch.get_deterministic_debug_mode()
     try:
         with state.random_state(), _interruptible(), _quiet():
             trainer = Trainer(
@@ -191,7 +191,7 @@ def _fit_phase(task: AliasTask, writer: TrajectoryWriter, state: Checkpoint, pha
             trainer.fit(module, train_dataloaders=_Batches(task, state.step, stop))
             return replace(recorder.capture(trainer, module), begins_optimizer=False)
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.set_deterministic_debug_mode(before)
         collect(writer.path / "logs", writer.path / "metrics.csv")
 
 

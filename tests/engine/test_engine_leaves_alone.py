@@ -225,7 +225,6 @@ def test_the_same_call_gives_the_same_bits_wherever_the_callers_generators_stand
     assert found[0].drop_attrs().identical(found[1].drop_attrs())
 
 
-@pytest.mark.xfail(strict=True, reason="measures are given the checkpoint's own tensors")
 @every_verb
 @pytest.mark.parametrize("touches", ["buffer", "parameter"])
 def test_a_measure_that_writes_to_the_model_changes_neither_checkpoint_nor_model_nor_the_next_cell(
@@ -252,7 +251,6 @@ def test_a_measure_that_writes_to_the_model_changes_neither_checkpoint_nor_model
     assert torch.equal(patched, base) or (touches == "parameter" and verb == "patch_gradients")
 
 
-@pytest.mark.xfail(strict=True, reason="measures draw from the caller's generators")
 @every_verb
 def test_a_measure_that_draws_gives_back_the_generators_and_draws_the_same_in_every_cell(verb):
     mine = belongings()
@@ -266,7 +264,6 @@ def test_a_measure_that_draws_gives_back_the_generators_and_draws_the_same_in_ev
     assert (result["effect"] == 0).all()
 
 
-@pytest.mark.xfail(strict=True, reason="replay forgets warn_only")
 def test_replay_gives_back_the_callers_setting_of_deterministic_algorithms():
     mine = belongings()
     try:

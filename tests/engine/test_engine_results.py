@@ -97,7 +97,6 @@ def test_a_measure_of_rows_is_averaged_and_a_scalar_taken_as_it_is(verb, setting
     assert rows.drop_attrs().identical(mean.drop_attrs())
 
 
-@pytest.mark.xfail(strict=True, reason="the mean is asked of whatever a measure returns")
 @pytest.mark.parametrize("kind", ["booleans", "integers", "a number"])
 def test_a_measure_may_return_what_counts_as_a_number(kind, setting):
     def right(model, batch):
@@ -191,7 +190,6 @@ def test_without_a_checkpoint_the_model_as_it_stands_is_stepped_by_a_new_optimiz
     assert same(standing["untouched"], captured.parameters | captured.buffers)
 
 
-@pytest.mark.xfail(strict=True, reason="patching builds a new optimizer without the recipe's scheduler")
 @pytest.mark.parametrize("start", ["None", "without an optimizer"])
 @every_verb
 def test_a_new_optimizer_begins_at_the_rate_its_scheduler_sets(verb, start):

@@ -142,9 +142,6 @@ def test_no_gradients_give_no_steps():
     assert dy.steps.steps_from(recipe, Checkpoint.capture(recipe.model), []) == []
 
 
-@pytest.mark.xfail(
-    strict=True, reason="steps_from builds its template from parameters none of which requires a gradient"
-)
 @pytest.mark.parametrize("name", ["AdamW", "SGD momentum", "RMSprop"])
 def test_an_optimizer_that_takes_only_what_requires_a_gradient_steps_the_same(name):
     model = classifier()

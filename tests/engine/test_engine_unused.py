@@ -188,7 +188,6 @@ class Counting(nn.Module):
         return self.head(x - self.average)
 
 
-@pytest.mark.xfail(strict=True, reason="a buffer that forward replaces is lost")
 @every_verb
 def test_a_buffer_that_is_assigned_anew_moves_as_in_replay(verb):
     recipe = classifier_recipe(model=Counting().double())

@@ -1,0 +1,51 @@
+"""A checkpoint brought to life: a copy of the recipe's model, its optimizer and its scheduler."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from checkpoints import Checkpoint
+from dynamics.recipe import Recipe, RecipeError
+
+
+def revived(recipe: Recipe, checkpoint: Checkpoint) -> tuple[nn.Module, Optimizer, LRScheduler | None]:
+    """A model, optimizer and scheduler of one's own, in the checkpoint's state; the recipe's are not touched.
+
+    What the checkpoint holds nothing for begins as the recipe makes it.
+
+    Raises:
+        RecipeError: the checkpoint was recorded with another kind of optimizer.
+        ValueError: the checkpoint is of another model.
+    """
+    model = copy.deepcopy(recipe.model)
+    optimizer = recipe.build_optimizer(model.parameters())
+    scheduler = recipe.build_scheduler(optimizer)
+    check_kind(checkpoint, optimizer)
+    checkpoint.restore(
+        model,
+        optimizer if checkpoint.optimizer else None,
+        scheduler if checkpoint.scheduler else None,
+    )
+    return model, optimizer, scheduler
+
+
+def check_kind(checkpoint: Checkpoint, optimizer: Optimizer) -> None:
+    """Raise a RecipeError if the recorded groups are those of another kind of optimizer.
+
+    They are if each side has hyperparameters that the other lacks (AdamW has betas, SGD momentum). A
+    setting that a later torch added, or a scheduler, is not taken for another kind.
+    """
+    if checkpoint.optimizer is None:
+        return
+    recorded = {key for group in checkpoint.optimizer.groups for key in group} - {"params", "initial_lr"}
+    expected = set(optimizer.defaults)
+    if recorded - expected and expected - recorded:
+        raise RecipeError(
+            f"checkpoint {checkpoint.step} was recorded with another optimizer: its groups hold "
+            f"{sorted(recorded - expected)} and lack {sorted(expected - recorded)}, which the recipe's "
+            f"{type(optimizer).__name__} has. Give the recipe the run's own optimizer."
+        )

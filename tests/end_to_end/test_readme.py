@@ -1,0 +1,79 @@
+"""The README's Python runs as it stands there."""
+
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+def test_the_ten_lines_run_on_a_finished_run(tmp_path, monkeypatch, capsys):
+    from dynamics.config import (
+        AliasConfig,
+        PatchingConfig,
+        PhaseConfig,
+        PhasesConfig,
+        PrimaryConfig,
+        StudyConfig,
+        ToyConfig,
+    )
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from dynamics.training import fit
+
+    short = PhaseConfig(6)
+    config = StudyConfig(
+        task=AliasConfig(modulus=8, multipliers=(2, 3), train_multipliers=1),
+        model=ToyConfig(n_heads=2, d_model=16, d_head=8, d_mlp=16),
+        phases=PhasesConfig(pretrain=short, x1=short, x2=short, batch_size=16),
+        patching=PatchingConfig(x2_steps=(0,), primary=PrimaryConfig(x2_step=0)),
+    )
+    fit(config, tmp_path / "runs" / "aliases")
+    monkeypatch.chdir(tmp_path)
+    first = blocks()[0]
+    assert len([line for line in first.splitlines() if line]) <= 12
+    exec(first.replace("4513", "14"), {})
+    assert "L1H1" in capsys.readouterr().out
+    assert (tmp_path / "heads.png").exists()
+    assert (tmp_path / "heads.h5").exists()
+
+
+def test_the_example_on_a_users_own_model_runs():
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.encoder(x).relu())
+
+    def loss(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    net = Classifier()
+    names = {
+        "net": net,
+        "loss": loss,
+        "measure": loss,
+        "optimizer": torch.optim.AdamW(net.parameters(), lr=1e-3),
+        **{
+            name: (torch.randn(5, 3), torch.randint(2, (5,)))
+            for name in ("unreliable", "reliable", "questions")
+        },
+    }
+    second = blocks()[1]
+    lines = second.strip().splitlines()
+    assert lines[-1].startswith("dy.patch_updates")
+    names["dy"] = pytest.importorskip("dynamics")
+    exec("\n".join([*lines[:-1], f"result = {lines[-1]}"]), names)
+    assert names["result"]["site"].values.tolist() == ["encoder", "head"]
+    assert names["result"]["effect"].notnull().all()
