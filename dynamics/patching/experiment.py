@@ -68,6 +68,9 @@ def experiment(
         `patched`, `effect` [example, site]; `base`, `source`, `untouched`, `coasted` [example]; with a dim
         `measure` where several were asked for.
     """
+    if not contrasts or not patched_sites:
+        missing = "contrasts" if not contrasts else "sites"
+        raise ValueError(f"{verb} was given no {missing}; it needs at least one.")
     sites.check(patched_sites, recipe.model)
     state = starting_point(recipe, checkpoint)
     by_name = measures.named(measure)

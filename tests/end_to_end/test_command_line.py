@@ -13,6 +13,8 @@ import pytest
 
 from checkpoints import Trajectory
 
+pytestmark = pytest.mark.slow
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 TINY = [
     "--preset=smoke",

@@ -215,3 +215,12 @@ def test_without_recorded_generators_base_and_source_still_draw_the_same(verb):
     unknown = Checkpoint(captured.step, captured.parameters, {}, None, None, None, captured.fingerprint)
     pair = dy.Contrast(points(1), points(1), points(2))
     assert (verb(recipe, unknown, [pair], sites.parameters(recipe.model), margin)["effect"] == 0).all()
+
+
+@every_verb
+@pytest.mark.parametrize("missing", ["contrasts", "sites"])
+def test_nothing_to_patch_is_said_to_be_nothing(verb, missing, setting):
+    recipe, checkpoint, patched = setting
+    pairs, patched = ([], patched) if missing == "contrasts" else (PAIRS, [])
+    with pytest.raises(ValueError, match=f"given no {missing}"):
+        verb(recipe, checkpoint, pairs, patched, margin)

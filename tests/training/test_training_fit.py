@@ -30,6 +30,7 @@ def test_every_stored_neighbour_of_a_run_replays_bit_for_bit(config, tmp_path):
     assert [v for v in verdicts if v.differences] == []
 
 
+@pytest.mark.slow
 def test_verification_notices_a_step_that_training_did_not_take(config, tmp_path):
     run = fit(config, tmp_path / "run")
     other = fit(replace(config, phases=replace(config.phases, weight_decay=0.0)), tmp_path / "other")
@@ -55,7 +56,7 @@ def test_training_by_lightning_equals_a_bare_loop(config, tmp_path):
         assert torch.equal(tensor, model.get_parameter(name)), name
 
 
-@pytest.mark.parametrize("at", [0, 5, 12, 17, 25])
+@pytest.mark.parametrize("at", [17, *(pytest.param(step, marks=pytest.mark.slow) for step in (0, 5, 12, 25))])
 def test_a_run_interrupted_at_any_step_resumes_to_the_same_bits(config, tmp_path, monkeypatch, at):
     whole = fit(config, tmp_path / "whole")
     honest = AliasTask.batch
@@ -79,6 +80,7 @@ def test_a_run_interrupted_at_any_step_resumes_to_the_same_bits(config, tmp_path
     pd.testing.assert_frame_equal(*logged)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_as_it_is(config, tmp_path):
     run = fit(config, tmp_path / "run")
     manifest = (tmp_path / "run" / "manifest.json").read_bytes()
@@ -134,6 +136,7 @@ def test_the_callers_random_numbers_and_settings_are_not_touched(config, tmp_pat
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_config_are_the_same_whatever_the_callers_random_numbers(config, tmp_path):
     torch.manual_seed(1)
     one = fit(config, tmp_path / "one")
