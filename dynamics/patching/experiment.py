@@ -62,7 +62,8 @@ def experiment(
         verb: its name, for provenance and the progress bar.
         recipe, checkpoint, contrasts, patched_sites, measure: as the verb was called.
         outcomes: yields the models after the base step, the source step, the coasting step, and then the
-            step patched at each site, in order.
+            step patched at each site, in order. Each yields tensors of its own, since a measure may write
+            into them.
 
     Returns:
         `patched`, `effect` [example, site]; `base`, `source`, `untouched`, `coasted` [example]; with a dim
@@ -83,7 +84,7 @@ def experiment(
                 base=gradient(recipe, state, contrast.base, f"the base batch of {name}"),
                 source=gradient(recipe, state, contrast.source, f"the source batch of {name}"),
             )
-            untouched = {**state.parameters, **state.buffers}
+            untouched = own({**state.parameters, **state.buffers})
             models = chain_first(untouched, outcomes(recipe, runs, patched_sites))
             for cell, tensors in zip(row, models, strict=True):
                 with state.random_state():
@@ -102,6 +103,11 @@ def experiment(
         else getattr(measure, "units", ""),
         provenance=results.provenance(verb=verb, step=state.step, measure=list(by_name)),
     )
+
+
+def own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that nothing else holds."""
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def starting_point(recipe: Recipe, checkpoint: Checkpoint | None) -> Checkpoint:
@@ -135,8 +141,7 @@ def evaluated(
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Each measure on a contrast's probe, with the model's tensors replaced: [n_measures]."""
     with torch.no_grad(), evaluating(recipe.model):
-        copies = {name: tensor.clone() for name, tensor in tensors.items()}  # a measure may write into them
-        found = call(lambda m, b: measures.evaluate(by_name, m, b), recipe.model, copies, contrast.probe)
+        found = call(lambda m, b: measures.evaluate(by_name, m, b), recipe.model, tensors, contrast.probe)
     return found.double().cpu().numpy()
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from checkpoints import Checkpoint
 from dynamics.measures import Measure
-from dynamics.patching.experiment import Outcome, Runs, experiment, stepped
+from dynamics.patching.experiment import Outcome, Runs, experiment, own, stepped
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site
 from dynamics.trees import exchanged
@@ -63,4 +63,4 @@ def _outcomes(recipe: Recipe, runs: Runs, sites: Sequence[Site]) -> Iterator[Out
             yield exchanged(base.buffers, source.buffers, site.covers)
 
     for parameters, state in zip(stepped(recipe, runs, gradients()), buffers(), strict=True):
-        yield {**parameters, **state}  # type: ignore[dict-item]
+        yield {**parameters, **own(state)}  # type: ignore[arg-type]

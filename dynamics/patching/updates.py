@@ -8,7 +8,7 @@ import xarray as xr
 
 from checkpoints import Checkpoint
 from dynamics.measures import Measure
-from dynamics.patching.experiment import Outcome, Runs, experiment, stepped
+from dynamics.patching.experiment import Outcome, Runs, experiment, own, stepped
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site
 from dynamics.trees import exchanged
@@ -36,8 +36,8 @@ def _outcomes(recipe: Recipe, runs: Runs, sites: Sequence[Site]) -> Iterator[Out
     after_base, after_source, coasted = stepped(recipe, runs, gradients)
     base = {**after_base, **runs.base.buffers}
     source = {**after_source, **runs.source.buffers}
-    yield base
-    yield source
-    yield {**coasted, **runs.base.buffers}
+    yield own(base)
+    yield own(source)
+    yield own({**coasted, **runs.base.buffers})
     for site in sites:
-        yield exchanged(base, source, site.covers)  # type: ignore[misc]
+        yield own(exchanged(base, source, site.covers))  # type: ignore[arg-type]

@@ -68,7 +68,7 @@ def steps_from(recipe: Recipe, checkpoint: Checkpoint, many: Sequence[Gradients]
         after = _stacked_step(type(template), groups, checkpoint, [rows[i] for i in members], skipped)
         for place, i in enumerate(members):
             results[i] = {
-                name: after[name][place] if name in after else tensor.detach()
+                name: after[name][place] if name in after else tensor.detach().clone()
                 for name, tensor in checkpoint.parameters.items()
             }
     return results
