@@ -40,10 +40,9 @@ def internalisation(metrics: pd.DataFrame, phases: PhasesConfig) -> Mapping[str,
 def _late(metrics: pd.DataFrame, start: int, stop: int) -> pd.DataFrame:
     first = stop - LATE * (stop - start)
     rows = metrics[(metrics["step"] >= first) & (metrics["step"] < stop)]
-    if not len(rows):
-        if len(metrics) and start <= stop - 1 and (metrics["step"] >= start).any():
-            raise ValueError(
-                f"no step of {first:.0f}..{stop - 1} was evaluated; lower schedule.evaluate_every."
-            )
-        return rows.reindex(columns=metrics.columns)
+    if rows.empty:
+        raise ValueError(
+            f"no step of {first:.0f}..{stop - 1} was evaluated; lower schedule.evaluate_every, or join the metrics "
+            "of the run that this one was forked from."
+        )
     return rows
