@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import TypeVar
 
 import numpy as np
@@ -85,7 +85,7 @@ def experiment(
                 source=gradient(recipe, state, contrast.source, f"the source batch of {name}"),
             )
             untouched = own({**state.parameters, **state.buffers})
-            models = chain_first(untouched, outcomes(recipe, runs, patched_sites))
+            models = chain([untouched], outcomes(recipe, runs, patched_sites))
             for cell, tensors in zip(row, models, strict=True):
                 with state.random_state():
                     cell[:] = evaluated(recipe, by_name, tensors, contrast)
@@ -156,12 +156,6 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):
         yield chunk
-
-
-def chain_first(first: T, rest: Iterable[T]) -> Iterator[T]:
-    """`first`, then the rest."""
-    yield first
-    yield from rest
 
 
 def columns(rows: Sequence[Mapping[str, str | int | float]]) -> dict[str, list[str | int | float | None]]:
