@@ -17,7 +17,7 @@ Roles = Literal["drawn", "exchanged"]
 OptimizerState = Literal["stored", "fresh"]
 Level = Literal["layers", "components", "heads", "circuits", "matrices", "up_to_layer"]
 MeasureName = Literal["correct_logit", "centred_logit", "correct_log_prob", "probability"]
-Precision = Literal["32-true", "64-true", "bf16-mixed"]
+Precision = Literal["32-true", "bf16-mixed"]
 Dtype = Literal["float32", "float64", "bfloat16"]
 Activation = Literal["relu", "gelu", "silu", "solu"]
 Normalization = Literal["LN", "RMS", "none"]
@@ -291,7 +291,11 @@ class PatchingConfig:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """Lightning's own settings: accelerator, precision, logger; and torch's threads on CPU."""
+    """Lightning's own settings: accelerator, precision, logger; and torch's threads on CPU.
+
+    Precision `32-true` computes in the model's own dtype (`model.dtype: float64` for doubles); `bf16-mixed`
+    takes the forward pass under autocast, in training and in replay.
+    """
 
     accelerator: str = "auto"
     precision: Precision = "32-true"

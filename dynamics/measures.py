@@ -50,6 +50,12 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(target_logits(model, batch), batch.targets)
 
 
+def cross_entropy_in_bf16(model: nn.Module, batch: Batch) -> Tensor:
+    """The same loss with the forward pass under autocast, as Lightning's `bf16-mixed` takes it."""
+    with torch.autocast(batch.tokens.device.type, torch.bfloat16):
+        return cross_entropy(model, batch)
+
+
 def _at_target(logits: Tensor, batch: Batch) -> Tensor:
     return logits.gather(-1, batch.targets[:, None]).squeeze(-1)
 

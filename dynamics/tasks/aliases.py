@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dynamics.batch import Batch, concatenate
 from dynamics.config import StudyConfig, answer, identifies
-from dynamics.measures import cross_entropy
+from dynamics.measures import cross_entropy, cross_entropy_in_bf16
 from dynamics.models.toy import ToyTransformer
 from dynamics.randomness import generator
 from dynamics.recipe import Contrast, Recipe
@@ -221,7 +221,7 @@ class AliasTask:
         phases = self.config.phases
         return Recipe(
             model=self.model(),
-            loss=cross_entropy,
+            loss=cross_entropy_in_bf16 if self.config.trainer.precision == "bf16-mixed" else cross_entropy,
             optimizer=partial(
                 torch.optim.AdamW, lr=1.0, betas=phases.betas, weight_decay=phases.weight_decay
             ),

@@ -155,6 +155,20 @@ def test_pretraining_stops_once_the_heldout_loss_is_low_enough(config, tmp_path)
     assert_same(fit(config, tmp_path / "run"), run)
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16-mixed", "float32"), ("32-true", "float64"), ("32-true", "bfloat16")]
+)
+def test_a_run_in_another_precision_replays_bit_for_bit_too(config, tmp_path, precision, dtype):
+    config = replace(
+        config,
+        trainer=replace(config.trainer, precision=precision),
+        model=replace(config.model, dtype=dtype),
+    )
+    run = fit(config, tmp_path / "run")
+    assert [v for v in studies.verify(run) if v.differences] == []
+    assert {str(p.dtype) for p in run.last.parameters.values()} == {f"torch.{dtype}"}
+
+
 def test_x2_forked_from_another_run_starts_at_its_state_and_exchanges_the_roles(config, tmp_path):
     run = fit(config, tmp_path / "run")
     start = run.at(config.phases.starts["x2"])
