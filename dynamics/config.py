@@ -79,7 +79,7 @@ class AliasConfig:
 
     modulus: int = 60
     multipliers: tuple[int, ...] = (2, 3, 5, 6, 10, 15)
-    train_multipliers: int = 4
+    train_multipliers: int = 5
     operation: Operation = "prod"
     x2_keeps_x1: bool = True
     swap_defs: bool = False

@@ -38,7 +38,7 @@ IMPOSSIBLE = [
     (AliasConfig, {"multipliers": (0,), "train_multipliers": 1}, r"multipliers \(0,\) identify nothing"),
     (AliasConfig, {"train_multipliers": 0}, r"train_multipliers is 0; with 6 multipliers it must be 1\.\.6"),
     (AliasConfig, {"train_multipliers": 7}, r"train_multipliers is 7; with 6 multipliers it must be 1\.\.6"),
-    (AliasConfig, {"multipliers": (2, 3)}, r"train_multipliers is 4; with 2 multipliers it must be 1\.\.2"),
+    (AliasConfig, {"multipliers": (2, 3)}, r"train_multipliers is 5; with 2 multipliers it must be 1\.\.2"),
     (AliasConfig, {"operation": "div"}, r"task\.operation is 'div'; it must be one of 'prod', 'sum', 'ssq'"),
     (AliasConfig, {"x2_roles": "swapped"}, r"task\.x2_roles is 'swapped'; .*'drawn', 'exchanged'"),
     (AliasConfig, {"table_fraction": 1.0}, r"table_fraction is 1\.0; it is a share"),
