@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import textwrap
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -104,6 +105,13 @@ def described(dataset: xr.Dataset) -> str:
             value = dataset[name].item()
             words.append(f"{value} optimizer state" if name == "optimizer" else f"{name} {value}")
     return ", ".join(words)
+
+
+def entitle(axes: Axes, first: str, dataset: xr.Dataset) -> None:
+    """A title over the axes: its first line, then what the dataset holds, broken to the figure's width."""
+    figure = axes.get_figure(root=True)
+    width = int(12 * (figure.get_figwidth() if figure else 8))
+    axes.set_title("\n".join([first, *textwrap.wrap(described(dataset), width)]), fontsize=9)
 
 
 def number(value: float, largest: float) -> str:

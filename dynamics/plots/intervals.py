@@ -60,7 +60,7 @@ def recoveries(summary: xr.Dataset) -> Figure:
     axes.set_ylim(len(sites) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0, labelsize=8)
     axes.set_xlabel(label)
-    axes.set_title(f"{value} by site, {_percent(summary)}\n{figures.described(chosen)}", fontsize=9)
+    figures.entitle(axes, f"{value} by site, {_percent(summary)}", chosen)
     return figure
 
 
@@ -104,7 +104,7 @@ def stored_and_fresh(summary: xr.Dataset, value: str = "effect") -> Figure:
     label = figures.with_units(chosen, value)
     axes.set_xlabel(f"{label}, stored optimizer state")
     axes.set_ylabel(f"{label}, fresh optimizer state")
-    axes.set_title(f"{value} by site, {_percent(summary)}\n{figures.described(chosen)}", fontsize=9)
+    figures.entitle(axes, f"{value} by site, {_percent(summary)}", chosen)
     distance = np.nan_to_num(np.hypot(across, up), nan=-1.0)
     named = [int(i) for i in np.argsort(-distance)[:_LABELLED] if distance[i] >= 0]
     _name_points(

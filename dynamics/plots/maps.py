@@ -131,9 +131,7 @@ def _draw(
     axes.tick_params(length=0, labelsize=8)
     axes.set_xlabel("training step" if names[0] == "step" else names[0])
     axes.set_ylabel("training step" if names[1] == "step" else names[1])
-    axes.set_title(
-        f"{'mean effect' if value == 'effect' else value}\n{figures.described(summary)}", fontsize=9
-    )
+    figures.entitle(axes, "mean effect" if value == "effect" else value, summary)
     bar = figure.colorbar(image, ax=axes, label=figures.with_units(summary, value), fraction=0.05, pad=0.02)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)
