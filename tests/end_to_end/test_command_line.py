@@ -151,7 +151,12 @@ def test_training_that_diverges_stops_with_an_error_and_a_good_trajectory(tmp_pa
 
 def test_ctrl_c_leaves_a_run_that_opens_and_the_same_command_finishes_it(tmp_path, run):
     longer = [*TINY, "--phases.x1.steps=2000"]
-    command = [sys.executable, "-m", "dynamics.cli", "fit", "--out", str(tmp_path / "run"), *longer]
+    # A background job of a shell inherits SIGINT ignored; a terminal's does not.
+    heeding = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from dynamics.cli import main; main()"
+    )
+    command = [sys.executable, "-c", heeding, "fit", "--out", str(tmp_path / "run"), *longer]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
     )
