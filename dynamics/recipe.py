@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import InitVar, dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -114,16 +114,3 @@ class Contrast:
     def reversed(self) -> Contrast:
         """Base and source exchanged: necessity where the contrast asked for sufficiency."""
         return replace(self, base=self.source, source=self.base)
-
-
-class Task(Protocol):
-    """What a shipped task offers: data by step, a recipe, and contrasts."""
-
-    def batch(self, step: int) -> Any:
-        """The training batch of a step."""
-
-    def recipe(self) -> Recipe:
-        """How the task's model is trained."""
-
-    def contrasts(self) -> list[Contrast]:
-        """The pairs of batches to be exchanged."""

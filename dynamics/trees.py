@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import EllipsisType
 
 import torch
@@ -40,8 +40,3 @@ def exchanged(
         ours[index] = 0 if theirs is None else theirs[index]
         result[name] = ours
     return result
-
-
-def stacked(rows: Sequence[Mapping[str, Tensor]], name: str) -> Tensor:
-    """One tensor of every row on a new first axis: [n_rows, ...]."""
-    return torch.stack([row[name] for row in rows])

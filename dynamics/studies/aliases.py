@@ -50,20 +50,26 @@ def run(config: StudyConfig, out: Path) -> Report:
     metrics = pd.read_csv(out / "metrics.csv")
     _draw(task, metrics, summary, out / "figures")
     chosen = primary(summary, task.config.patching, task)
+    tables = [
+        f"## {level}\n\n```\n{statistics.table(primary(summary, task.config.patching, task, level))}\n```"
+        for level in task.config.patching.levels
+    ]
     words = findings(task, internalisation(metrics, task.config.phases), summary, chosen)
-    (out / "findings.md").write_text(words + "\n\n" + limits(task) + "\n")
+    (out / "findings.md").write_text("\n\n".join([words, limits(task), *tables]) + "\n")
     return Report(out, statistics.table(chosen), words)
 
 
-def primary(summary: xr.Dataset, patching: PatchingConfig, task: AliasTask) -> xr.Dataset:
-    """The one analysis the config named before anything was looked at."""
+def primary(
+    summary: xr.Dataset, patching: PatchingConfig, task: AliasTask, level: str | None = None
+) -> xr.Dataset:
+    """The one analysis the config named before anything was looked at; at another level, exploratory."""
     first = task.config.phases.starts["x2"]
     chosen = summary.sel(
         step=first + patching.primary.x2_step,
         optimizer=patching.primary.optimizer,
         measure=patching.primary.measure,
     )
-    return chosen.isel(site=chosen["level"].values == patching.primary.level)
+    return chosen.isel(site=chosen["level"].values == (level or patching.primary.level))
 
 
 def _effects(task: AliasTask, trajectory: Trajectory, verb: str, path: Path) -> xr.Dataset:

@@ -62,11 +62,13 @@ def _trained(task: AliasTask, accuracy: Mapping[str, float]) -> str:
 
 def _gap(task: AliasTask, chosen: xr.Dataset) -> str:
     gap, low, high = (float(np.ravel(chosen[name])[0]) for name in ("gap", "gap_low", "gap_high"))
+    untouched, base, source = (float(np.ravel(chosen[name])[0]) for name in ("untouched", "base", "source"))
     n = int(np.ravel(chosen["n"])[0])
     clear = "distinguishable" if low > 0 or high < 0 else "not distinguishable"
     return (
         f"One reliable definition in place of an unreliable one ({_named(task)}) changes the measure on that "
-        f"alias's own questions by {gap:+.3g} [{low:.3g}, {high:.3g}] (mean over {n} aliases, 95 % interval), "
+        f"alias's own questions by {gap:+.3g} [{low:.3g}, {high:.3g}] (mean over {n} aliases, 95 % interval; "
+        f"{untouched:.3g} without a step, {base:.3g} after the unreliable one, {source:.3g} after the reliable), "
         f"which is {clear} from zero."
     )
 
