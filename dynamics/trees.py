@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 Gradients = Mapping[str, Tensor | None]
-Index = tuple[int | slice, ...] | Tensor | EllipsisType
-"""What of a tensor is meant: a tuple of ints and slices, a boolean mask of its shape, or `...` for all."""
+Index = tuple[int | slice | Tensor, ...] | Tensor | EllipsisType
+"""What of a tensor is meant: a tuple of ints, slices and at most one 1-D integer tensor, a boolean mask of its
+shape, or `...` for all."""
 
 
 def squared_norm(tensor: Tensor | None) -> float:

@@ -1,0 +1,18 @@
+"""Sites: named parts of a model whose gradient, update or backward signal is exchanged.
+
+A site is a value; a list of sites is patched one by one and never as a union, so sites may overlap.
+"""
+
+from dynamics.sites.any_module import everything as everything
+from dynamics.sites.any_module import matching as matching
+from dynamics.sites.any_module import parameters as parameters
+from dynamics.sites.site import Site as Site
+from dynamics.sites.site import SiteError as SiteError
+from dynamics.sites.site import check as check
+from dynamics.sites.transformers import LEVELS as LEVELS
+from dynamics.sites.transformers import circuits as circuits
+from dynamics.sites.transformers import components as components
+from dynamics.sites.transformers import heads as heads
+from dynamics.sites.transformers import layers as layers
+from dynamics.sites.transformers import matrices as matrices
+from dynamics.sites.transformers import up_to_layer as up_to_layer

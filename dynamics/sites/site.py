@@ -1,0 +1,112 @@
+"""Site: a named part of a model whose gradient, update or signal is exchanged; what every constructor shares."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import EllipsisType
+
+import torch
+from torch import Tensor, nn
+
+from dynamics.trees import Index
+
+
+class SiteError(ValueError):
+    """A site that the model does not have; the message says which sites it has."""
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A label, what it covers, and where that stands in the model.
+
+    Attributes:
+        label: unique within a list of sites.
+        covers: name of a parameter or buffer, or for `patch_signals` of a submodule whose output is meant,
+            -> index: `...`, a tuple of ints, slices and at most one integer tensor, or a boolean mask.
+        coords: labels along the `site` dim: `level`, `component`, and `layer`, `head`, `pos` where they exist.
+        positions: sequence positions whose contributions to a parameter's gradient are meant; None for all.
+    """
+
+    label: str
+    covers: Mapping[str, Index]
+    coords: Mapping[str, str | int] = field(default_factory=dict)
+    positions: tuple[int, ...] | None = None
+
+
+def check(sites: Sequence[Site], model: nn.Module) -> None:
+    """Raise a SiteError unless every site lies inside the model and labels are unique."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    labels = [site.label for site in sites]
+    repeated = sorted({label for label in labels if labels.count(label) > 1})
+    if repeated:
+        raise SiteError(f"Site labels {some(repeated)} occur more than once; a result is read by its labels.")
+    for site in sites:
+        if not site.covers:
+            raise SiteError(f"Site {site.label!r} covers nothing.")
+        for name, index in site.covers.items():
+            if name not in tensors:
+                raise SiteError(
+                    f"Site {site.label!r} covers {name!r}, but the model has {some(list(tensors))}."
+                )
+            check_index(site.label, name, index, tensors[name])
+
+
+def check_index(label: str, name: str, index: Index, tensor: Tensor) -> None:
+    shape = tuple(tensor.shape)
+    if isinstance(index, EllipsisType):
+        return
+    if isinstance(index, Tensor):
+        if tuple(index.shape) != shape or index.dtype != torch.bool:
+            raise SiteError(
+                f"Site {label!r} masks {name!r} with a {index.dtype} tensor of shape {tuple(index.shape)}; "
+                f"it must be boolean and of shape {shape}."
+            )
+        return
+    if not isinstance(index, tuple) or not all(_is_part(part) for part in index) or _n_tensors(index) > 1:
+        raise SiteError(
+            f"Site {label!r} covers {index!r} of {name!r}; it must be `...`, a tuple of ints and slices such as "
+            "(2,) or (slice(0, 4),) with at most one 1-D integer tensor, or a boolean mask."
+        )
+    if len(index) > len(shape):
+        raise SiteError(f"Site {label!r} indexes {len(index)} axes of {name!r}, which has shape {shape}.")
+    for axis, (part, size) in enumerate(zip(index, shape, strict=False)):
+        places = part.tolist() if isinstance(part, Tensor) else [part] if isinstance(part, int) else []
+        for place in places:
+            if not -size <= place < size:
+                raise SiteError(
+                    f"Site {label!r} reads index {place} on axis {axis} of {name!r}, which has {size} "
+                    f"(0-{size - 1}). sites.heads(model) lists a transformer's heads."
+                )
+        if isinstance(part, Tensor) and not places:
+            raise SiteError(f"Site {label!r} takes nothing on axis {axis} of {name!r}, which has {size}.")
+        if isinstance(part, slice) and part.stop is not None and part.stop > size:
+            raise SiteError(
+                f"Site {label!r} slices axis {axis} of {name!r} to {part.stop}, which has {size}."
+            )
+        if isinstance(part, slice) and not range(size)[part]:
+            raise SiteError(f"Site {label!r} takes nothing on axis {axis} of {name!r}, which has {size}.")
+
+
+def _is_part(part: object) -> bool:
+    return isinstance(part, int | slice) or (
+        isinstance(part, Tensor) and part.ndim == 1 and part.dtype == torch.int64
+    )
+
+
+def _n_tensors(index: tuple[object, ...]) -> int:
+    return sum(isinstance(part, Tensor) for part in index)
+
+
+def coords_of(level: str, component: str, layer: int = -1, head: int = -1) -> dict[str, str | int]:
+    return {"level": level, "component": component, "layer": layer, "head": head}
+
+
+def some(names: Sequence[str]) -> str:
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+
+
+def layer_of(name: str) -> int:
+    found = re.match(r"blocks\.(\d+)\.", name)
+    return int(found[1]) if found else -1
