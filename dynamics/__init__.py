@@ -18,12 +18,16 @@ if TYPE_CHECKING:
     from dynamics import training as training
     from dynamics.batch import Batch as Batch
     from dynamics.config import StudyConfig as StudyConfig
+    from dynamics.patching import patch_factors as patch_factors
     from dynamics.patching import patch_gradients as patch_gradients
+    from dynamics.patching import patch_signals as patch_signals
     from dynamics.patching import patch_updates as patch_updates
+    from dynamics.patching import patch_window as patch_window
     from dynamics.recipe import ByNorm as ByNorm
     from dynamics.recipe import ByValue as ByValue
     from dynamics.recipe import Contrast as Contrast
     from dynamics.recipe import Recipe as Recipe
+    from dynamics.steps.caching import cache as cache
 
 _MODULES = (
     "measures",
@@ -40,11 +44,15 @@ _HOMES = {
     "Batch": "dynamics.batch",
     "StudyConfig": "dynamics.config",
     "patch_gradients": "dynamics.patching",
+    "patch_window": "dynamics.patching",
+    "patch_signals": "dynamics.patching",
+    "patch_factors": "dynamics.patching",
     "patch_updates": "dynamics.patching",
     "ByNorm": "dynamics.recipe",
     "ByValue": "dynamics.recipe",
     "Contrast": "dynamics.recipe",
     "Recipe": "dynamics.recipe",
+    "cache": "dynamics.steps.caching",
 }
 
 __all__ = [*_MODULES, *_HOMES]

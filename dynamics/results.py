@@ -113,6 +113,31 @@ def effects(
     return xr.Dataset(variables, coords=coords, attrs={"provenance": provenance})
 
 
+def folded(dataset: xr.Dataset, dim: str, values: Sequence[str], site_labels: Sequence[str]) -> xr.Dataset:
+    """A dataset whose sites stand in groups, one for each value of a further dim, with that dim made.
+
+    Args:
+        dataset: n_sites * len(values) sites, those of one group side by side; other coordinates of a group's
+            sites agree.
+        dim: the new dim, on all variables that have the dim `site`.
+        values: its labels.
+        site_labels: one for each group, length n_sites.
+    """
+    parts = [
+        dataset.isel(site=slice(i, None, len(values))).assign_coords(site=("site", list(site_labels)))
+        for i in range(len(values))
+    ]
+    along = pd.Index(values, name=dim)
+    joined = {
+        name: xr.concat([part[name] for part in parts], along, coords="minimal", compat="override")
+        .transpose(..., dim)
+        .assign_attrs(array.attrs)
+        for name, array in dataset.data_vars.items()
+        if "site" in array.dims
+    }
+    return parts[0].drop_vars(joined).assign(joined)
+
+
 def units(dataset: xr.Dataset, name: str) -> str:
     """The units of one variable: of its only or selected measure; "" where they are unknown or mixed."""
     array = dataset[name]

@@ -1,4 +1,4 @@
-"""Algebra on dict[str, Tensor]: squared norms, scaling, exchanging slices."""
+"""Algebra on dict[str, Tensor]: squared norms, masks, exchanging slices."""
 
 from __future__ import annotations
 
@@ -17,6 +17,15 @@ shape, or `...` for all."""
 def squared_norm(tensor: Tensor | None) -> float:
     """Σ x², accumulated in fp64; 0 for None."""
     return 0.0 if tensor is None else float(tensor.detach().double().square().sum())
+
+
+def mask(index: Index, shape: torch.Size, device: torch.device) -> Tensor:
+    """The boolean tensor of the given shape that is true where the index reaches."""
+    if isinstance(index, Tensor):
+        return index.to(device)
+    covered = torch.zeros(shape, dtype=torch.bool, device=device)
+    covered[index] = True
+    return covered
 
 
 def exchanged(

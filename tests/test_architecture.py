@@ -18,8 +18,8 @@ import checkpoints
 import dynamics
 
 FLOORS = [
-    {"trees", "results", "randomness", "config", "batch"},
-    {"recipe", "measures", "sites"},
+    {"trees", "results", "randomness", "config", "batch", "calls"},
+    {"recipe", "measures", "sites", "projections"},
     {"models"},
     {"tasks"},
     {"steps"},

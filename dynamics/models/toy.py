@@ -18,6 +18,7 @@ from transformer_lens.config import TransformerLensConfig
 from transformer_lens.hook_points import HookPoint
 
 from dynamics.config import ToyConfig
+from dynamics.projections import Projection
 from dynamics.randomness import generator
 
 _EPS = 1e-5
@@ -75,7 +76,7 @@ class Attention(nn.Module):
         """Normalized residual stream [batch, pos, d_model] -> attention output, same shape."""
         pos, d_head = x.shape[1], self.W_Q.shape[-1]
         q, k, v = (
-            hook(torch.einsum("bpd,hde->bphe", x, weight) + bias)
+            hook(_to_heads(x, weight, bias))
             for hook, weight, bias in (
                 (self.hook_q, self.W_Q, self.b_Q),
                 (self.hook_k, self.W_K, self.b_K),
@@ -86,7 +87,29 @@ class Attention(nn.Module):
         scores = self.hook_attn_scores(scores.masked_fill(~self.mask[:pos, :pos], -torch.inf))
         pattern = self.hook_pattern(scores.softmax(-1))
         z = self.hook_z(torch.einsum("bhqk,bkhe->bqhe", pattern, v))
-        return torch.einsum("bphe,hed->bpd", z, self.W_O) + self.b_O
+        return _from_heads(z, self.W_O, self.b_O)
+
+    def projections(self) -> list[Projection]:
+        """Q, K and V read the input, O the heads' outputs."""
+        return [
+            *(
+                Projection(
+                    (f"W_{part}", f"b_{part}"),
+                    lambda p, x, part=part: _to_heads(x, p[f"W_{part}"], p[f"b_{part}"]),
+                    writes=f"hook_{part.lower()}",
+                )
+                for part in "QKV"
+            ),
+            Projection(("W_O", "b_O"), lambda p, z: _from_heads(z, p["W_O"], p["b_O"]), reads="hook_z"),
+        ]
+
+
+def _to_heads(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.einsum("bpd,hde->bphe", x, weight) + bias
+
+
+def _from_heads(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.einsum("bphe,hed->bpd", z, weight) + bias
 
 
 def _without_old_buffers(
@@ -114,6 +137,13 @@ class MLP(nn.Module):
         """[batch, pos, d_model] -> [batch, pos, d_model]."""
         post = self.hook_post(self.activation(self.hook_pre(x @ self.W_in + self.b_in)))
         return post @ self.W_out + self.b_out  # type: ignore[no-any-return]
+
+    def projections(self) -> list[Projection]:
+        """In and out of the hidden layer."""
+        return [
+            Projection(("W_in", "b_in"), lambda p, x: x @ p["W_in"] + p["b_in"], writes="hook_pre"),
+            Projection(("W_out", "b_out"), lambda p, x: x @ p["W_out"] + p["b_out"], reads="hook_post"),
+        ]
 
 
 def _norm(config: ToyConfig) -> nn.Module:

@@ -1,4 +1,7 @@
 """Patching verbs, one file each: exchange one quantity at one site, take the step, measure."""
 
+from dynamics.patching.factors import patch_factors as patch_factors
 from dynamics.patching.gradients import patch_gradients as patch_gradients
+from dynamics.patching.signals import patch_signals as patch_signals
 from dynamics.patching.updates import patch_updates as patch_updates
+from dynamics.patching.windows import patch_window as patch_window

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain, islice
 from typing import TypeVar
 
@@ -14,13 +15,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from checkpoints import Checkpoint
-from dynamics import measures, results, sites
+from dynamics import measures, results
+from dynamics.calls import call, evaluating
 from dynamics.measures import Measure
-from dynamics.recipe import Contrast, Recipe, RecipeError
+from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site
 from dynamics.steps import StepGradient, gradient, steps_from
-from dynamics.steps.calls import call, evaluating
-from dynamics.trees import Gradients
+from dynamics.steps.factors import Factors, factors
+from dynamics.steps.states import starting_point
 
 T = TypeVar("T")
 
@@ -32,15 +34,50 @@ SECONDS_BEFORE_PROGRESS = 5
 
 @dataclass(frozen=True)
 class Runs:
-    """The two runs of one contrast at one checkpoint: their gradients and buffers before clipping."""
+    """The two runs of one contrast at one checkpoint.
 
+    Attributes:
+        recipe, checkpoint, contrast: what is run, from where, and on which batches.
+        name: how errors name the contrast.
+    """
+
+    recipe: Recipe
     checkpoint: Checkpoint
-    base: StepGradient
-    source: StepGradient
+    contrast: Contrast
+    name: str
 
-    def coasting(self) -> dict[str, Tensor | None]:
+    @property
+    def where(self) -> tuple[str, str]:
+        """How errors name the base and the source batch."""
+        return f"the base batch of {self.name}", f"the source batch of {self.name}"
+
+    @cached_property
+    def base(self) -> StepGradient:
+        """Gradient and buffers of the base batch, before clipping."""
+        return gradient(self.recipe, self.checkpoint, self.contrast.base, self.where[0])
+
+    @cached_property
+    def source(self) -> StepGradient:
+        """Gradient and buffers of the source batch, before clipping; the base's own where the batches are one."""
+        if self.contrast.source is self.contrast.base:
+            return self.base
+        return gradient(self.recipe, self.checkpoint, self.contrast.source, self.where[1])
+
+    @cached_property
+    def coasting(self) -> StepGradient:
         """The base gradient set to zero: momentum and decay alone move what it would have moved."""
-        return {name: None if g is None else torch.zeros_like(g) for name, g in self.base.gradients.items()}
+        zero = {name: None if g is None else torch.zeros_like(g) for name, g in self.base.gradients.items()}
+        return replace(self.base, gradients=zero)
+
+    @cached_property
+    def base_factors(self) -> Factors:
+        """The factors of the base batch's gradient."""
+        return factors(self.recipe, self.checkpoint, self.contrast.base, self.where[0])
+
+    @cached_property
+    def source_factors(self) -> Factors:
+        """The factors of the source batch's gradient."""
+        return factors(self.recipe, self.checkpoint, self.contrast.source, self.where[1])
 
 
 Outcome = Mapping[str, Tensor]
@@ -54,16 +91,20 @@ def experiment(
     contrasts: Sequence[Contrast],
     patched_sites: Sequence[Site],
     measure: Measure | Mapping[str, Measure],
-    outcomes: Callable[[Recipe, Runs, Sequence[Site]], Iterable[Outcome]],
+    outcomes: Callable[[Runs, Sequence[Site]], Iterable[Outcome]],
+    measured_after: Sequence[int] | None = None,
 ) -> xr.Dataset:
     """Run one verb over contrasts and sites and label what is measured.
+
+    Contrasts that share their base and source batch are run once and measured on each one's probe.
 
     Args:
         verb: its name, for provenance and the progress bar.
         recipe, checkpoint, contrasts, patched_sites, measure: as the verb was called.
         outcomes: yields the models after the base step, the source step, the coasting step, and then the
-            step patched at each site, in order. Each yields tensors of its own, since a measure may write
-            into them.
+            step patched at each site, in order; each of them once for every entry of `measured_after`. Each
+            yields tensors of its own, since a measure may write into them.
+        measured_after: numbers of steps, which become the dim `step`; None where a single step is taken.
 
     Returns:
         `patched`, `effect` [example, site]; `base`, `source`, `untouched`, `coasted` [example]; with a dim
@@ -72,68 +113,59 @@ def experiment(
     if not contrasts or not patched_sites:
         missing = "contrasts" if not contrasts else "sites"
         raise ValueError(f"{verb} was given no {missing}; it needs at least one.")
-    sites.check(patched_sites, recipe.model)
     state = starting_point(recipe, checkpoint)
     by_name = measures.named(measure)
-    values = np.full((len(contrasts), 4 + len(patched_sites), len(by_name)), np.nan)
+    n_times = 1 if measured_after is None else len(measured_after)
+    values = np.full((len(contrasts), 4 + len(patched_sites), n_times, len(by_name)), np.nan)
     with tqdm(total=values[..., 0].size, desc=verb, unit="step", delay=SECONDS_BEFORE_PROGRESS) as bar:
-        for number, (row, contrast) in enumerate(zip(values, contrasts, strict=True)):
-            name = str(contrast.coords.get("example", f"contrast {number}"))
-            runs = Runs(
-                state,
-                base=gradient(recipe, state, contrast.base, f"the base batch of {name}"),
-                source=gradient(recipe, state, contrast.source, f"the source batch of {name}"),
-            )
-            untouched = own({**state.parameters, **state.buffers})
-            models = chain([untouched], outcomes(recipe, runs, patched_sites))
-            for cell, tensors in zip(row, models, strict=True):
-                with state.random_state():
-                    cell[:] = evaluated(recipe, by_name, tensors, contrast)
-                bar.update()
-    references = {name: values[:, i] for i, name in enumerate(("untouched", "base", "source", "coasted"))}
+        for members in _sharing_batches(contrasts):
+            first = contrasts[members[0]]
+            name = str(first.coords.get("example", f"contrast {members[0]}"))
+            runs = Runs(recipe, state, first, name)
+            untouched = (own({**state.parameters, **state.buffers}) for _ in range(n_times))
+            models = chain(untouched, outcomes(runs, patched_sites))
+            cells = np.ndindex(values.shape[1:3])
+            for cell, tensors in zip(cells, models, strict=True):
+                for i in members:
+                    with state.random_state():
+                        kept = own(tensors) if len(members) > 1 else tensors
+                        values[i, *cell] = evaluated(recipe, by_name, kept, contrasts[i])
+                    bar.update()
     several = isinstance(measure, Mapping)
-    return results.effects(
-        patched=np.moveaxis(values[:, 4:], -1, 0) if several else values[:, 4:, 0],
-        references={n: v.T if several else v[:, 0] for n, v in references.items()},
-        example_coords=columns([{"example": f"contrast {i}", **c.coords} for i, c in enumerate(contrasts)]),
-        site_coords=columns([{"site": s.label, **s.coords} for s in patched_sites]),
-        measure_names=list(by_name) if several else None,
-        units=[getattr(m, "units", "") for m in by_name.values()]
-        if several
-        else getattr(measure, "units", ""),
-        provenance=results.provenance(verb=verb, step=state.step, measure=list(by_name)),
-    )
+    units = [getattr(m, "units", "") for m in by_name.values()]
+    labelled = [
+        results.effects(
+            patched=np.moveaxis(at[:, 4:], -1, 0) if several else at[:, 4:, 0],
+            references={
+                name: at[:, i].T if several else at[:, i, 0]
+                for i, name in enumerate(("untouched", "base", "source", "coasted"))
+            },
+            example_coords=columns(
+                [{"example": f"contrast {i}", **c.coords} for i, c in enumerate(contrasts)]
+            ),
+            site_coords=columns([{"site": s.label, **s.coords} for s in patched_sites]),
+            measure_names=list(by_name) if several else None,
+            units=units if several else units[0],
+            provenance=results.provenance(verb=verb, step=state.step, measure=list(by_name)),
+        )
+        for at in np.moveaxis(values, 2, 0)
+    ]
+    if measured_after is None:
+        return labelled[0]
+    return results.concat(labelled, "step", [state.step + n for n in measured_after])
+
+
+def _sharing_batches(contrasts: Sequence[Contrast]) -> list[list[int]]:
+    """Numbers of the contrasts, those with the same base and source objects together."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, contrast in enumerate(contrasts):
+        groups.setdefault((id(contrast.base), id(contrast.source)), []).append(i)
+    return list(groups.values())
 
 
 def own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies that nothing else holds."""
     return {name: tensor.clone() for name, tensor in tensors.items()}
-
-
-def starting_point(recipe: Recipe, checkpoint: Checkpoint | None) -> Checkpoint:
-    """The checkpoint on the model's device; without one, the recipe's model as it stands, optimizer new.
-
-    Raises:
-        RecipeError: the checkpoint is of another model.
-    """
-    if checkpoint is None:
-        optimizer = recipe.build_optimizer(recipe.model.parameters())
-        return Checkpoint.capture(recipe.model, optimizer, recipe.build_scheduler(optimizer))
-    for kind, recorded, present in (
-        ("parameters", checkpoint.parameters, dict(recipe.model.named_parameters())),
-        ("buffers", checkpoint.buffers, dict(recipe.model.named_buffers())),
-    ):
-        differing = _described(recorded) ^ _described(present)
-        if differing:
-            raise RecipeError(
-                f"checkpoint {checkpoint.step} does not fit the recipe's model: their {kind} differ in "
-                f"{', '.join(sorted({name for name, *_ in differing})[:5])} (name, shape or dtype)."
-            )
-    return checkpoint.to(next(recipe.model.parameters()).device)
-
-
-def _described(tensors: Mapping[str, Tensor]) -> set[tuple[str, torch.Size, torch.dtype]]:
-    return {(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def evaluated(
@@ -145,10 +177,12 @@ def evaluated(
     return found.double().cpu().numpy()
 
 
-def stepped(recipe: Recipe, runs: Runs, gradients: Iterable[Gradients]) -> Iterator[dict[str, Tensor]]:
-    """Parameters after a step with each of the gradients, `CHUNK` of them at a time."""
+def stepped(runs: Runs, gradients: Iterable[StepGradient]) -> Iterator[Outcome]:
+    """The model after a step with each of the gradients, `CHUNK` of them at a time."""
     for chunk in chunks(gradients, CHUNK):
-        yield from steps_from(recipe, runs.checkpoint, chunk)
+        after = steps_from(runs.recipe, runs.checkpoint, [step.gradients for step in chunk])
+        for parameters, step in zip(after, chunk, strict=True):
+            yield {**parameters, **own(step.buffers)}
 
 
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
 
 import xarray as xr
-from torch import Tensor
 
 from checkpoints import Checkpoint
 from dynamics.measures import Measure
-from dynamics.patching.experiment import Outcome, Runs, experiment, own, stepped
+from dynamics.patching.corners import Corners
+from dynamics.patching.experiment import Outcome, Runs, experiment, stepped
 from dynamics.recipe import Contrast, Recipe
-from dynamics.sites import Site
+from dynamics.sites import Site, check
+from dynamics.steps import StepGradient
 from dynamics.trees import exchanged
 
 
@@ -31,7 +34,8 @@ def patch_gradients(
         recipe: how a step is taken; its model is not modified.
         checkpoint: state before the step; None takes the recipe's model as it stands and a new optimizer.
         contrasts: pairs of training batches and the probe they are measured on, length n_examples.
-        sites: parameter slices, length n_sites; each is patched alone.
+        sites: parameter slices, length n_sites; each is patched alone. Of a site with positions
+            (`sites.at_positions`) only what those positions contribute to the gradient is exchanged.
         measure: (model, probe) -> scalar or [rows], rows are averaged; or a dict of those, which becomes
             the dim `measure`.
 
@@ -46,21 +50,25 @@ def patch_gradients(
 
     Source: the seed's gradient patching; the step as in Loshchilov & Hutter 2019 (AdamW).
     """
+    check(sites, recipe.model)
     return experiment("patch_gradients", recipe, checkpoint, contrasts, sites, measure, _outcomes)
 
 
-def _outcomes(recipe: Recipe, runs: Runs, sites: Sequence[Site]) -> Iterator[Outcome]:
-    base, source = runs.base, runs.source
+def _outcomes(runs: Runs, sites: Sequence[Site]) -> Iterator[Outcome]:
+    return stepped(runs, chain((runs.base, runs.source, runs.coasting), patched(runs, sites)))
 
-    def gradients() -> Iterator[dict[str, Tensor | None]]:
-        yield from (base.gradients, source.gradients, runs.coasting())
-        for site in sites:
-            yield exchanged(base.gradients, source.gradients, site.covers)
 
-    def buffers() -> Iterator[Mapping[str, Tensor | None]]:
-        yield from (base.buffers, source.buffers, base.buffers)
-        for site in sites:
-            yield exchanged(base.buffers, source.buffers, site.covers)
-
-    for parameters, state in zip(stepped(recipe, runs, gradients()), buffers(), strict=True):
-        yield {**parameters, **own(state)}  # type: ignore[arg-type]
+def patched(runs: Runs, sites: Sequence[Site]) -> Iterator[StepGradient]:
+    """The base run's gradient and buffers with the source run's on each site."""
+    located = [site for site in sites if site.positions is not None]
+    corners = Corners(runs, located) if located else None
+    for site in sites:
+        if corners and site.positions is not None:
+            source = corners.gradient("source", "source", site.positions)
+        else:
+            source = runs.source.gradients
+        yield replace(
+            runs.base,
+            gradients=exchanged(runs.base.gradients, source, site.covers),
+            buffers=exchanged(runs.base.buffers, runs.source.buffers, site.covers),  # type: ignore[arg-type]
+        )

@@ -10,7 +10,7 @@ from checkpoints import Checkpoint
 from dynamics.measures import Measure
 from dynamics.patching.experiment import Outcome, Runs, experiment, own, stepped
 from dynamics.recipe import Contrast, Recipe
-from dynamics.sites import Site
+from dynamics.sites import Site, check
 from dynamics.trees import exchanged
 
 
@@ -28,16 +28,14 @@ def patch_updates(
 
     Args, Returns, Raises: as `patch_gradients`.
     """
+    check(sites, recipe.model)
     return experiment("patch_updates", recipe, checkpoint, contrasts, sites, measure, _outcomes)
 
 
-def _outcomes(recipe: Recipe, runs: Runs, sites: Sequence[Site]) -> Iterator[Outcome]:
-    gradients = (runs.base.gradients, runs.source.gradients, runs.coasting())
-    after_base, after_source, coasted = stepped(recipe, runs, gradients)
-    base = {**after_base, **runs.base.buffers}
-    source = {**after_source, **runs.source.buffers}
+def _outcomes(runs: Runs, sites: Sequence[Site]) -> Iterator[Outcome]:
+    base, source, coasted = stepped(runs, (runs.base, runs.source, runs.coasting))
     yield own(base)
     yield own(source)
-    yield own({**coasted, **runs.base.buffers})
+    yield coasted
     for site in sites:
         yield own(exchanged(base, source, site.covers))  # type: ignore[arg-type]

@@ -6,6 +6,10 @@ A site is a value; a list of sites is patched one by one and never as a union, s
 from dynamics.sites.any_module import everything as everything
 from dynamics.sites.any_module import matching as matching
 from dynamics.sites.any_module import parameters as parameters
+from dynamics.sites.outputs import activations as activations
+from dynamics.sites.outputs import at_positions as at_positions
+from dynamics.sites.outputs import check_outputs as check_outputs
+from dynamics.sites.outputs import hooks as hooks
 from dynamics.sites.site import Site as Site
 from dynamics.sites.site import SiteError as SiteError
 from dynamics.sites.site import check as check

@@ -38,6 +38,18 @@ class Site:
 def check(sites: Sequence[Site], model: nn.Module) -> None:
     """Raise a SiteError unless every site lies inside the model and labels are unique."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    check_labels(sites)
+    for site in sites:
+        for name, index in site.covers.items():
+            if name not in tensors:
+                raise SiteError(
+                    f"Site {site.label!r} covers {name!r}, but the model has {some(list(tensors))}."
+                )
+            check_index(site.label, name, index, tensors[name])
+
+
+def check_labels(sites: Sequence[Site]) -> None:
+    """Raise a SiteError where a label is used twice or a site covers nothing."""
     labels = [site.label for site in sites]
     repeated = sorted({label for label in labels if labels.count(label) > 1})
     if repeated:
@@ -45,12 +57,6 @@ def check(sites: Sequence[Site], model: nn.Module) -> None:
     for site in sites:
         if not site.covers:
             raise SiteError(f"Site {site.label!r} covers nothing.")
-        for name, index in site.covers.items():
-            if name not in tensors:
-                raise SiteError(
-                    f"Site {site.label!r} covers {name!r}, but the model has {some(list(tensors))}."
-                )
-            check_index(site.label, name, index, tensors[name])
 
 
 def check_index(label: str, name: str, index: Index, tensor: Tensor) -> None:

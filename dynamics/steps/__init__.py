@@ -6,5 +6,7 @@ from dynamics.steps.gradients import gradient as gradient
 from dynamics.steps.replaying import advance as advance
 from dynamics.steps.replaying import reach as reach
 from dynamics.steps.replaying import replay as replay
+from dynamics.steps.taps import Cache as Cache
 from dynamics.steps.update import step_from as step_from
 from dynamics.steps.update import steps_from as steps_from
+from dynamics.steps.walking import walk as walk

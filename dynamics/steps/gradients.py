@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints import Checkpoint
+from checkpoints.rng import RngState
+from dynamics.calls import call
 from dynamics.recipe import Recipe
-from dynamics.steps.calls import call
+from dynamics.steps.taps import Taps
 
 
 class NonFiniteGradient(ArithmeticError):
@@ -27,14 +29,21 @@ class StepGradient:
         gradients: by parameter name; None where the loss does not depend on a parameter, which torch's
             optimizers then skip.
         buffers: the model's buffers after the forward pass (batch statistics move there).
+        rng: the random number generators after the pass.
     """
 
     loss: Tensor
     gradients: dict[str, Tensor | None]
     buffers: dict[str, Tensor]
+    rng: RngState
 
 
-def gradient(recipe: Recipe, checkpoint: Checkpoint, batch: Any, where: str = "the batch") -> StepGradient:
+_NO_TAPS = Taps((), lambda _, activation: activation)
+
+
+def gradient(
+    recipe: Recipe, checkpoint: Checkpoint, batch: Any, where: str = "the batch", taps: Taps = _NO_TAPS
+) -> StepGradient:
     """Loss and gradient of a batch at a checkpoint, with the checkpoint's random numbers.
 
     Args:
@@ -42,6 +51,7 @@ def gradient(recipe: Recipe, checkpoint: Checkpoint, batch: Any, where: str = "t
         checkpoint: parameters, buffers and random state.
         batch: what the loss eats.
         where: how errors name the batch.
+        taps: what is read or replaced inside the model on the way.
 
     Raises:
         NonFiniteGradient: the loss or a gradient is NaN or infinite.
@@ -52,20 +62,21 @@ def gradient(recipe: Recipe, checkpoint: Checkpoint, batch: Any, where: str = "t
         for name, tensor in checkpoint.parameters.items()
     }
     buffers = {name: tensor.detach().clone() for name, tensor in checkpoint.buffers.items()}
-    with checkpoint.random_state(), torch.enable_grad():
+    inputs = {name: p for name, p in parameters.items() if p.requires_grad}
+    with checkpoint.random_state(), torch.enable_grad(), taps.attached(recipe.model):
         loss, buffers = call(_with_buffers(recipe), recipe.model, {**parameters, **buffers}, batch)
-        inputs = {name: p for name, p in parameters.items() if p.requires_grad}
-        found = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
+        found = torch.autograd.grad(loss, [*inputs.values(), *taps.leaves], allow_unused=True)
+        rng = RngState.capture()
     if not bool(torch.isfinite(loss)):
         raise NonFiniteGradient(f"The loss of {where} at step {checkpoint.step} is {loss.item()}.")
     gradients: dict[str, Tensor | None] = dict.fromkeys(parameters)
-    for name, g in zip(inputs, found, strict=True):
+    for name, g in zip(inputs, found, strict=False):
         if g is not None and not bool(torch.isfinite(g).all()):
             raise NonFiniteGradient(
                 f"The gradient of {name} for {where} at step {checkpoint.step} is not finite."
             )
         gradients[name] = g
-    return StepGradient(loss.detach(), gradients, buffers)
+    return StepGradient(loss.detach(), gradients, buffers, rng)
 
 
 def _with_buffers(recipe: Recipe) -> Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -49,3 +51,31 @@ def check_kind(checkpoint: Checkpoint, optimizer: Optimizer) -> None:
             f"{sorted(recorded - expected)} and lack {sorted(expected - recorded)}, which the recipe's "
             f"{type(optimizer).__name__} has. Give the recipe the run's own optimizer."
         )
+
+
+def starting_point(recipe: Recipe, checkpoint: Checkpoint | None) -> Checkpoint:
+    """The checkpoint on the model's device; without one, the recipe's model as it stands, optimizer new.
+
+    Raises:
+        RecipeError: the checkpoint is of another model.
+    """
+    if checkpoint is None:
+        if recipe.optimizer is None:
+            return Checkpoint.capture(recipe.model)
+        optimizer = recipe.build_optimizer(recipe.model.parameters())
+        return Checkpoint.capture(recipe.model, optimizer, recipe.build_scheduler(optimizer))
+    for kind, recorded, present in (
+        ("parameters", checkpoint.parameters, dict(recipe.model.named_parameters())),
+        ("buffers", checkpoint.buffers, dict(recipe.model.named_buffers())),
+    ):
+        differing = _described(recorded) ^ _described(present)
+        if differing:
+            raise RecipeError(
+                f"checkpoint {checkpoint.step} does not fit the recipe's model: their {kind} differ in "
+                f"{', '.join(sorted({name for name, *_ in differing})[:5])} (name, shape or dtype)."
+            )
+    return checkpoint.to(next(recipe.model.parameters()).device)
+
+
+def _described(tensors: Mapping[str, Tensor]) -> set[tuple[str, torch.Size, torch.dtype]]:
+    return {(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()}

@@ -1,0 +1,72 @@
+"""patch_factors: exchange one factor of a gradient, the inputs x or the backward signals δ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+
+import xarray as xr
+
+from checkpoints import Checkpoint
+from dynamics import results
+from dynamics.measures import Measure
+from dynamics.patching.corners import Corners, Run
+from dynamics.patching.experiment import Outcome, Runs, experiment, stepped
+from dynamics.recipe import Contrast, Recipe
+from dynamics.sites import Site, check
+from dynamics.steps import StepGradient
+from dynamics.trees import exchanged
+
+CORNERS: dict[str, tuple[Run, Run]] = {
+    "x": ("source", "base"),
+    "delta": ("base", "source"),
+    "both": ("source", "source"),
+}
+"""Which run x and δ come from; the fourth corner is the base run itself."""
+
+
+def patch_factors(
+    recipe: Recipe,
+    checkpoint: Checkpoint | None,
+    contrasts: Sequence[Contrast],
+    sites: Sequence[Site],
+    measure: Measure | Mapping[str, Measure],
+) -> xr.Dataset:
+    """Take each contrast's base step with one factor of one site's gradient from the source run.
+
+    The gradient of a linear layer is Σ δ xᵀ over positions. With x and δ each from the base (U) or the source (R):
+
+        δ_R x_R − δ_U x_U = (δ_R − δ_U) x_U + δ_U (x_R − x_U) + (δ_R − δ_U)(x_R − x_U)
+
+    The first term ("delta") is another error signal that reached the same content, the second ("x") the same
+    signal that met other content, the third their interaction: "both" less "x" less "delta".
+
+    Args:
+        recipe, checkpoint, contrasts, measure: as `patch_gradients`; base and source batches of one shape.
+        sites: parameter slices of linear layers, norms and embeddings: of any module that holds parameters
+            and no other such modules, or that declares `projections()`. A site with positions
+            (`sites.at_positions`) exchanges the factor there alone.
+
+    Returns:
+        As `patch_gradients`, with a dim `factor` ("x", "delta", "both") on `patched` and `effect`.
+
+    Raises:
+        SiteError: also where a parameter's gradient has no such factors, or the two runs differ in shape.
+    """
+    check(sites, recipe.model)
+    cells = [replace(s, label=f"{s.label} | {factor}") for s in sites for factor in CORNERS]
+    found = experiment("patch_factors", recipe, checkpoint, contrasts, cells, measure, _outcomes)
+    return results.folded(found, "factor", list(CORNERS), [s.label for s in sites])
+
+
+def _outcomes(runs: Runs, sites: Sequence[Site]) -> Iterator[Outcome]:
+    return stepped(runs, chain((runs.base, runs.source, runs.coasting), _patched(runs, sites)))
+
+
+def _patched(runs: Runs, sites: Sequence[Site]) -> Iterator[StepGradient]:
+    corners = Corners(runs, sites)
+    for i, site in enumerate(sites):
+        x, delta = list(CORNERS.values())[i % len(CORNERS)]
+        crossed = corners.gradient(x, delta, site.positions)
+        yield replace(runs.base, gradients=exchanged(runs.base.gradients, crossed, site.covers))

@@ -1,0 +1,70 @@
+"""patch_signals: exchange the backward signal at an activation, finish the backward pass, take the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
+
+import xarray as xr
+
+from checkpoints import Checkpoint
+from dynamics.measures import Measure
+from dynamics.patching.experiment import Outcome, Runs, experiment, stepped
+from dynamics.recipe import Contrast, Recipe
+from dynamics.sites import Site, check_outputs
+from dynamics.steps import StepGradient, gradient
+from dynamics.steps.caching import recorded
+from dynamics.steps.taps import Forward, check_covers, exchanging
+
+
+def patch_signals(
+    recipe: Recipe,
+    checkpoint: Checkpoint | None,
+    contrasts: Sequence[Contrast],
+    sites: Sequence[Site],
+    measure: Measure | Mapping[str, Measure],
+    forward: Forward = "base",
+) -> xr.Dataset:
+    """Take each contrast's base step with the source run's backward signal dL/da at one activation at a time.
+
+    λ' = (1 − μ) ⊙ λ_base + μ ⊙ λ_source on the slice μ; the backward pass then goes on from λ'. Gradients of
+    the activation's ancestors change, all others are the base run's to the bit. Upstream of it a linear
+    layer's gradient is Σ λ' xᵀ with the **base** run's inputs x.
+
+    Args:
+        recipe, checkpoint, contrasts, measure: as `patch_gradients`; base and source batches of one shape.
+        sites: outputs of submodules (`sites.activations`), each patched alone.
+        forward: whose activation goes forward at the site. "base": the base run's, so that the signal alone is
+            exchanged. "source": the source run's activation is exchanged as well, straight through; at a full
+            cut of the residual stream, everything downstream then has the source run's gradient.
+
+    Returns, Raises: as `patch_gradients`; a SiteError also where the two runs differ in shape.
+
+    How this differs from returning a cached tensor from a forward hook, which is the obvious thing to try: that
+    tensor is detached, so the graph is severed there. No signal reaches anything upstream, backward hooks
+    there never fire, all upstream gradients are None, and the optimizer skips those parameters altogether:
+    not even their decay or momentum moves them. "Forward only" and "forward and backward" are then the same
+    row, and neither is a patched step. Replacing the signals of the source run by the source run's own
+    gives recovery 1 exactly, and says nothing. And taking no step at all has a recovery of its own,
+    (untouched − base) / (source − base), which is no zero: rows near it did not move at all. Compare with
+    `untouched` and `coasted` in every result (the seed's puzzle; `tests/engine/test_engine_puzzle.py`).
+
+    Source: the seed's backward-signal patching, done with an autograd function inside the graph.
+    """
+    check_outputs(sites, recipe.model)
+    outcomes = partial(_outcomes, forward=forward)
+    return experiment("patch_signals", recipe, checkpoint, contrasts, sites, measure, outcomes)
+
+
+def _outcomes(runs: Runs, sites: Sequence[Site], forward: Forward) -> Iterator[Outcome]:
+    return stepped(runs, chain((runs.base, runs.source, runs.coasting), _patched(runs, sites, forward)))
+
+
+def _patched(runs: Runs, sites: Sequence[Site], forward: Forward) -> Iterator[StepGradient]:
+    hooks = list(dict.fromkeys(name for site in sites for name in site.covers))
+    recipe, state, contrast = runs.recipe, runs.checkpoint, runs.contrast
+    _, source = recorded(recipe, state, contrast.source, hooks, runs.where[1])
+    for site in sites:
+        check_covers(site, source.activations)
+        yield gradient(recipe, state, contrast.base, runs.where[0], exchanging(site, source, forward))

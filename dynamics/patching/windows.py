@@ -1,0 +1,91 @@
+"""patch_window: the gradient at a site exchanged at every step of a stretch of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import xarray as xr
+
+from checkpoints import Checkpoint
+from dynamics.measures import Measure
+from dynamics.patching.experiment import Outcome, Runs, experiment, own
+from dynamics.patching.gradients import patched
+from dynamics.recipe import Contrast, Recipe
+from dynamics.sites import Site, check
+from dynamics.steps import StepGradient, walk
+
+
+def patch_window(
+    recipe: Recipe,
+    checkpoint: Checkpoint | None,
+    contrasts: Sequence[Contrast],
+    sites: Sequence[Site],
+    measure: Measure | Mapping[str, Measure],
+    measured_after: Sequence[int] | None = None,
+) -> xr.Dataset:
+    """Train on through a window of batches with the source's gradient on one site at a time, at every step.
+
+    At each step both gradients are taken at the current, patched parameters, exchanged at the site, clipped and
+    stepped with the optimizer state, learning rate, buffers and random numbers carried along. One step is
+    `patch_gradients`. Sequences that differ in their first batch alone give the **impulse response**: with
+    β1 = 0.9 one step with stored moments shows a tenth of its gradient, the steps after it the rest.
+
+    Args:
+        recipe, checkpoint, measure: as `patch_gradients`.
+        contrasts: whose `base` and `source` are sequences of batches of one length, the same for all contrasts.
+            Where both hold the same batch object, one gradient serves for both.
+        sites: as `patch_gradients`.
+        measured_after: numbers of steps after which to measure, rising, 1 to the length; None for the end alone.
+
+    Returns:
+        As `patch_gradients`, with a dim `step` throughout: the step of the checkpoint that was measured.
+        `coasted` takes every step with a zero gradient; `untouched` none.
+
+    Raises:
+        ValueError: sequences differ in length, or `measured_after` lies outside them. Otherwise as
+            `patch_gradients`; an error names the step.
+    """
+    check(sites, recipe.model)
+    lengths = {n for c in contrasts for n in (len(c.base), len(c.source))}
+    if len(lengths) > 1 or lengths == {0}:
+        raise ValueError(
+            f"a window's contrasts hold sequences of batches of one length; these hold {sorted(lengths)}."
+        )
+    after = sorted(lengths) if measured_after is None else list(measured_after)
+    if lengths and (after != sorted(set(after)) or not after or after[0] < 1 or after[-1] > max(lengths)):
+        raise ValueError(f"measured_after={after}: give rising numbers of steps from 1 to {max(lengths)}.")
+    outcomes = partial(_outcomes, after=after)
+    return experiment("patch_window", recipe, checkpoint, contrasts, sites, measure, outcomes, after)
+
+
+StepOf = Callable[[Runs], StepGradient]
+
+
+def _outcomes(window: Runs, sites: Sequence[Site], after: Sequence[int]) -> Iterator[Outcome]:
+    ways: list[StepOf] = [
+        lambda runs: runs.base,
+        lambda runs: runs.source,
+        lambda runs: runs.coasting,
+        *(partial(_patched_at, site=site) for site in sites),
+    ]
+    return chain.from_iterable(_along(window, way, after) for way in ways)
+
+
+def _patched_at(runs: Runs, site: Site) -> StepGradient:
+    return next(patched(runs, [site]))
+
+
+def _along(window: Runs, way: StepOf, after: Sequence[int]) -> Iterator[Outcome]:
+    """The model after each of the given numbers of steps taken in one way."""
+    batches: list[tuple[Any, Any]] = list(zip(window.contrast.base, window.contrast.source, strict=True))
+
+    def step(state: Checkpoint) -> StepGradient:
+        base, source = batches[state.step - window.checkpoint.step]
+        return way(Runs(window.recipe, state, Contrast(base, source), f"{window.name}, step {state.step}"))
+
+    for number, state in enumerate(walk(window.recipe, window.checkpoint, step, after[-1]), start=1):
+        if number in after:
+            yield own({**state.parameters, **state.buffers})

@@ -1,0 +1,195 @@
+"""Sites of what flows through a model: outputs of its submodules, and positions of a sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from dynamics.batch import Batch
+from dynamics.calls import call, evaluating
+from dynamics.sites.site import Site, SiteError, check_labels, coords_of, some
+
+Axis = Literal["layer", "head", "pos"]
+
+_HEAD_AXIS = {
+    "q": 2,
+    "k": 2,
+    "v": 2,
+    "z": 2,
+    "result": 2,
+    "rot_q": 2,
+    "rot_k": 2,
+    "pattern": 1,
+    "attn_scores": 1,
+}
+"""Axis of the heads at TransformerLens's hooks."""
+
+_POS_AXIS = {"pattern": 2, "attn_scores": 2}
+"""Axis of the position, where it is not 1: of a pattern the query's is meant."""
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+def hooks(model: nn.Module, pattern: str = "*") -> list[str]:
+    """Names of the submodules whose output can be read or exchanged, in the model's order.
+
+    Raises:
+        SiteError: none matches the glob.
+    """
+    names = [name for name, module in model.named_modules() if name and not isinstance(module, _CONTAINERS)]
+    matched = [name for name in names if fnmatchcase(name, pattern)]
+    if not matched:
+        raise SiteError(f"no submodule matches {pattern!r}. {type(model).__name__} has {some(names)}.")
+    return matched
+
+
+def activations(
+    model: nn.Module, pattern: str, by: Sequence[Axis] = ("layer",), like: Any = None
+) -> list[Site]:
+    """Sites of the outputs of all submodules that match a glob, cut along the given axes.
+
+    Args:
+        model: any module; TransformerLens's hook names have heads and positions where it says they have.
+        pattern: such as "blocks.*.hook_resid_pre".
+        by: "layer" gives each module its own site (otherwise one site covers all of them); "head" and "pos"
+            cut the activation. Position is axis 1 of an output [batch, pos, ...], and the query's of a
+            pattern [batch, head, query, key].
+        like: what the model is called with, to learn shapes, where heads or positions are asked for: a
+            `Batch`, a tensor, a tuple of arguments or a dict of keyword arguments.
+
+    Raises:
+        SiteError: nothing matches, `like` is missing or cannot be run, or an output has no such axis.
+    """
+    names = hooks(model, pattern)
+    if unknown := set(by) - {"layer", "head", "pos"}:
+        raise SiteError(f"by={sorted(unknown)}: an activation can be cut by layer, head and pos.")
+    shapes = _shapes(model, names, like) if {"head", "pos"} & set(by) else {}
+    sites: dict[str, Site] = {}
+    for name in names:
+        layer, component = _place(name)
+        n_heads = _size(name, shapes, _HEAD_AXIS.get(_hook(name)), "head") if "head" in by else 0
+        n_pos = _size(name, shapes, _POS_AXIS.get(_hook(name), 1), "pos") if "pos" in by else 0
+        for head in range(n_heads) or [-1]:
+            for pos in range(n_pos) or [-1]:
+                at = layer if "layer" in by else -1
+                label = component + (f" {at}" if at >= 0 and head < 0 else "")
+                label += (f" L{at}H{head}" if at >= 0 else f" H{head}") if head >= 0 else ""
+                label += f" @{pos}" if pos >= 0 else ""
+                parts: dict[int, int] = {}
+                if head >= 0:
+                    parts[_HEAD_AXIS[_hook(name)]] = head
+                if pos >= 0:
+                    parts[_POS_AXIS.get(_hook(name), 1)] = pos
+                index = (
+                    tuple(parts.get(axis, slice(None)) for axis in range(max(parts) + 1)) if parts else ...
+                )
+                coords = {**coords_of("activations", component, at, head), **({"pos": pos} if n_pos else {})}
+                site = sites.setdefault(label, Site(label, {}, coords))
+                sites[label] = replace(site, covers={**site.covers, name: index})
+    return list(sites.values())
+
+
+def check_outputs(sites: Sequence[Site], model: nn.Module) -> None:
+    """Raise a SiteError unless every site covers submodules of the model and labels are unique."""
+    check_labels(sites)
+    names = set(hooks(model))
+    for site in sites:
+        for name in site.covers:
+            if name not in names:
+                raise SiteError(
+                    f"Site {site.label!r} covers {name!r}, which is no submodule with an output. "
+                    f"{type(model).__name__} has {some(sorted(names))}. Make such sites with sites.activations."
+                )
+
+
+def at_positions(sites: Sequence[Site], positions: Mapping[str, int | Sequence[int]]) -> list[Site]:
+    """Every site once per named position: what that position contributes to the gradient of its parameters.
+
+    Args:
+        sites: parameter sites.
+        positions: name -> position or positions, such as {"tag": 0, "alias": 1, "integer": 2}.
+    """
+    return [
+        replace(
+            site,
+            label=f"{site.label} @ {name}",
+            coords={**site.coords, "position": name},
+            positions=(where,) if isinstance(where, int) else tuple(where),
+        )
+        for site in sites
+        for name, where in positions.items()
+    ]
+
+
+def _hook(name: str) -> str:
+    return name.rpartition(".")[2].removeprefix("hook_")
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Layer (−1 if none) and what the module is within it: "blocks.0.attn.hook_z" is (0, "attn.z")."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    within = parts if number is None else parts[number + 1 :] or parts[:number]
+    return -1 if number is None else int(parts[number]), ".".join(p.removeprefix("hook_") for p in within)
+
+
+def _shapes(model: nn.Module, names: Sequence[str], like: Any) -> dict[str, torch.Size]:
+    """Shape of each module's first floating-point output on one call of the model, which stays as it is."""
+    if like is None:
+        raise SiteError(
+            "cutting by head or pos needs like=: a Batch, or what the model is called with (a tensor, a tuple "
+            "of arguments, a dict of keyword arguments)."
+        )
+    shapes: dict[str, torch.Size] = {}
+
+    def keep(name: str, output: Any) -> None:
+        found = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+        if found:
+            shapes.setdefault(name, found[0].shape)
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda _, __, out, name=name: keep(name, out))
+        for name in names
+    ]
+    tensors = {n: t.detach().clone() for n, t in (*model.named_parameters(), *model.named_buffers())}
+    try:
+        with torch.no_grad(), evaluating(model):
+            call(_called, model, tensors, like)
+    except Exception as error:
+        raise SiteError(
+            f"{type(model).__name__} cannot be called with like={type(like).__name__}: {error}. Give a Batch, a "
+            "tensor, a tuple of arguments or a dict of keyword arguments."
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shapes
+
+
+def _called(model: nn.Module, like: Any) -> Any:
+    if isinstance(like, Batch):
+        return model(like.tokens)
+    if isinstance(like, Mapping):
+        return model(**like)
+    return model(*like) if isinstance(like, tuple) else model(like)
+
+
+def _size(name: str, shapes: Mapping[str, torch.Size], axis: int | None, what: str) -> int:
+    if axis is None:
+        raise SiteError(
+            f"the output of {name!r} has no axis of heads that is known; TransformerLens's hooks "
+            f"{', '.join(_HEAD_AXIS)} have one. Leave out 'head', or write Site({name!r}, {{{name!r}: index}})."
+        )
+    if name not in shapes:
+        raise SiteError(f"{name!r} gave no floating-point tensor when the model was called on like=.")
+    if len(shapes[name]) <= max(axis, 1 if what == "pos" else 0) or (what == "pos" and len(shapes[name]) < 3):
+        raise SiteError(
+            f"the output of {name!r} has shape {tuple(shapes[name])}, and no axis {axis} for {what}."
+        )
+    return shapes[name][axis]

@@ -1,0 +1,47 @@
+"""Many steps on end, each with a gradient of the caller's making."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+
+from checkpoints import Checkpoint
+from dynamics.recipe import Recipe
+from dynamics.steps.clipping import clipped
+from dynamics.steps.gradients import StepGradient
+from dynamics.steps.states import revived
+
+
+def walk(
+    recipe: Recipe, checkpoint: Checkpoint, gradient_at: Callable[[Checkpoint], StepGradient], n_steps: int
+) -> Iterator[Checkpoint]:
+    """Take steps with the recipe's own optimizer and scheduler, carrying everything along.
+
+    Args:
+        recipe: nothing of it is modified.
+        checkpoint: where to begin.
+        gradient_at: the step to take from a state, before clipping; parameters whose gradient is None are
+            skipped. Its buffers and random numbers are those the next state has.
+        n_steps: how many.
+
+    Yields:
+        The state after each step. Its parameters are the walk's own and move on with it; its optimizer state
+        is the first one's: the walk carries the living optimizer.
+    """
+    model, optimizer, scheduler = revived(recipe, checkpoint)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    parameters = dict(model.named_parameters())
+    state = replace(checkpoint, parameters={n: p.detach() for n, p in parameters.items()})
+    for _ in range(n_steps):
+        step = gradient_at(state)
+        ours = {name: g for name, g in step.gradients.items() if id(parameters[name]) in held}
+        for name, g in clipped(ours, recipe.clip).items():
+            parameters[name].grad = g
+        with torch.no_grad():
+            optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        state = replace(state, step=state.step + 1, buffers=step.buffers, rng=step.rng)
+        yield state
