@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from dynamics import training as training
     from dynamics.batch import Batch as Batch
     from dynamics.config import StudyConfig as StudyConfig
+    from dynamics.patching import both_directions as both_directions
+    from dynamics.patching import interactions as interactions
     from dynamics.patching import patch_factors as patch_factors
     from dynamics.patching import patch_gradients as patch_gradients
     from dynamics.patching import patch_signals as patch_signals
     from dynamics.patching import patch_updates as patch_updates
     from dynamics.patching import patch_window as patch_window
+    from dynamics.patching import shapley_values as shapley_values
     from dynamics.recipe import ByNorm as ByNorm
     from dynamics.recipe import ByValue as ByValue
     from dynamics.recipe import Contrast as Contrast
@@ -43,6 +46,9 @@ _MODULES = (
 _HOMES = {
     "Batch": "dynamics.batch",
     "StudyConfig": "dynamics.config",
+    "both_directions": "dynamics.patching",
+    "interactions": "dynamics.patching",
+    "shapley_values": "dynamics.patching",
     "patch_gradients": "dynamics.patching",
     "patch_window": "dynamics.patching",
     "patch_signals": "dynamics.patching",

@@ -1,5 +1,8 @@
 """Patching verbs, one file each: exchange one quantity at one site, take the step, measure."""
 
+from dynamics.patching.coalitions import interactions as interactions
+from dynamics.patching.coalitions import shapley_values as shapley_values
+from dynamics.patching.directions import both_directions as both_directions
 from dynamics.patching.factors import patch_factors as patch_factors
 from dynamics.patching.gradients import patch_gradients as patch_gradients
 from dynamics.patching.signals import patch_signals as patch_signals

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from dynamics.batch import Batch, concatenate
@@ -246,6 +247,87 @@ class AliasTask:
             )
             for name in sets
             for i in self.sets[name]
+        ]
+
+    def _defining(self, batch: Batch, integers: Sequence[int]) -> Tensor:
+        """Rows of a batch that define one of the integers' aliases, under either tag: bool [batch]."""
+        tagged = (batch.tokens[:, 0] == self.reliable) | (batch.tokens[:, 0] == self.unreliable)
+        named = batch.tokens[:, 2 if self.config.task.swap_defs else 1]
+        return tagged & torch.isin(named, torch.tensor([self.alias(i) for i in integers]))
+
+    def retag(self, batch: Batch, integers: Sequence[int] | None = None) -> Batch:
+        """The batch with the tags of X2's true definitions exchanged; twice gives the original.
+
+        Definitions of DtQ1 and DfQ2 keep their tags, and with them the false ones.
+
+        Args:
+            batch: training rows, such as `task.batch(step)`.
+            integers: whose definitions; by default all of Dt3 and Df4.
+        """
+        chosen = (*self.sets["Dt3"], *self.sets["Df4"]) if integers is None else tuple(integers)
+        if outside := set(chosen) - {*self.sets["Dt3"], *self.sets["Df4"]}:
+            raise ValueError(f"integers {sorted(outside)} are not in Dt3 or Df4, whose definitions are true.")
+        tokens = batch.tokens.clone()
+        rows = self._defining(batch, chosen)
+        tokens[rows, 0] = self.reliable + self.unreliable - tokens[rows, 0]
+        return replace(batch, tokens=tokens)
+
+    def _with_definition(self, batch: Batch, integer: int, tag: Tag) -> Batch:
+        """The batch in which the integer's definition stands under a tag: in its own rows, else in row 0."""
+        rows = self._defining(batch, [integer])
+        if not rows.any():
+            rows[0] = True
+        index = torch.where(rows, 0, torch.arange(1, len(batch) + 1))
+        return concatenate([self.definition(integer, tag), batch])[index]
+
+    def contrasts_at(self, step: int, sets: Sequence[SetName] = ("Dt3", "Df4")) -> list[Contrast]:
+        """The contrasts of `contrasts`, inside the training batch of a step.
+
+        In the base the alias's definitions in that batch are unreliable, in the source reliable. Where the
+        batch has none, its row 0 is replaced by one; the coordinate `in_batch` is 0 there.
+        """
+        batch = self.batch(step)
+        return [
+            replace(
+                contrast,
+                base=self._with_definition(batch, integer, "unreliable"),
+                source=self._with_definition(batch, integer, "reliable"),
+                coords={**contrast.coords, "in_batch": int(self._defining(batch, [integer]).any())},
+            )
+            for contrast in self.contrasts(sets)
+            for integer in [int(contrast.coords["integer"])]
+        ]
+
+    def noise_at(self, step: int, sets: Sequence[SetName] = ("Dt3", "Df4")) -> list[Contrast]:
+        """The noise floor of `contrasts_at`: the source is the base with another row exchanged.
+
+        One row that does not define the alias is replaced by another training row of the phase; which, is drawn
+        for each step and alias.
+        """
+        rows = self.rows(self.config.phases.locate(step)[0])
+        noisy = []
+        for contrast in self.contrasts_at(step, sets):
+            integer = int(contrast.coords["integer"])
+            draw = generator(self._seed, "noise rows", step, integer)
+            place = int(
+                draw.choice(torch.nonzero(~self._defining(contrast.base, [integer])).flatten().numpy())
+            )
+            others = torch.nonzero(~self._defining(rows, [integer])).flatten().numpy()
+            index = torch.arange(1, len(contrast.base) + 1)
+            index[place] = 0
+            other = rows[torch.tensor([int(draw.choice(others))])]
+            noisy.append(replace(contrast, source=concatenate([other, contrast.base])[index]))
+        return noisy
+
+    def impulses(self, step: int, n_steps: int, sets: Sequence[SetName] = ("Dt3", "Df4")) -> list[Contrast]:
+        """Windows for `patch_window` that differ in their first batch alone, as `contrasts_at` has it.
+
+        The batches after it are those of training, the same objects in base and source.
+        """
+        later = [self.batch(step + n) for n in range(1, n_steps)]
+        return [
+            replace(contrast, base=[contrast.base, *later], source=[contrast.source, *later])
+            for contrast in self.contrasts_at(step, sets)
         ]
 
     @cached_property

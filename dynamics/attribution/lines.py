@@ -1,0 +1,143 @@
+"""The gradient of a measure, averaged along the straight line from one model to another.
+
+Only the measure is ever differentiated; where the line leads is the optimizer's own step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from checkpoints import Checkpoint
+from dynamics import measures
+from dynamics.calls import call, evaluating
+from dynamics.measures import Measure
+from dynamics.recipe import Recipe
+from dynamics.steps import NonFiniteGradient
+
+Method = Literal["first_order", "integrated"]
+
+FEWEST_NODES = 8
+"""Nodes that integration begins with: fewer let a residual be small by accident where gradients jump."""
+
+
+@dataclass(frozen=True)
+class Quadrature:
+    """Where along a line the gradient is taken, and when that is often enough.
+
+    Attributes:
+        method: "first_order", one gradient where the line begins; or "integrated", Gauss-Legendre nodes.
+        tolerance: |ΣA − change of the measure| / Σ|A| over the parameter tensors, at which nodes suffice.
+        max_nodes: the most that are tried.
+
+    Source: the integral is that of integrated gradients (Sundararajan et al. 2017).
+    """
+
+    method: Method
+    tolerance: float
+    max_nodes: int
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(Method):
+            raise ValueError(f"method is {self.method!r}; expected one of {', '.join(get_args(Method))}.")
+        if not (self.tolerance >= 0 and self.max_nodes >= 1):
+            raise ValueError(
+                f"found tolerance {self.tolerance} and max_nodes {self.max_nodes}; expected a tolerance of "
+                "0 or more and 1 node or more."
+            )
+
+    def rules(self) -> Iterator[list[tuple[float, float]]]:
+        """Rules to try in turn, each a list of (place on [0, 1], weight); the nodes double."""
+        if self.method == "first_order":
+            yield [(0.0, 1.0)]
+            return
+        n = min(FEWEST_NODES, self.max_nodes)
+        while n <= self.max_nodes:
+            places, weights = np.polynomial.legendre.leggauss(n)
+            yield [((1 + x) / 2, w / 2) for x, w in zip(places.tolist(), weights.tolist(), strict=True)]
+            n *= 2
+
+
+@dataclass(frozen=True)
+class Line:
+    """Two models that differ in trained parameters alone, and what is measured along the way.
+
+    Attributes:
+        recipe: its model gives the code and says which parameters are trained.
+        checkpoint: whose random numbers a measure draws.
+        start: all tensors where the line begins.
+        stop: parameters where it ends. Buffers are those of `start` throughout.
+        probe: what the measure is evaluated on.
+        name: how errors name it.
+    """
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    start: Mapping[str, Tensor]
+    stop: Mapping[str, Tensor]
+    probe: object
+    name: str
+
+    @property
+    def trained(self) -> list[str]:
+        """Names of the parameters that a step can move."""
+        return [name for name, p in self.recipe.model.named_parameters() if p.requires_grad]
+
+    def change(self) -> dict[str, Tensor]:
+        """Stop − start of every trained parameter, in fp64."""
+        return {name: self.stop[name].double() - self.start[name].double() for name in self.trained}
+
+    def mean_gradient(
+        self, name: str, measure: Measure, change_of_measure: float, quadrature: Quadrature
+    ) -> tuple[dict[str, Tensor], int]:
+        """The measure's gradient averaged over the line, by trained parameter in fp64, and the nodes taken.
+
+        Nodes are doubled until the gradient times the change of the parameters is the change of the measure
+        to within the tolerance, or there are no more. A parameter the measure does not read has gradient zero.
+
+        Raises:
+            ValueError: the measure cannot be differentiated.
+            NonFiniteGradient: its gradient is NaN or infinite; names the contrast and the parameter.
+        """
+        change = self.change()
+        mean: dict[str, Tensor] = {}
+        n_nodes = 0
+        for rule in quadrature.rules():
+            mean = {n: torch.zeros_like(delta) for n, delta in change.items()}
+            for place, weight in rule:
+                for n, g in self._gradient(name, measure, place, change).items():
+                    mean[n].add_(g, alpha=weight)
+            n_nodes = len(rule)
+            parts = [float((mean[n] * delta).sum()) for n, delta in change.items()]
+            if abs(sum(parts) - change_of_measure) <= quadrature.tolerance * sum(map(abs, parts)):
+                break
+        return mean, n_nodes
+
+    def _gradient(
+        self, name: str, measure: Measure, place: float, change: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The measure's gradient at start + place · change; parameters it does not depend on are left out."""
+        leaves = {n: (self.start[n] + place * change[n]).to(self.start[n].dtype) for n in change}
+        for leaf in leaves.values():
+            leaf.requires_grad_()
+        tensors = {n: leaves[n].clone() if n in leaves else t.clone() for n, t in self.start.items()}
+        with self.checkpoint.random_state(), torch.enable_grad(), evaluating(self.recipe.model):
+            value = call(
+                lambda m, b: measures.evaluate({name: measure}, m, b)[0], self.recipe.model, tensors, self.probe
+            )
+        if not value.requires_grad:
+            raise ValueError(
+                f"measure {name!r} has no gradient with respect to any trained parameter, so nothing can be "
+                "attributed. Give one that can be differentiated, such as a logit; patch_updates takes any."
+            )
+        found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+        gradients = {n: g.double() for n, g in zip(leaves, found, strict=True) if g is not None}
+        for n, g in gradients.items():
+            if not bool(torch.isfinite(g).all()):
+                raise NonFiniteGradient(f"The gradient of measure {name!r} of {self.name} at {n} is not finite.")
+        return gradients

@@ -1,0 +1,40 @@
+"""The union of several sites as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import EllipsisType
+
+from torch import nn
+
+from dynamics.sites.site import Site, SiteError, check, coords_of
+from dynamics.trees import Index, mask
+
+
+def union(model: nn.Module, sites: Sequence[Site], label: str | None = None) -> Site:
+    """One site that covers what any of the given ones covers.
+
+    Args:
+        model: whose parameters and buffers they cover.
+        sites: at least one; all with the same positions.
+        label: of the union; by default the labels joined by " + ".
+
+    Raises:
+        SiteError: no sites, different positions, or a site that does not fit the model.
+    """
+    if len({site.positions for site in sites}) != 1:
+        raise SiteError("a union is of one or more sites, all with the same positions or all without.")
+    check(sites, model)
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    covers: dict[str, Index] = {}
+    for site in sites:
+        for name, index in site.covers.items():
+            if name not in covers:
+                covers[name] = index
+            elif isinstance(index, EllipsisType) or isinstance(covers[name], EllipsisType):
+                covers[name] = ...
+            else:
+                shape, device = tensors[name].shape, tensors[name].device
+                covers[name] = mask(covers[name], shape, device) | mask(index, shape, device)
+    joined = " + ".join(site.label for site in sites) if label is None else label
+    return Site(joined, covers, coords_of("union", joined), sites[0].positions)
