@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from dynamics import studies as studies
     from dynamics import tasks as tasks
     from dynamics import training as training
+    from dynamics.attribution import attribute_examples as attribute_examples
+    from dynamics.attribution import attribute_step as attribute_step
     from dynamics.batch import Batch as Batch
     from dynamics.config import StudyConfig as StudyConfig
     from dynamics.patching import both_directions as both_directions
@@ -44,6 +46,8 @@ _MODULES = (
     "training",
 )
 _HOMES = {
+    "attribute_examples": "dynamics.attribution",
+    "attribute_step": "dynamics.attribution",
     "Batch": "dynamics.batch",
     "StudyConfig": "dynamics.config",
     "both_directions": "dynamics.patching",

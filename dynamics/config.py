@@ -14,6 +14,7 @@ _Part = TypeVar("_Part")
 
 Operation = Literal["prod", "sum", "ssq"]
 Roles = Literal["drawn", "exchanged"]
+Tags = Literal["by_set", "random"]
 OptimizerState = Literal["stored", "fresh"]
 Level = Literal["layers", "components", "heads", "circuits", "matrices", "up_to_layer"]
 MeasureName = Literal["correct_logit", "centred_logit", "correct_log_prob", "probability"]
@@ -72,6 +73,7 @@ class AliasConfig:
         table_fraction: share of the training table's rows that stay in X1 and X2.
         heldout_fraction: share of the table's (unordered) pairs that is never trained on.
         definition_copies: how often each definition stands among the rows of X1 and X2.
+        x1_tags: what tags say in X1: "by_set", true or false; or "random", nothing: each alias's tag is drawn.
         x2_roles: which held-out quarter carries the reliable tag in X2: as drawn, or exchanged.
         seed: draws the sets, splits and false definitions; None takes the study's.
         order_seed: draws the order of the rows; None takes the study's.
@@ -87,6 +89,7 @@ class AliasConfig:
     table_fraction: float = 0.25
     heldout_fraction: float = 0.1
     definition_copies: int = 3
+    x1_tags: Tags = "by_set"
     x2_roles: Roles = "drawn"
     seed: int | None = None
     order_seed: int | None = None
@@ -94,6 +97,7 @@ class AliasConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
         _choice("task.operation", self.operation, Operation)
+        _choice("task.x1_tags", self.x1_tags, Tags)
         _choice("task.x2_roles", self.x2_roles, Roles)
         m = self.modulus
         _require(m >= 8, f"task.modulus is {m}; below 8 the four sets have fewer than two integers each.")

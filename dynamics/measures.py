@@ -80,6 +80,9 @@ correct_log_prob = LogitMeasure("correct_log_prob", "nat", lambda z, b: _at_targ
 probability = LogitMeasure("probability", "probability", lambda z, b: _at_target(z.softmax(-1), b))
 """Probability of the correct answer."""
 
+accuracy = LogitMeasure("accuracy", "share", lambda z, b: (z.argmax(-1) == b.targets).to(z.dtype))
+"""Whether the correct answer has the largest logit."""
+
 logit_difference = LogitMeasure("logit_difference", "logit", _difference)
 """Logit of the correct answer less the mean logit of the batch's distractors."""
 

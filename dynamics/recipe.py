@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from dynamics import lightning_modules
+from dynamics.lightning_modules import RecipeError as RecipeError
+
 
 @dataclass(frozen=True)
 class ByNorm:
@@ -26,10 +29,6 @@ class ByValue:
 
 
 Clip = ByNorm | ByValue | None
-
-
-class RecipeError(ValueError):
-    """The recipe lacks what was asked of it, or does not fit the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,39 @@ class Recipe:
         if self.clip is not None:
             raise RecipeError("give clip= or max_grad_norm=, not both: max_grad_norm=x means clip=ByNorm(x).")
         object.__setattr__(self, "clip", ByNorm(max_grad_norm))
+
+    @classmethod
+    def from_lightning(cls, module: nn.Module, clip: Clip = None) -> Recipe:
+        """The step that a LightningModule takes, read from `training_step` and `configure_optimizers`.
+
+        The model is a copy of the module under the module's own names, so it fits what a TrajectoryRecorder
+        keeps of it; the module itself is not changed. On the copy `log`, `log_dict` and `print` do nothing,
+        the batch index is 0, and after every call metrics and other attributes are what they were before.
+
+        What the Trainer holds is not read: clipping (give it as clip=), precision, accumulation of batches.
+        Nor are the hooks that only a Trainer calls, such as `on_after_backward`; a module that has some is
+        logged. Layers that `setup` or `configure_model` make must be there already.
+
+        A scheduler with interval "step" and frequency 1 is the recipe's scheduler. Any other (Lightning's
+        default is once per epoch, and a recipe does not know its epochs) stays where a checkpoint has it:
+        one step is exact, at the checkpoint's own learning rate, and the rate it leaves behind is not yet
+        that of a next epoch; replaying several at once is refused.
+
+        Args:
+            module: any LightningModule with automatic optimization and at most one optimizer.
+            clip: the Trainer's `gradient_clip_val`, as `ByNorm` or `ByValue`.
+
+        Raises:
+            RecipeError: the module optimizes by hand, cannot be copied, or configures what is not one
+                optimizer with at most one scheduler. Where a method asks for its Trainer, the recipe raises
+                when it needs that method; `dataclasses.replace` gives it another loss or optimizer.
+        """
+        model = lightning_modules.own_copy(module)
+        optimizer, scheduler = lightning_modules.factories(model)
+        loss = (
+            lightning_modules.training_loss if lightning_modules.overrides(model, "training_step") else None
+        )
+        return cls(model, loss, optimizer, scheduler, clip)
 
     def require_loss(self) -> Callable[[Any, Any], Tensor]:
         """The loss, or an error that says to give one."""

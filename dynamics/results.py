@@ -9,6 +9,7 @@ import platform
 import subprocess
 import uuid
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -73,44 +74,133 @@ def effects(
     Raises:
         ValueError: a shape, a length or a name is not as stated here; says what was found and expected.
     """
-    values = np.asarray(patched)
-    leading = () if measure_names is None else ("measure",)
-    dims = (*leading, "example", "site")
-    coords = {**_columns(example_coords, "example"), **_columns(site_coords, "site")}
-    shape = tuple(coords[name][1].size for name in ("example", "site"))
-    for name, missing in SITE_COORDS.items():
-        coords.setdefault(name, ("site", np.full(shape[1], missing)))
-    if measure_names is not None:
-        coords.update(_columns({"measure": list(measure_names)}, "measure"))
-        shape = (len(measure_names), *shape)
-    _expect_shape("patched", values, shape, dims)
-
-    attrs: dict[str, str] = {}
-    if isinstance(units, str):
-        attrs["units"] = units
-    elif len(units) != len(measure_names or ()):
-        raise ValueError(
-            f"found {len(units)} units for measures {measure_names}; expected one string, or one each"
-        )
-    else:
-        coords["units"] = ("measure", np.asarray(list(units), dtype=np.str_))
-
-    if unknown := sorted(set(references) - set(REFERENCES)):
-        raise ValueError(f"found references {unknown}; expected some of {sorted(REFERENCES)}")
     if absent := sorted({"base", "source"} - set(references)):
         raise ValueError(f"references lack {absent}; expected at least base and source")
-    arrays = {name: np.asarray(references[name]) for name in REFERENCES if name in references}
-    for name, array in arrays.items():
-        _expect_shape(name, array, shape[:-1], dims[:-1])
-
+    frame = _Frame.of("site", example_coords, site_coords, measure_names, units)
+    values = frame.expect("patched", patched, frame.dims)
+    known = frame.references(references)
     _parse(provenance)
-    variables: dict[str, tuple[tuple[str, ...], npt.NDArray[Any], dict[str, str]]] = {
-        "effect": (dims, values - arrays["base"][..., None], {"long_name": "patched − base", **attrs}),
-        "patched": (dims, values, {"long_name": "measure after the patched step", **attrs}),
+    effect = values - known["base"][1][..., None]
+    variables = {
+        "effect": (frame.dims, effect, {"long_name": "patched − base", **frame.attrs}),
+        "patched": (frame.dims, values, {"long_name": "measure after the patched step", **frame.attrs}),
+        **known,
     }
-    for name, array in arrays.items():
-        variables[name] = (dims[:-1], array, {"long_name": REFERENCES[name], **attrs})
-    return xr.Dataset(variables, coords=coords, attrs={"provenance": provenance})
+    return xr.Dataset(variables, coords=frame.coords, attrs={"provenance": provenance})
+
+
+def attributions(
+    attribution: npt.ArrayLike,
+    residual: npt.ArrayLike,
+    nodes: npt.ArrayLike,
+    references: Mapping[str, npt.ArrayLike],
+    example_coords: Mapping[str, Sequence[Any]],
+    along: str,
+    coords: Mapping[str, Sequence[Any]],
+    measure_names: Sequence[str] | None,
+    units: str | Sequence[str],
+    provenance: str,
+) -> xr.Dataset:
+    """Label the numbers of one attribution verb.
+
+    Args:
+        attribution: of each part, [n_examples, n_parts], or [n_measures, n_examples, n_parts].
+        residual: what the attributions of all parts sum to, less the change that was attributed:
+            [n_examples], or [n_measures, n_examples].
+        nodes: gradients of the measure that were averaged; shape as `residual`.
+        along: the dim of the parts, "site" or "row".
+        coords: columns of length n_parts; `along` holds the labels.
+        references, example_coords, measure_names, units, provenance: as `effects`; no reference must be there.
+
+    Returns:
+        `attribution` [(measure,) example, along]; `residual`, `nodes` and the references
+        [(measure,) example].
+
+    Raises:
+        ValueError: as `effects`.
+    """
+    frame = _Frame.of(along, example_coords, coords, measure_names, units)
+    few = frame.dims[:-1]
+    _parse(provenance)
+    variables = {
+        "attribution": (
+            frame.dims,
+            frame.expect("attribution", attribution, frame.dims),
+            {"long_name": f"change of the measure due to each {along}", **frame.attrs},
+        ),
+        "residual": (
+            few,
+            frame.expect("residual", residual, few),
+            {"long_name": "sum of all attributions − change attributed", **frame.attrs},
+        ),
+        "nodes": (
+            few,
+            frame.expect("nodes", nodes, few),
+            {"long_name": "gradients of the measure averaged", "units": "1"},
+        ),
+        **frame.references(references),
+    }
+    return xr.Dataset(variables, coords=frame.coords, attrs={"provenance": provenance})
+
+
+_Variable = tuple[tuple[str, ...], npt.NDArray[Any], dict[str, str]]
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """The dims, sizes, coordinates and units of one result, before its numbers."""
+
+    sizes: dict[str, int]
+    coords: dict[str, tuple[str, npt.NDArray[Any]]]
+    attrs: dict[str, str]
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        return tuple(self.sizes)
+
+    @classmethod
+    def of(
+        cls,
+        along: str,
+        example_coords: Mapping[str, Sequence[Any]],
+        other_coords: Mapping[str, Sequence[Any]],
+        measure_names: Sequence[str] | None,
+        units: str | Sequence[str],
+    ) -> _Frame:
+        coords = {**_columns(example_coords, "example"), **_columns(other_coords, along)}
+        sizes = {name: coords[name][1].size for name in ("example", along)}
+        if along == "site":
+            for name, missing in SITE_COORDS.items():
+                coords.setdefault(name, ("site", np.full(sizes["site"], missing)))
+        if measure_names is not None:
+            coords.update(_columns({"measure": list(measure_names)}, "measure"))
+            sizes = {"measure": len(measure_names), **sizes}
+        if isinstance(units, str):
+            return cls(sizes, coords, {"units": units})
+        if len(units) != len(measure_names or ()):
+            raise ValueError(
+                f"found {len(units)} units for measures {measure_names}; expected one string, or one each"
+            )
+        coords["units"] = ("measure", np.asarray(list(units), dtype=np.str_))
+        return cls(sizes, coords, {})
+
+    def expect(self, name: str, values: npt.ArrayLike, dims: tuple[str, ...]) -> npt.NDArray[Any]:
+        """The values as an array of these dims."""
+        array, shape = np.asarray(values), tuple(self.sizes[dim] for dim in dims)
+        if array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape}; expected {shape} for [{', '.join(dims)}]")
+        return array
+
+    def references(self, references: Mapping[str, npt.ArrayLike]) -> dict[str, _Variable]:
+        """The references as variables, in their usual order."""
+        if unknown := sorted(set(references) - set(REFERENCES)):
+            raise ValueError(f"found references {unknown}; expected some of {sorted(REFERENCES)}")
+        dims = self.dims[:-1]
+        return {
+            name: (dims, self.expect(name, references[name], dims), {"long_name": described, **self.attrs})
+            for name, described in REFERENCES.items()
+            if name in references
+        }
 
 
 def folded(dataset: xr.Dataset, dim: str, values: Sequence[str], site_labels: Sequence[str]) -> xr.Dataset:
@@ -279,11 +369,6 @@ def _columns(columns: Mapping[str, Sequence[Any]], dim: str) -> dict[str, tuple[
             f"labels of '{dim}' must differ; found more than once: {unique[counts > 1].tolist()}"
         )
     return found
-
-
-def _expect_shape(name: str, array: npt.NDArray[Any], shape: tuple[int, ...], dims: tuple[str, ...]) -> None:
-    if array.shape != shape:
-        raise ValueError(f"{name} has shape {array.shape}; expected {shape} for [{', '.join(dims)}]")
 
 
 def _expect_alike(first: xr.Dataset, other: xr.Dataset, label: str) -> None:

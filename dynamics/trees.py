@@ -14,9 +14,14 @@ Index = tuple[int | slice | Tensor, ...] | Tensor | EllipsisType
 shape, or `...` for all."""
 
 
+def stored(tensor: Tensor) -> Tensor:
+    """A tensor's elements; of a sparse one those that it stores, each place once."""
+    return tensor.coalesce().values() if tensor.is_sparse else tensor
+
+
 def squared_norm(tensor: Tensor | None) -> float:
     """Σ x², accumulated in fp64; 0 for None."""
-    return 0.0 if tensor is None else float(tensor.detach().double().square().sum())
+    return 0.0 if tensor is None else float(stored(tensor.detach()).double().square().sum())
 
 
 def mask(index: Index, shape: torch.Size, device: torch.device) -> Tensor:
@@ -34,7 +39,8 @@ def exchanged(
     """Base with the covered slices taken from source; a selection, so elements keep their bits.
 
     Tensors that are not covered are the base's own, not copies. A tensor that is None on one side counts
-    as zero when only part of it is exchanged.
+    as zero when only part of it is exchanged. Sparse tensors stay sparse; a row is stored where its own side,
+    or either of the two where they share it, stores it: some optimizers move stored rows alone.
     """
     result = dict(base)
     for name, index in covers.items():
@@ -47,6 +53,31 @@ def exchanged(
         if ours is None and theirs is None:
             continue
         ours = torch.zeros_like(theirs) if ours is None else ours.clone()  # type: ignore[arg-type]
-        ours[index] = 0 if theirs is None else theirs[index]
-        result[name] = ours
+        theirs = torch.zeros_like(ours) if theirs is None else theirs
+        if ours.is_sparse or theirs.is_sparse:
+            result[name] = _sparse_exchanged(ours, theirs, index)
+        else:
+            ours[index] = theirs[index]
+            result[name] = ours
     return result
+
+
+def _sparse_exchanged(ours: Tensor, theirs: Tensor, index: Index) -> Tensor:
+    """Ours with theirs where the index reaches; dense if one of them is."""
+    covered = mask(index, ours.shape, ours.device)
+    exchanged = torch.where(covered, theirs.to_dense(), ours.to_dense())
+    if not (ours.is_sparse and theirs.is_sparse):
+        return exchanged
+    shape = ours.shape[: ours.sparse_dim()]
+    by_row = covered.reshape(*shape, -1)
+    kept = (_rows(ours, shape) & ~by_row.all(-1)) | (_rows(theirs, shape) & by_row.any(-1))
+    return torch.sparse_coo_tensor(
+        kept.nonzero().T, exchanged[kept], ours.shape, is_coalesced=True, check_invariants=False
+    )
+
+
+def _rows(sparse: Tensor, shape: torch.Size) -> Tensor:
+    """The rows that a sparse tensor stores: bool of the shape of its sparse axes."""
+    rows = torch.zeros(shape, dtype=torch.bool, device=sparse.device)
+    rows[tuple(sparse.coalesce().indices())] = True
+    return rows

@@ -23,7 +23,7 @@ FLOORS = [
     {"models"},
     {"tasks"},
     {"steps"},
-    {"patching", "statistics"},
+    {"patching", "attribution", "statistics"},
     {"training"},
     {"plots"},
     {"studies"},

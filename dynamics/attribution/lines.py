@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import numpy as np
@@ -83,14 +84,11 @@ class Line:
     probe: object
     name: str
 
-    @property
-    def trained(self) -> list[str]:
-        """Names of the parameters that a step can move."""
-        return [name for name, p in self.recipe.model.named_parameters() if p.requires_grad]
-
+    @cached_property
     def change(self) -> dict[str, Tensor]:
         """Stop − start of every trained parameter, in fp64."""
-        return {name: self.stop[name].double() - self.start[name].double() for name in self.trained}
+        trained = [name for name, p in self.recipe.model.named_parameters() if p.requires_grad]
+        return {name: self.stop[name].double() - self.start[name].double() for name in trained}
 
     def mean_gradient(
         self, name: str, measure: Measure, change_of_measure: float, quadrature: Quadrature
@@ -104,31 +102,33 @@ class Line:
             ValueError: the measure cannot be differentiated.
             NonFiniteGradient: its gradient is NaN or infinite; names the contrast and the parameter.
         """
-        change = self.change()
         mean: dict[str, Tensor] = {}
         n_nodes = 0
         for rule in quadrature.rules():
-            mean = {n: torch.zeros_like(delta) for n, delta in change.items()}
+            mean = {n: torch.zeros_like(delta) for n, delta in self.change.items()}
             for place, weight in rule:
-                for n, g in self._gradient(name, measure, place, change).items():
+                for n, g in self._gradient(name, measure, place).items():
                     mean[n].add_(g, alpha=weight)
             n_nodes = len(rule)
-            parts = [float((mean[n] * delta).sum()) for n, delta in change.items()]
+            parts = [float((mean[n] * delta).sum()) for n, delta in self.change.items()]
             if abs(sum(parts) - change_of_measure) <= quadrature.tolerance * sum(map(abs, parts)):
                 break
         return mean, n_nodes
 
-    def _gradient(
-        self, name: str, measure: Measure, place: float, change: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def _gradient(self, name: str, measure: Measure, place: float) -> dict[str, Tensor]:
         """The measure's gradient at start + place · change; parameters it does not depend on are left out."""
-        leaves = {n: (self.start[n] + place * change[n]).to(self.start[n].dtype) for n in change}
+        leaves = {
+            n: (self.start[n] + place * delta).to(self.start[n].dtype) for n, delta in self.change.items()
+        }
         for leaf in leaves.values():
             leaf.requires_grad_()
         tensors = {n: leaves[n].clone() if n in leaves else t.clone() for n, t in self.start.items()}
         with self.checkpoint.random_state(), torch.enable_grad(), evaluating(self.recipe.model):
             value = call(
-                lambda m, b: measures.evaluate({name: measure}, m, b)[0], self.recipe.model, tensors, self.probe
+                lambda m, b: measures.evaluate({name: measure}, m, b)[0],
+                self.recipe.model,
+                tensors,
+                self.probe,
             )
         if not value.requires_grad:
             raise ValueError(
@@ -139,5 +139,7 @@ class Line:
         gradients = {n: g.double() for n, g in zip(leaves, found, strict=True) if g is not None}
         for n, g in gradients.items():
             if not bool(torch.isfinite(g).all()):
-                raise NonFiniteGradient(f"The gradient of measure {name!r} of {self.name} at {n} is not finite.")
+                raise NonFiniteGradient(
+                    f"The gradient of measure {name!r} of {self.name} at {n} is not finite."
+                )
         return gradients

@@ -57,7 +57,7 @@ class SiteSums:
             key = (term.name, term.whole_axes)
             if key not in reduced:
                 reduced[key] = np.sum(arrays[term.name], axis=term.whole_axes)
-            return float(np.sum(reduced[key][term.index]))
+            return float(reduced[key][term.index].sum())
 
         return np.array([sum(map(value, terms)) for terms in self._terms], dtype=np.float64)
 

@@ -27,7 +27,10 @@ from dynamics.steps.states import starting_point
 T = TypeVar("T")
 
 CHUNK = 16
-"""Steps stacked at once; fixed, so that the same call gives the same bits."""
+"""Steps stacked at most."""
+
+STACKED_BYTES = 2**29
+"""Parameters stacked at most, one step's always; both fixed, so that the same call gives the same bits."""
 
 SECONDS_BEFORE_PROGRESS = 5
 
@@ -178,8 +181,9 @@ def evaluated(
 
 
 def stepped(runs: Runs, gradients: Iterable[StepGradient]) -> Iterator[Outcome]:
-    """The model after a step with each of the gradients, `CHUNK` of them at a time."""
-    for chunk in chunks(gradients, CHUNK):
+    """The model after a step with each of the gradients, as many of them at a time as memory allows."""
+    size = STACKED_BYTES // max(1, sum(p.nbytes for p in runs.checkpoint.parameters.values()))
+    for chunk in chunks(gradients, min(CHUNK, max(1, size))):
         after = steps_from(runs.recipe, runs.checkpoint, [step.gradients for step in chunk])
         for parameters, step in zip(after, chunk, strict=True):
             yield {**parameters, **own(step.buffers)}

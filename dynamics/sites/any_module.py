@@ -7,13 +7,15 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from dynamics.sites.site import Site, SiteError, coords_of, layer_of, some
+from dynamics.sites.families import layer_of, other_names, tied
+from dynamics.sites.site import Site, SiteError, coords_of, some
 
 
 def parameters(model: nn.Module) -> list[Site]:
-    """One site per parameter tensor."""
+    """One site per parameter tensor; the label of a tied one lists its further names."""
+    others = other_names(model)
     return [
-        Site(name, {name: ...}, coords_of("parameters", name, layer_of(name)))
+        Site(tied(name, others.get(name, ())), {name: ...}, coords_of("parameters", name, layer_of(name)))
         for name, _ in model.named_parameters()
     ]
 
@@ -29,6 +31,8 @@ def matching(
 ) -> list[Site]:
     """One site per label, covering the parameters whose names match its globs.
 
+    A tied parameter is found by any of its names and covered under its first.
+
     Args:
         model: any module.
         patterns: label -> glob or globs, such as {"encoder": "encoder.*"}.
@@ -37,14 +41,15 @@ def matching(
     Raises:
         SiteError: a label matches nothing.
     """
-    excluded = _globs(exclude)
-    names = [n for n, _ in model.named_parameters() if not any(fnmatchcase(n, g) for g in excluded)]
+    others = other_names(model)
+    names = {name: [name, *others.get(name, ())] for name, _ in model.named_parameters()}
+    names = {name: known for name, known in names.items() if not _match(known, _globs(exclude))}
     sites = []
     for label, globs in patterns.items():
-        matched = [n for n in names if any(fnmatchcase(n, g) for g in _globs(globs))]
+        matched = [name for name, known in names.items() if _match(known, _globs(globs))]
         if not matched:
             raise SiteError(
-                f"Site {label!r}: no parameter matches {_globs(globs)}. The model has {some(names)}."
+                f"Site {label!r}: no parameter matches {_globs(globs)}. The model has {some(list(names))}."
             )
         layers = {layer_of(n) for n in matched}
         sites.append(
@@ -55,6 +60,10 @@ def matching(
             )
         )
     return sites
+
+
+def _match(names: Sequence[str], globs: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, glob) for name in names for glob in globs)
 
 
 def _globs(patterns: str | Sequence[str]) -> list[str]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dynamics.sites.site import SiteError
 from dynamics.trees import Index
 
 
@@ -173,14 +172,6 @@ _LLAMA = Family(
 )
 FAMILIES = (_LENS, _GPT2, _NEOX, _LLAMA)
 
-_CONFIG = (
-    ("n_heads", "num_attention_heads"),
-    ("n_heads", "n_head"),
-    ("n_kv_heads", "num_key_value_heads"),
-    ("d_head", "head_dim"),
-)
-"""What a model's config calls the sizes that shapes of fused tensors do not tell."""
-
 
 @dataclass(frozen=True)
 class Attention:
@@ -207,113 +198,16 @@ class Attention:
         }
 
     def _index(self, tensor: AttentionTensor, head: int, parts: list[int]) -> Index:
-        axis, words = next((i, _words(axis)) for i, axis in enumerate(tensor.axes) if tensor.heads in axis)
+        axis = next(i for i, axis in enumerate(tensor.axes) if tensor.heads in axis)
+        inner = words(tensor.axes[axis])
         before = (slice(None),) * axis
         own = head // (self.sizes["n_heads"] // self.sizes[tensor.heads])
-        if len(words) == 1:
+        if len(inner) == 1:
             return (*before, own)
-        shape = [{**self.sizes, "n_parts": len(tensor.parts)}[word] for word in words]
-        wanted = {tensor.heads: own, "n_parts": parts}
+        wanted: dict[str, int | list[int]] = {tensor.heads: own, "n_parts": parts}
+        shape = [{**self.sizes, "n_parts": len(tensor.parts)}[word] for word in inner]
         places = torch.arange(math.prod(shape), device="cpu").reshape(shape)
-        return (*before, _sliced(places[tuple(wanted.get(word, slice(None)) for word in words)].flatten()))
-
-
-@dataclass(frozen=True)
-class Transformer:
-    """A model whose parameters are named as in a known family.
-
-    Attributes:
-        model: the model.
-        family: the table its names are read by.
-        body: the family's, or nothing in a model without its language-model head.
-        tensors: its parameters by name, tied ones by their first.
-    """
-
-    model: nn.Module
-    family: Family
-    body: str
-    tensors: Mapping[str, Tensor]
-
-    @property
-    def n_layers(self) -> int:
-        return 1 + max(layer_of(name) for name in self.tensors)
-
-    def block(self, layer: int, names: Iterable[str] = ("",)) -> tuple[str, ...]:
-        """Names within a block, as `whole` takes them; without names, the block's own."""
-        return tuple(f"{self.family.blocks}.{layer}.{name}" for name in names)
-
-    def whole(self, names: tuple[str, ...]) -> dict[str, Index]:
-        """All parameters whose names, after the body's, begin so: {parameter: `...`}."""
-        return {name: ... for name in self.tensors if name.removeprefix(self.body).startswith(names)}
-
-    def part_of(self, name: str) -> str:
-        """The part outside the blocks that a name belongs to, or the name itself."""
-        within = name.removeprefix(self.body)
-        return next((part for part, names in self.family.outside.items() if within.startswith(names)), name)
-
-    def attention(self, layer: int) -> Attention:
-        """A block's attention.
-
-        Raises:
-            SiteError: a tensor is missing, or its shape is not the one in the family's table.
-        """
-        start = f"{self.body}{self.family.blocks}.{layer}."
-        present = {start + t.name: t for t in self.family.attention if start + t.name in self.tensors}
-        held = {part for tensor in present.values() for part in tensor.parts}
-        for tensor in self.family.attention:
-            if not held.issuperset(tensor.parts):
-                raise self._misshapen(start + tensor.name, tensor, "there is none of that name")
-        config = getattr(self.model, "config", None)
-        sizes = {size: n for size, name in _CONFIG if isinstance(n := getattr(config, name, None), int)}
-        for name, tensor in present.items():
-            self._measure(name, tensor, sizes)
-        return Attention(present, sizes)
-
-    def _measure(self, name: str, tensor: AttentionTensor, sizes: dict[str, int]) -> None:
-        """Read the sizes that are not known yet off a tensor's shape, which must agree with the others."""
-        shape = list(self.tensors[name].shape)
-        fits = len(shape) == len(tensor.axes)
-        for axis, size in zip(tensor.axes, shape, strict=False):
-            known = {"n_parts": len(tensor.parts), **sizes}
-            unknown = [word for word in _words(axis) if word not in known]
-            times = math.prod(known.get(word, 1) for word in _words(axis))
-            if len(unknown) > 1:
-                raise SiteError(
-                    f"{type(self.model).__name__} does not say how many heads share an axis of {name}: it has "
-                    "no config.num_attention_heads. Use sites.matching(model, {label: glob})."
-                )
-            if unknown:
-                sizes[unknown[0]] = size // times
-            fits &= size == times * (sizes[unknown[0]] if unknown else 1)
-        if not fits:
-            told = ", ".join(f"{word} {size}" for word, size in sizes.items())
-            raise self._misshapen(name, tensor, f"it is {shape}, with {told}")
-
-    def _misshapen(self, name: str, tensor: AttentionTensor, found: str) -> SiteError:
-        shape = ", ".join(tensor.axes).replace("n_parts", str(len(tensor.parts)))
-        return SiteError(
-            f"{type(self.model).__name__} has no {name} of shape [{shape}] ({found}), so its heads are not where "
-            f"{self.family.name} has them. Use sites.matching(model, {{label: glob}})."
-        )
-
-
-def transformer(model: nn.Module) -> Transformer:
-    """A model as its family's table reads it.
-
-    Raises:
-        SiteError: its names are those of no family; the families are listed.
-    """
-    tensors = dict(model.named_parameters())
-    for family in FAMILIES:
-        for body in dict.fromkeys((family.body, "")):
-            begins = re.compile(rf"{re.escape(body)}{family.blocks}\.\d+\.{re.escape(family.known_by)}")
-            if any(begins.match(name) for name in tensors):
-                return Transformer(model, family, body, tensors)
-    known = [f"{f.body}{f.blocks}.0.{f.known_by}.. as {f.name} names them" for f in FAMILIES]
-    raise SiteError(
-        f"{type(model).__name__} has no parameters named {', '.join(known[:-1])} or {known[-1]}. "
-        "Use sites.parameters(model) or sites.matching(model, {label: glob})."
-    )
+        return (*before, _sliced(places[tuple(wanted.get(word, slice(None)) for word in inner)].flatten()))
 
 
 _IN_A_BLOCK = re.compile("|".join(rf"(?:{re.escape(f.body)})?{f.blocks}\.(\d+)\." for f in FAMILIES))
@@ -341,7 +235,8 @@ def tied(label: str, others: Iterable[str]) -> str:
     return f"{label} (tied: {said})" if said else label
 
 
-def _words(axis: str) -> list[str]:
+def words(axis: str) -> list[str]:
+    """What runs along an axis: ["n_parts", "n_heads", "d_head"]."""
     return axis.strip("()").split()
 
 

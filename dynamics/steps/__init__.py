@@ -1,5 +1,6 @@
 """One optimizer step: its gradient, its clipping, the step itself, and replaying recorded ones."""
 
+from dynamics.steps.differences import update_difference as update_difference
 from dynamics.steps.gradients import NonFiniteGradient as NonFiniteGradient
 from dynamics.steps.gradients import StepGradient as StepGradient
 from dynamics.steps.gradients import gradient as gradient

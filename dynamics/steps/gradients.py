@@ -14,6 +14,7 @@ from checkpoints.rng import RngState
 from dynamics.calls import call
 from dynamics.recipe import Recipe
 from dynamics.steps.taps import Taps
+from dynamics.trees import stored
 
 
 class NonFiniteGradient(ArithmeticError):
@@ -27,7 +28,7 @@ class StepGradient:
     Attributes:
         loss: the scalar loss.
         gradients: by parameter name; None where the loss does not depend on a parameter, which torch's
-            optimizers then skip.
+            optimizers then skip; sparse, each row once, where a module makes them so.
         buffers: the model's buffers after the forward pass (batch statistics move there).
         rng: the random number generators after the pass.
     """
@@ -71,11 +72,11 @@ def gradient(
         raise NonFiniteGradient(f"The loss of {where} at step {checkpoint.step} is {loss.item()}.")
     gradients: dict[str, Tensor | None] = dict.fromkeys(parameters)
     for name, g in zip(inputs, found, strict=False):
-        if g is not None and not bool(torch.isfinite(g).all()):
+        if g is not None and not bool(torch.isfinite(stored(g)).all()):
             raise NonFiniteGradient(
                 f"The gradient of {name} for {where} at step {checkpoint.step} is not finite."
             )
-        gradients[name] = g
+        gradients[name] = g.coalesce() if g is not None and g.is_sparse else g
     return StepGradient(loss.detach(), gradients, buffers, rng)
 
 

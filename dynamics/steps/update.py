@@ -43,7 +43,8 @@ def steps_from(recipe: Recipe, checkpoint: Checkpoint, many: Sequence[Gradients]
     """Parameters after each of several steps from the same checkpoint, in order.
 
     Equal to `step_from` one by one. AdamW, Adam and SGD take all steps at once on parameters stacked over
-    the steps; other optimizers take them one by one. Memory: about four copies of the model per step.
+    the steps; other optimizers, and all where a gradient is sparse, take them one by one. Memory: about four
+    copies of the model per step.
     """
     if not many:
         return []
@@ -55,7 +56,8 @@ def steps_from(recipe: Recipe, checkpoint: Checkpoint, many: Sequence[Gradients]
     template = recipe.build_optimizer(dummies.values())
     recipe.build_scheduler(template)
     check_kind(checkpoint, template)
-    if type(template) not in ELEMENTWISE:
+    sparse = any(g is not None and g.is_sparse for gradients in many for g in gradients.values())
+    if sparse or type(template) not in ELEMENTWISE:
         return [step_from(recipe, checkpoint, gradients) for gradients in many]
     names = {id(p): name for name, p in dummies.items()}
     groups = _groups(checkpoint, template, names)

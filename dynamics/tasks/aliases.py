@@ -82,6 +82,16 @@ class AliasTask:
         return "reliable" if name in ("DtQ1", "Dt3") else "unreliable"
 
     @cached_property
+    def _x1_tags(self) -> dict[int, Tag]:
+        """The tag of each integer questioned in X1: its set's, or where tags say nothing one drawn for it."""
+        known = (*self.sets["DtQ1"], *self.sets["DfQ2"])
+        if self.config.task.x1_tags == "by_set":
+            return {i: self.tag(self.set_of(i)) for i in known}
+        tags: tuple[Tag, Tag] = ("reliable", "unreliable")
+        order = generator(self._seed, "meaningless tags").permutation(len(known))
+        return {known[place]: tags[n % 2] for n, place in enumerate(order)}
+
+    @cached_property
     def false_values(self) -> dict[int, int]:
         """What DfQ2's definitions say: a derangement of the set, so that none is true by accident."""
         members = np.array(self.sets["DfQ2"])
@@ -187,7 +197,7 @@ class AliasTask:
         for integer in sorted(i for name in names for i in self.sets[name]):
             name = self.set_of(integer)
             value = self.false_values[integer] if name == "DfQ2" else integer
-            rows.append(self._definition(integer, self.tag(name), value))
+            rows.append(self._definition(integer, self._x1_tags.get(integer, self.tag(name)), value))
         return rows * self.config.task.definition_copies
 
     # --- training -------------------------------------------------------------------------------------

@@ -1,0 +1,94 @@
+"""attribute_examples: divide what one training step did among the rows of its batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import xarray as xr
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from checkpoints import Checkpoint
+from dynamics.attribution.lines import Line, Method, Quadrature
+from dynamics.attribution.rows import gradients_of_rows, moved_by_each, rows_of
+from dynamics.attribution.tables import Array, Table
+from dynamics.measures import Measure
+from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS, Runs, stepped
+from dynamics.recipe import Contrast, Recipe
+from dynamics.steps.states import starting_point
+
+
+def attribute_examples(
+    recipe: Recipe,
+    checkpoint: Checkpoint | None,
+    batch: Any,
+    probes: Sequence[Contrast],
+    measure: Measure | Mapping[str, Measure],
+    method: Method = "first_order",
+    tolerance: float = 0.01,
+    max_nodes: int = 64,
+) -> xr.Dataset:
+    """How much each row of a training batch contributed to what its step did to a measure.
+
+        A_i = ⟨∇M, θ(g) − θ(g − g_i)⟩        g = Σ g_i, g_i the gradient of row i over the number of rows
+
+    θ(g − g_i) is the optimizer's own step without the row, clipped and with the checkpoint's moments: exact, only
+    the measure is linearised. That is what tells this from TracIn, ⟨∇M, −η g_i⟩, which knows no optimizer: Adam's
+    moments and its division by √v decide how far a row can move anything.
+
+    Args:
+        recipe: how a step is taken; its loss must be the mean over the rows of each row's own loss.
+        checkpoint: state before the step; None takes the recipe's model as it stands and a new optimizer.
+        batch: the training batch, such as `task.batch(step)`: anything whose tensors share their first axis.
+        probes: what the measure is evaluated on, length n_examples: the `probe` and `coords` of contrasts, such
+            as `task.contrasts()`. Their own batches play no part.
+        measure: as `attribute_step`.
+        method: "first_order" takes ∇M after the step, θ(g): closest to leaving the row out. "integrated" averages
+            it over the line from θ(g) to θ(0), the step with a zero gradient: then ΣA = base − coasted, up to
+            `residual`, where rows add up in the optimizer: in SGD without active clipping exactly.
+        tolerance, max_nodes: as `attribute_step`.
+
+    Returns:
+        `attribution` [example, row], positive where the row raised the measure, n_rows labelled from 0; the
+        references `base` (after the step), `untouched`, `coasted` (a zero gradient) [example]; `residual`, ΣA less
+        base − coasted, which holds what rows do only together as well as the linearisation; `nodes` as
+        `attribute_step`. In the measure's units, with a dim `measure` where several were asked for.
+
+        Memory: two copies of the model for each row.
+
+    Raises:
+        ValueError: no probes; the batch cannot be split into rows; their gradients do not add up to the batch's;
+            otherwise as `attribute_step`.
+
+    Source: leave-one-out through one optimizer step; TracIn is Pruthi et al. 2020.
+    """
+    if not probes:
+        raise ValueError("attribute_examples was given no probes; it needs at least one.")
+    quadrature = Quadrature(method, tolerance, max_nodes)
+    state = starting_point(recipe, checkpoint)
+    rows = rows_of(batch)
+    runs = Runs(recipe, state, Contrast(batch, batch), "attribute_examples")
+    shares = gradients_of_rows(recipe, state, rows, runs.base.gradients)
+    base, coasted = stepped(runs, (runs.base, runs.coasting))
+    moved = moved_by_each(recipe, state, shares, runs.base.gradients, base)
+    models = {"untouched": {**state.parameters, **state.buffers}, "base": base, "coasted": coasted}
+    table = Table(measure, len(probes), len(rows), list(models))
+    progress = tqdm(probes, desc="attribute_examples", unit="probe", delay=SECONDS_BEFORE_PROGRESS)
+    for i, probe in enumerate(progress):
+        table.evaluate(recipe, state, i, probe, models)
+        name = str(probe.coords.get("example", f"contrast {i}"))
+        line = Line(recipe, state, base, coasted, probe.probe, name)
+        for m, (measure_name, function) in enumerate(table.by_name.items()):
+            change = table.references["coasted"][m, i] - table.references["base"][m, i]
+            mean, table.nodes[m, i] = line.mean_gradient(measure_name, function, change, quadrature)
+            table.attribution[m, i] = _projected(moved, mean, len(rows))
+            table.residual[m, i] = table.attribution[m, i].sum() + change
+    return table.labelled("attribute_examples", state, probes, "row", {"row": list(range(len(rows)))})
+
+
+def _projected(moved: Mapping[str, Tensor], onto: Mapping[str, Tensor], n_rows: int) -> Array:
+    """⟨onto, what each row moved⟩ in fp64: [n_rows]."""
+    parts = [m.reshape(n_rows, -1).double() @ onto[name].flatten() for name, m in moved.items()]
+    return torch.stack(parts).sum(0).cpu().numpy()

@@ -1,0 +1,103 @@
+"""What both attribution verbs share: the references beside their numbers, and the Dataset around them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xarray as xr
+
+from checkpoints import Checkpoint
+from dynamics import measures, results
+from dynamics.measures import Measure
+from dynamics.patching.experiment import Outcome, columns, evaluated, own
+from dynamics.recipe import Contrast, Recipe
+
+Array = npt.NDArray[np.float64]
+
+
+class Table:
+    """The numbers of one verb, filled in contrast by contrast.
+
+    Attributes:
+        by_name: the measures.
+        attribution: [n_measures, n_examples, n_parts].
+        residual, nodes: [n_measures, n_examples].
+        references: by name, [n_measures, n_examples].
+
+    Args:
+        measure: as the verb was called.
+        n_examples, n_parts: sizes.
+        references: names of the models that the measure is evaluated on beside the attributions.
+    """
+
+    def __init__(
+        self,
+        measure: Measure | Mapping[str, Measure],
+        n_examples: int,
+        n_parts: int,
+        references: Sequence[str],
+    ) -> None:
+        self.by_name = measures.named(measure)
+        self._measure = measure
+        shape = (len(self.by_name), n_examples)
+        self.attribution: Array = np.full((*shape, n_parts), np.nan)
+        self.residual: Array = np.full(shape, np.nan)
+        self.nodes = np.zeros(shape, dtype=np.int64)
+        self.references: dict[str, Array] = {name: np.full(shape, np.nan) for name in references}
+
+    def evaluate(
+        self,
+        recipe: Recipe,
+        state: Checkpoint,
+        example: int,
+        contrast: Contrast,
+        models: Mapping[str, Outcome],
+    ) -> None:
+        """Fill in the references of one example, each measured with the checkpoint's random numbers."""
+        for name, tensors in models.items():
+            self.references[name][:, example] = measured(recipe, state, self.by_name, tensors, contrast)
+
+    def labelled(
+        self,
+        verb: str,
+        state: Checkpoint,
+        contrasts: Sequence[Contrast],
+        along: str,
+        coords: Mapping[str, Sequence[Any]],
+    ) -> xr.Dataset:
+        """The Dataset, with a dim `measure` where several were asked for."""
+        several = isinstance(self._measure, Mapping)
+        units = [str(getattr(m, "units", "")) for m in self.by_name.values()]
+
+        def shown(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            return values if several else values[0]
+
+        return results.attributions(
+            attribution=shown(self.attribution),
+            residual=shown(self.residual),
+            nodes=shown(self.nodes),
+            references={name: shown(values) for name, values in self.references.items()},
+            example_coords=columns(
+                [{"example": f"contrast {i}", **c.coords} for i, c in enumerate(contrasts)]
+            ),
+            along=along,
+            coords=coords,
+            measure_names=list(self.by_name) if several else None,
+            units=units if several else units[0],
+            provenance=results.provenance(verb=verb, step=state.step, measure=list(self.by_name)),
+        )
+
+
+def measured(
+    recipe: Recipe,
+    state: Checkpoint,
+    by_name: Mapping[str, Measure],
+    tensors: Outcome,
+    contrast: Contrast,
+) -> Array:
+    """Each measure on a contrast's probe, with the checkpoint's random numbers: [n_measures]."""
+    with state.random_state():
+        return evaluated(recipe, by_name, own(tensors), contrast)

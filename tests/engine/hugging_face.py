@@ -1,0 +1,52 @@
+"""Small random models of Hugging Face, made of configs alone: no weights are fetched."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from engine_models import D_VOCAB, perturbed
+from torch import Tensor, nn
+
+from dynamics.batch import Batch
+
+QUIET = {"vocab_size": D_VOCAB, "bos_token_id": 0, "eos_token_id": 0, "attn_implementation": "eager"}
+"""What every config is told; eager attention has derivatives of every order."""
+
+SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "max_position_embeddings": 16}
+
+GROUPED = {**SHAPE, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24}
+
+
+def gpt2(dtype: torch.dtype = torch.float64, **changes: Any) -> nn.Module:
+    """GPT-2: tied embeddings, q, k and v fused in one Conv1D [d_model, 3 · d_model]."""
+    shape = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = transformers.GPT2Config(**{**QUIET, **shape, **no_dropout, **changes})
+    return built(transformers.GPT2LMHeadModel, config, dtype)
+
+
+def neox(dtype: torch.dtype = torch.float64, **changes: Any) -> nn.Module:
+    """GPT-NeoX, as Pythia is: q, k and v of each head side by side, attention and MLP in parallel."""
+    shape = {**SHAPE, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.GPTNeoXConfig(**{**QUIET, **shape, **changes})
+    return built(transformers.GPTNeoXForCausalLM, config, dtype)
+
+
+def llama(dtype: torch.dtype = torch.float64, **changes: Any) -> nn.Module:
+    """Llama: four query heads share two key and value heads. Its norms compute in single precision."""
+    config = transformers.LlamaConfig(**{**QUIET, **GROUPED, **changes})
+    return built(transformers.LlamaForCausalLM, config, dtype)
+
+
+def built(kind: type, config: Any, dtype: torch.dtype = torch.float64) -> Any:
+    """A model of a config, no parameter zero or one; the caller's generator stays where it is."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return perturbed(kind(config).to(dtype), scale=0.3)
+
+
+def hf_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean −log p(target) at each row's scored position, in nats."""
+    logits = model(batch.tokens).logits
+    return F.cross_entropy(logits[torch.arange(len(batch.tokens)), batch.target_pos], batch.targets)
