@@ -53,7 +53,7 @@ def placebo(site: Site, difference: Mapping[str, Tensor], n: int = 20, seed: int
         chosen[torch.from_numpy(order[:taken])] = True
         covers = {
             name: part.reshape(squares[name].shape).to(squares[name].device)
-            for name, part in zip(squares, chosen.split(sizes), strict=True)
+            for name, part in zip(squares, torch.split(chosen, sizes), strict=True)
         }
         coords = {**coords_of(PLACEBO, site.label), "draw": number}
         sites.append(Site(f"placebo {number} of {site.label}", covers, coords))
