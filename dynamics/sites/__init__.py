@@ -22,4 +22,5 @@ from dynamics.sites.transformers import heads as heads
 from dynamics.sites.transformers import layers as layers
 from dynamics.sites.transformers import matrices as matrices
 from dynamics.sites.transformers import up_to_layer as up_to_layer
+from dynamics.sites.unions import complement as complement
 from dynamics.sites.unions import union as union

@@ -1,4 +1,4 @@
-"""The union of several sites as one."""
+"""The union of several sites as one, and all that a site leaves out."""
 
 from __future__ import annotations
 
@@ -38,3 +38,16 @@ def union(model: nn.Module, sites: Sequence[Site], label: str | None = None) -> 
                 covers[name] = mask(covers[name], shape, device) | mask(index, shape, device)
     joined = " + ".join(site.label for site in sites) if label is None else label
     return Site(joined, covers, coords_of("union", joined), sites[0].positions)
+
+
+def complement(model: nn.Module, site: Site) -> Site:
+    """All parameters that a site does not cover."""
+    check([site], model)
+    covers: dict[str, Index] = {}
+    for name, parameter in model.named_parameters():
+        if name not in site.covers:
+            covers[name] = ...
+        elif not isinstance(site.covers[name], EllipsisType):
+            rest = ~mask(site.covers[name], parameter.shape, parameter.device)
+            covers |= {name: rest} if bool(rest.any()) else {}
+    return Site(f"all but {site.label}", covers, coords_of("complement", f"all but {site.label}"))

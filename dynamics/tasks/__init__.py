@@ -2,3 +2,5 @@
 
 from dynamics.tasks.aliases import AliasTask as AliasTask
 from dynamics.tasks.aliases import load as load
+from dynamics.tasks.planting import planted as planted
+from dynamics.tasks.planting import tag_blind as tag_blind

@@ -282,6 +282,12 @@ class AliasTask:
         tokens[rows, 0] = self.reliable + self.unreliable - tokens[rows, 0]
         return replace(batch, tokens=tokens)
 
+    def tag_balance(self, batch: Batch) -> int:
+        """How many of X2's true definitions in a batch are reliable, less those that are unreliable."""
+        rows = self._defining(batch, (*self.sets["Dt3"], *self.sets["Df4"]))
+        tags = batch.tokens[rows, 0]
+        return int((tags == self.reliable).sum() - (tags == self.unreliable).sum())
+
     def _with_definition(self, batch: Batch, integer: int, tag: Tag) -> Batch:
         """The batch in which the integer's definition stands under a tag: in its own rows, else in row 0."""
         rows = self._defining(batch, [integer])

@@ -1,7 +1,7 @@
 """More small models, and what tests of signals and factors share: runs read by hand, gradients read off a step."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from engine_models import (
     D_VOCAB,
     Live,
-    classifier_loss,
     classifier_recipe,
     draws,
     outcomes,
@@ -147,9 +146,7 @@ LANGUAGE: dict[str, Any] = {"loss": dy.measures.cross_entropy, "optimizer": REVE
 
 RECIPES: dict[str, Callable[[], dy.Recipe]] = {
     "MLP": lambda: classifier_recipe(model=made(Mlp), optimizer=REVEALING),
-    "MLP relu dropout": lambda: classifier_recipe(
-        model=made(partial(Mlp, F.relu, 0.3)), optimizer=REVEALING
-    ),
+    "MLP relu dropout": lambda: classifier_recipe(model=made(partial(Mlp, F.relu, 0.3)), optimizer=REVEALING),
     "convolutions": lambda: classifier_recipe(model=made(ConvNet), optimizer=REVEALING),
     "LSTM": lambda: dy.Recipe(made(Lstm), **LANGUAGE),
     "odd": lambda: dy.Recipe(made(Odd), **LANGUAGE),
@@ -195,27 +192,30 @@ def zero(model: nn.Module, batch: Any) -> Tensor:
 Gradients = dict[str, Tensor]
 
 
+def less(found: Mapping[Any, dict[str, Tensor]], model: nn.Module) -> dict[Any, Gradients]:
+    """The gradient that each step was taken with, where the optimizer reveals it."""
+    names = [name for name, _ in model.named_parameters()]
+    return {
+        label: {name: found["untouched"][name] - after[name] for name in names}
+        for label, after in found.items()
+    }
+
+
 def revealed(
     verb: Callable[..., Any],
     recipe: dy.Recipe,
     checkpoint: Checkpoint | None,
     contrast: dy.Contrast,
-    sites: list[Site],
-) -> dict[str, Gradients]:
-    """The gradient that each reference and each site's step was taken with; the recipe's optimizer reveals it."""
-    found = outcomes(verb, recipe, checkpoint, contrast, sites)
-    names = dict(recipe.model.named_parameters())
-    return {
-        label: {n: found["untouched"][n] - after[n] for n in names}
-        for label, after in found.items()
-        if label != "untouched"
-    }
+    sites: Sequence[Site],
+) -> dict[Any, Gradients]:
+    """By reference and site label, the gradient of each step."""
+    return less(outcomes(verb, recipe, checkpoint, contrast, sites), recipe.model)
 
 
 def factored(
-    recipe: dy.Recipe, checkpoint: Checkpoint | None, contrast: dy.Contrast, sites: list[Site]
-) -> dict[str | tuple[str, str], dict[str, Tensor]]:
-    """The tensors that each cell of patch_factors was measured on, by reference or (site label, factor)."""
+    recipe: dy.Recipe, checkpoint: Checkpoint | None, contrast: dy.Contrast, sites: Sequence[Site]
+) -> dict[Any, dict[str, Tensor]]:
+    """All tensors that each cell of patch_factors was measured on, by reference or (site label, factor)."""
     seen: list[dict[str, Tensor]] = []
 
     def record(model: nn.Module, _: Any) -> Tensor:
@@ -224,25 +224,19 @@ def factored(
         return torch.tensor(float(len(seen) - 1))
 
     result = dy.patch_factors(recipe, checkpoint, [contrast], sites, record)
-    references = ("untouched", "base", "source", "coasted")
-    return {name: seen[int(result[name].item())] for name in references} | {
-        (s.label, factor): seen[int(result["patched"].sel(site=s.label, factor=factor).item())]
-        for s in sites
-        for factor in result["factor"].values.tolist()
+    cells = {name: result[name] for name in ("untouched", "base", "source", "coasted")} | {
+        (site.label, factor): result["patched"].sel(site=site.label, factor=factor)
+        for site in sites
+        for factor in ("x", "delta", "both")
     }
+    return {label: seen[int(cell.item())] for label, cell in cells.items()}
 
 
 def revealed_factors(
-    recipe: dy.Recipe, checkpoint: Checkpoint | None, contrast: dy.Contrast, sites: list[Site]
-) -> dict[str | tuple[str, str], Gradients]:
-    """As `revealed`, of patch_factors."""
-    found = factored(recipe, checkpoint, contrast, sites)
-    names = dict(recipe.model.named_parameters())
-    return {
-        label: {n: found["untouched"][n] - after[n] for n in names}
-        for label, after in found.items()
-        if label != "untouched"
-    }
+    recipe: dy.Recipe, checkpoint: Checkpoint | None, contrast: dy.Contrast, sites: Sequence[Site]
+) -> dict[Any, Gradients]:
+    """By reference and (site label, factor), the gradient of each step."""
+    return less(factored(recipe, checkpoint, contrast, sites), recipe.model)
 
 
 def filled(model: nn.Module, gradients: Mapping[str, Tensor | None]) -> Gradients:
@@ -287,9 +281,10 @@ def read_by_hand(
 
     def keeper(name: str) -> Callable[[Tensor], Tensor]:
         def keep(activation: Tensor) -> Tensor:
-            if not activation.requires_grad:
-                activation = activation.detach().requires_grad_()
-            activation.retain_grad()
+            activation = (
+                activation.clone() if activation.requires_grad else activation.clone().requires_grad_()
+            )
+            activation.retain_grad()  # of a tensor that no other module gave: an identity gives its input
             kept[name].append(activation)
             return activation.clone()  # the next module may write into it
 
@@ -311,5 +306,3 @@ def off(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], scale: floa
     """Largest difference of an element, relative to the largest expected one; every name must be there."""
     assert found.keys() == expected.keys()
     return max(float((found[n] - expected[n]).abs().max()) for n in expected) / (scale or largest(expected))
-
-

@@ -94,14 +94,21 @@ def along(recipe, checkpoint, contrast, patched, after):
     return {label: [seen[int(place)] for place in row.values] for label, row in rows.items()}
 
 
+def twin(recipe, live):
+    """Copies of the live model, optimizer and scheduler."""
+    model, optimizer = copy.deepcopy((live.model, live.optimizer))
+    if not recipe.scheduler:
+        return model, optimizer, None
+    scheduler = recipe.scheduler(optimizer)
+    scheduler.load_state_dict(live.scheduler.state_dict())
+    for ours, theirs in zip(optimizer.param_groups, live.optimizer.param_groups, strict=True):
+        ours["lr"] = theirs["lr"]
+    return model, optimizer, scheduler
+
+
 def slow_window(recipe, live, contrast, site):
     """An ordinary training loop: both backward passes, .grad overwritten at the site, torch's clipping."""
-    model = copy.deepcopy(live.model)
-    optimizer = recipe.optimizer(list(model.parameters()))
-    scheduler = recipe.scheduler(optimizer) if recipe.scheduler else None
-    optimizer.load_state_dict(copy.deepcopy(live.optimizer.state_dict()))
-    if scheduler:
-        scheduler.load_state_dict(live.scheduler.state_dict())
+    model, optimizer, scheduler = twin(recipe, live)
     states = []
     with live.last.random_state():
         for base, source in zip(contrast.base, contrast.source, strict=True):
@@ -129,6 +136,15 @@ def slow_window(recipe, live, contrast, site):
                 scheduler.step()
             states.append(copy.deepcopy(dict([*model.named_parameters(), *model.named_buffers()])))
     return states
+
+
+def floats(state):
+    return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+
+
+def agree(recipe, one, other, n=1):
+    """Bitwise, except where torch's clipping adds its norm up in another order; that noise grows by the step."""
+    return gap(one, other) < 1e-12 * n if isinstance(recipe.clip, ByNorm) else same(one, other)
 
 
 # --- one step ---------------------------------------------------------------------------------------------
@@ -186,26 +202,25 @@ def test_unpatched_windows_are_training_on_the_base_and_on_the_source_batches(op
     found = along(recipe, live.last, contrast, [sites.everything(recipe.model)], [1, 2, 3, 4])
     for name, batches in (("base", contrast.base), ("source", contrast.source)):
         for n, state in enumerate(found[name], start=1):
-            after = dy.steps.advance(recipe, live.last, 3 + n, lambda step, batches=batches: batches[step - 3])
-            if isinstance(recipe.clip, ByNorm):  # torch adds its norm up in another order; noise grows by the step
-                assert gap(state, after.parameters | after.buffers) < 1e-12 * n
-            else:
-                assert same(state, after.parameters | after.buffers)
+            after = dy.steps.advance(
+                recipe, live.last, 3 + n, lambda step, batches=batches: batches[step - 3]
+            )
+            assert agree(recipe, state, after.parameters | after.buffers, n)
     before = live.last.parameters | live.last.buffers
     assert all(same(state, before) for state in found["untouched"])
 
 
-@pytest.mark.parametrize("clipping", ["by norm", "by value"])
+@every_clip
 @some_optimizers
 def test_every_step_of_a_patched_window_is_the_training_loops(optimizer, clipping):
     recipe, live = normed(optimizer=ALL[optimizer], clip=CLIPS[clipping])
     contrast = window(3)
-    patched = pieces(recipe.model)
+    patched = pieces(recipe.model)[:5]
     found = along(recipe, live.last, contrast, patched, [1, 2, 3])
     for site in patched:
         expected = slow_window(recipe, live, contrast, site)
         for n, (state, slow) in enumerate(zip(found[site.label], expected, strict=True), start=1):
-            assert gap(state, slow) < 1e-12 * n, site.label
+            assert agree(recipe, state, slow, n), site.label
 
 
 def test_random_numbers_go_on_as_the_base_batches_draw_them():
@@ -215,7 +230,7 @@ def test_random_numbers_go_on_as_the_base_batches_draw_them():
     site = Site("head", {"head.weight": ...})
     found = along(recipe, live.last, contrast, [site], [1, 2, 3])
     for state, expected in zip(found["head"], slow_window(recipe, live, contrast, site), strict=True):
-        assert gap(state, expected) < 1e-13
+        assert same(state, expected)
     moved = dy.steps.advance(recipe, live.last, 6, lambda step: contrast.source[step - 3])
     assert same(found["source"][-1], moved.parameters | moved.buffers)
 
@@ -238,32 +253,30 @@ def test_on_a_transformer_every_step_is_the_training_loops():
     found = along(recipe, live.last, contrast, patched, [1, 3])
     for site in patched:
         first, _, third = slow_window(recipe, live, contrast, site)
-        assert gap(found[site.label][0], first) < 1e-12
-        assert gap(found[site.label][1], third) < 1e-11
+        assert gap(floats(found[site.label][0]), floats(first)) < 1e-12
+        assert gap(floats(found[site.label][1]), floats(third)) < 1e-11
 
 
 def test_a_site_at_all_positions_walks_like_the_site_itself():
     recipe = transformer_recipe(max_grad_norm=0.3)
     checkpoint = trained(recipe, [tokens(seed) for seed in range(3)]).last
     contrast = dy.Contrast([tokens(i) for i in (10, 11, 12)], [tokens(i) for i in (13, 14, 15)], tokens(16))
-    whole = sites.matrices(recipe.model)[:4]
+    whole = sites.matrices(recipe.model)[4:6]
     located = sites.at_positions(whole, {"all": (0, 1, 2, 3), "first": 0})
-    found = along(recipe, checkpoint, contrast, [*whole, *located], [1, 2, 3])
+    found = along(recipe, checkpoint, contrast, [*whole, *located], [1, 3])
     for site in whole:
-        for n in range(3):
-            assert gap(found[site.label][n], found[f"{site.label} @ all"][n]) < 1e-11
-            assert gap(found[site.label][n], found[f"{site.label} @ first"][n]) > 1e-9
+        for state, everywhere, somewhere in zip(
+            *(found[f"{site.label}{at}"] for at in ("", " @ all", " @ first")), strict=True
+        ):
+            assert gap(floats(state), floats(everywhere)) < 1e-11
+            assert gap(floats(state), floats(somewhere)) > 1e-6
 
 
 def test_coasting_takes_every_step_with_a_zero_gradient():
     recipe, live = normed()
     contrast = window(3)
     found = along(recipe, live.last, contrast, [Site("head", {"head.weight": ...})], [1, 2, 3])
-    model = copy.deepcopy(live.model)
-    optimizer = recipe.optimizer(list(model.parameters()))
-    scheduler = recipe.scheduler(optimizer)
-    optimizer.load_state_dict(copy.deepcopy(live.optimizer.state_dict()))
-    scheduler.load_state_dict(live.scheduler.state_dict())
+    model, optimizer, scheduler = twin(recipe, live)
     for state in found["coasted"]:
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
@@ -307,7 +320,7 @@ def test_an_impulse_is_one_patched_step_and_ordinary_training_after_it(optimizer
     first = dy.Contrast(contrast.base[0], contrast.source[0], contrast.probe)
     for site in patched:
         expected = slow_window(recipe, live, contrast, site)
-        assert all(gap(s, e) < 1e-12 for s, e in zip(found[site.label], expected, strict=True))
+        assert all(same(s, e) for s, e in zip(found[site.label], expected, strict=True))
     one = outcomes(dy.patch_gradients, recipe, live.last, first, patched)
     assert all(same(one[site.label], found[site.label][0]) for site in patched)
 
@@ -426,8 +439,7 @@ def test_the_steps_measured_do_not_depend_on_the_others_and_the_end_is_the_defau
     for after in ([2], [1, 3], (2, 4), range(1, 5)):
         some = run(margin, after)
         assert some["step"].values.tolist() == [3 + n for n in after]
-        xr_some, xr_every = some.drop_attrs(), every.sel(step=some["step"]).drop_attrs()
-        assert xr_some.identical(xr_every)
+        assert some.drop_attrs().identical(every.sel(step=some["step"]).drop_attrs())
     end = run(margin)
     assert end["step"].values.tolist() == [7]
     assert end.drop_attrs().identical(every.isel(step=[3]).drop_attrs())
@@ -636,10 +648,13 @@ def test_a_measure_that_raises_between_the_steps_leaves_everything_as_it_was(cal
 
 
 def test_a_window_in_single_precision_is_the_training_loops():
-    recipe = transformer_recipe(model=transformer("float32"), max_grad_norm=0.3)
+    recipe = transformer_recipe(
+        model=transformer("float32"), max_grad_norm=0.3, optimizer=OPTIMIZERS["SGD momentum"]
+    )
     live = trained(recipe, [tokens(seed) for seed in range(3)])
     contrast = dy.Contrast([tokens(10), tokens(11)], [tokens(12), tokens(13)], tokens(14))
     patched = sites.heads(recipe.model)
     found = along(recipe, live.last, contrast, patched, [2])
     for site in patched:
-        assert gap(found[site.label][0], slow_window(recipe, live, contrast, site)[-1]) < 2e-5
+        expected = slow_window(recipe, live, contrast, site)[-1]
+        assert gap(floats(found[site.label][0]), floats(expected)) < 2e-5
