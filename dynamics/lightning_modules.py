@@ -54,15 +54,14 @@ class TrainerNeeded(RecipeError):
 # --- the module -------------------------------------------------------------------------------------------
 
 
-def own_copy(module: nn.Module) -> Any:
+def own_copy(module: Any) -> Any:
     """A copy of a LightningModule, without its Trainer.
 
     Raises:
         RecipeError: it is none, it cannot be copied, or its steps are its own or its data loader's affair.
     """
     name = type(module).__name__
-    base = _lightning_module(module)
-    if base is None:
+    if _lightning_module(module) is None:
         raise RecipeError(
             f"{name} is not a LightningModule. For any other module: dy.Recipe(model, loss=...)."
         )
@@ -71,7 +70,7 @@ def own_copy(module: nn.Module) -> Any:
             f"{name} optimizes by hand (automatic_optimization=False), so its training_step is more than a "
             "loss. Give dy.Recipe a loss (model, batch) -> scalar and an optimizer of your own."
         )
-    if "dataloader_iter" in inspect.signature(_method(module, "training_step")).parameters:
+    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         raise RecipeError(
             f"{name}.training_step takes batches from a dataloader_iter itself; a recipe hands it one batch. "
             "Write it as training_step(self, batch, batch_idx), or give dy.Recipe a loss of your own."
@@ -92,9 +91,9 @@ def own_copy(module: nn.Module) -> Any:
 
 
 def overrides(module: nn.Module, name: str) -> bool:
-    """Whether the module has a method of its own where LightningModule has one already."""
-    inherited = getattr(_lightning_module(module), name, None)
-    return getattr(_method(module, name), "__func__", None) is not inherited
+    """Whether a LightningModule has a method of its own in place of the one that it inherits."""
+    own: Any = getattr(module, name)
+    return getattr(own, "__func__", None) is not getattr(_lightning_module(module), name)
 
 
 def _lightning_module(module: nn.Module) -> type | None:
@@ -103,10 +102,6 @@ def _lightning_module(module: nn.Module) -> type | None:
 
 def _short(value: Any) -> str:
     return " ".join(repr(value).split())[:80]
-
-
-def _method(module: nn.Module, name: str) -> Any:
-    return getattr(module, name)
 
 
 # --- its training step ------------------------------------------------------------------------------------
@@ -135,7 +130,7 @@ def training_loss(model: Any, batch: Any) -> Tensor:
 
 
 def _takes_batch_index(model: Any) -> bool:
-    """As Lightning decides: by the name, or by there being a second place for it."""
+    """As Lightning decides: by there being a second place for it, whatever its name."""
     parameters = inspect.signature(model.training_step).parameters.values()
     places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return len(places) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
@@ -220,37 +215,29 @@ def _read(returned: Any, name: str) -> tuple[list[Optimizer], list[tuple[Any, bo
     match returned:
         case None:
             return [], []
-        case Optimizer():
-            return [returned], []
-        case [list(optimizers), schedulers] if _all(Optimizer, optimizers):
-            several = schedulers if isinstance(schedulers, list) else [schedulers]
-            return optimizers, [_with_interval(scheduler) for scheduler in several]
-        case {"optimizer": Optimizer()}:
-            configs = [returned]
-        case list() | tuple() if _all(Optimizer, returned):
-            return list(returned), []
-        case list() | tuple() if _all(Mapping, returned) and all(
-            isinstance(config.get("optimizer"), Optimizer) for config in returned
-        ):
-            configs = list(returned)
+        case [list(optimizers), schedulers]:
+            configs = schedulers if isinstance(schedulers, list) else [schedulers]
         case _:
-            raise RecipeError(
-                f"{name}.configure_optimizers returns {_short(returned)}. Lightning takes an optimizer, "
-                '[optimizer], ([optimizer], [scheduler]), {"optimizer": ..., "lr_scheduler": ...} or None.'
-            )
-    schedulers = [config["lr_scheduler"] for config in configs if config.get("lr_scheduler") is not None]
-    return [config["optimizer"] for config in configs], [_with_interval(s) for s in schedulers]
-
-
-def _all(kind: type, items: Sequence[Any]) -> bool:
-    return all(isinstance(item, kind) for item in items)
+            entries = returned if isinstance(returned, list | tuple) else [returned]
+            dicts = [entry if isinstance(entry, Mapping) else {"optimizer": entry} for entry in entries]
+            optimizers = [entry.get("optimizer") for entry in dicts]
+            configs = [entry["lr_scheduler"] for entry in dicts if entry.get("lr_scheduler") is not None]
+    found = [_with_interval(config) for config in configs]
+    if not all(isinstance(optimizer, Optimizer) for optimizer in optimizers) or not all(
+        hasattr(scheduler, "load_state_dict") for scheduler, _ in found
+    ):
+        raise RecipeError(
+            f"{name}.configure_optimizers returns {_short(returned)}. Lightning takes an optimizer, "
+            '[optimizer], ([optimizer], [scheduler]), {"optimizer": ..., "lr_scheduler": ...} or None.'
+        )
+    return optimizers, found
 
 
 def _with_interval(config: Any) -> tuple[Any, bool]:
     """A scheduler, and whether a Trainer moves it after every step; without a word it does at every epoch."""
     if not isinstance(config, Mapping):
         return config, False
-    scheduler = config["scheduler"]
+    scheduler = config.get("scheduler")
     waits = config.get("reduce_on_plateau", isinstance(scheduler, ReduceLROnPlateau))
     return scheduler, config.get("interval") == "step" and config.get("frequency", 1) == 1 and not waits
 

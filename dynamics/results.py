@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pandas as pd
 import xarray as xr
 
-DIMS = ("example", "site", "other", "step", "seed", "measure", "factor", "direction", "optimizer")
+DIMS = ("example", "site", "row", "other", "step", "seed", "measure", "factor", "direction", "optimizer")
 """Every dim a result of this toolkit may have."""
 
 REFERENCES = {

@@ -105,9 +105,7 @@ def one_run(folder: Path, out: Path) -> dict[str, xr.Dataset]:
             (10, 20, 30, 40, 50),
         ),
         "interactions-gradients": lambda: both(dy.interactions, contrasts, ov),
-        "interactions-updates": lambda: both(
-            partial(dy.interactions, verb=dy.patch_updates), contrasts, ov
-        ),
+        "interactions-updates": lambda: both(partial(dy.interactions, verb=dy.patch_updates), contrasts, ov),
         **{
             f"fall-{n}": lambda n=n: both(fall, contrasts, [dy.sites.everything(model)], state=at[n])
             for n in LATER
@@ -139,7 +137,9 @@ def norms(recipe: Recipe, state: Checkpoint, contrasts: list[Contrast], side: st
     """‖g‖ of each contrast's base or source before clipping: [n_examples]."""
     batches = [getattr(contrast, side) for contrast in contrasts]
     gradients = [dy.steps.gradient(recipe, state, batch).gradients.values() for batch in batches]
-    return np.array([float(torch.nn.utils.get_total_norm([g for g in gs if g is not None])) for gs in gradients])
+    return np.array(
+        [float(torch.nn.utils.get_total_norm([g for g in gs if g is not None])) for gs in gradients]
+    )
 
 
 # --- tables -----------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import dynamics
 
 FLOORS = [
     {"trees", "results", "randomness", "config", "batch", "calls"},
-    {"recipe", "measures", "sites", "projections"},
+    {"lightning_modules", "recipe", "measures", "sites", "projections"},
     {"models"},
     {"tasks"},
     {"steps"},

@@ -70,9 +70,9 @@ def attribute_examples(
     state = starting_point(recipe, checkpoint)
     rows = rows_of(batch)
     runs = Runs(recipe, state, Contrast(batch, batch), "attribute_examples")
-    shares = gradients_of_rows(recipe, state, rows, runs.base.gradients)
+    shares = gradients_of_rows(runs, rows)
     base, coasted = stepped(runs, (runs.base, runs.coasting))
-    moved = moved_by_each(recipe, state, shares, runs.base.gradients, base)
+    moved = moved_by_each(runs, shares, base)
     models = {"untouched": {**state.parameters, **state.buffers}, "base": base, "coasted": coasted}
     table = Table(measure, len(probes), len(rows), list(models))
     progress = tqdm(probes, desc="attribute_examples", unit="probe", delay=SECONDS_BEFORE_PROGRESS)

@@ -20,6 +20,7 @@ from dynamics.calls import call, evaluating
 from dynamics.measures import Measure
 from dynamics.recipe import Recipe
 from dynamics.steps import NonFiniteGradient
+from dynamics.trees import stored
 
 Method = Literal["first_order", "integrated"]
 
@@ -138,7 +139,7 @@ class Line:
         found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
         gradients = {n: g.double() for n, g in zip(leaves, found, strict=True) if g is not None}
         for n, g in gradients.items():
-            if not bool(torch.isfinite(g).all()):
+            if not bool(torch.isfinite(stored(g)).all()):
                 raise NonFiniteGradient(
                     f"The gradient of measure {name!r} of {self.name} at {n} is not finite."
                 )

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from checkpoints import Checkpoint
-from dynamics.patching.experiment import CHUNK, chunks
-from dynamics.recipe import Recipe
-from dynamics.steps import gradient, steps_from
+from dynamics.patching.experiment import Outcome, Runs, stepped
+from dynamics.steps import StepGradient, gradient
 from dynamics.trees import Gradients, squared_norm
 
 MOST_DISAGREEMENT = 1e-3
@@ -47,30 +46,27 @@ def rows_of(batch: Any) -> list[Any]:
     ]
 
 
-def gradients_of_rows(
-    recipe: Recipe, state: Checkpoint, rows: Sequence[Any], whole: Gradients
-) -> list[dict[str, Tensor | None]]:
-    """Each row's share of the batch's gradient, g_i = ∇L(row i) / n_rows, before clipping.
+def gradients_of_rows(runs: Runs, rows: Sequence[Any]) -> list[dict[str, Tensor | None]]:
+    """Each row's share of the base batch's gradient, g_i = ∇L(row i) / n_rows, before clipping.
 
     Args:
-        recipe, state: as for `steps.gradient`.
-        rows: of one batch.
-        whole: the batch's gradient, to which the shares must add up.
+        runs: whose base batch it is.
+        rows: of that batch.
 
     Raises:
-        ValueError: they do not: the loss is no mean over rows.
+        ValueError: the shares do not add up to the batch's gradient: the loss is no mean over rows.
     """
     shares: list[dict[str, Tensor | None]] = []
     for i, row in enumerate(rows):
         try:
-            alone = gradient(recipe, state, row, f"row {i} of the batch").gradients
+            alone = gradient(runs.recipe, runs.checkpoint, row, f"row {i} of the batch").gradients
         except Exception as error:
             error.add_note(f"This was row {i} of the batch by itself. {_NO_MEAN}")
             raise
         shares.append({name: None if g is None else g / len(rows) for name, g in alone.items()})
+    whole = runs.base.gradients
     gaps = (
-        total if (g := whole[name]) is None else total - g
-        for name, total in _total(shares, state.parameters).items()
+        total if (g := whole[name]) is None else total - g for name, total in _total(runs, shares).items()
     )
     missed = math.sqrt(sum(map(squared_norm, gaps)))
     lengths = sum(math.sqrt(sum(map(squared_norm, share.values()))) for share in shares)
@@ -89,47 +85,44 @@ _NO_MEAN = (
 
 
 def moved_by_each(
-    recipe: Recipe,
-    state: Checkpoint,
-    shares: list[dict[str, Tensor | None]],
-    whole: Gradients,
-    after: Mapping[str, Tensor],
+    runs: Runs, shares: Sequence[dict[str, Tensor | None]], after: Outcome
 ) -> dict[str, Tensor]:
     """How far each row moved every parameter: θ(g) − θ(g − g_i), {name: [n_rows, *shape]}.
 
     The step with a row left out is the optimizer's own, with its clipping. g − g_i is added up in fp64 from
-    the shares of the other rows, so that it is exactly zero where the row was the only one with a gradient: Adam
-    would make a step of full size of what rounding leaves.
+    the shares, so that it is exactly zero where no other row has a gradient: of what rounding would leave there,
+    Adam makes a step of full size.
 
     Args:
-        recipe, state: how a step is taken, and from where.
-        shares: g_i, as from `gradients_of_rows`; used up, since they are as large as the result.
-        whole: g.
-        after: parameters after the step of the whole batch.
+        runs: whose base step it is.
+        shares: g_i, as from `gradients_of_rows`; emptied, since they are as large as the result.
+        after: the model after the whole base step.
     """
-    total = _total(shares, state.parameters)
+    whole = runs.base.gradients
+    total = _total(runs, shares)
+
+    def left_out() -> Iterator[StepGradient]:
+        for share in shares:
+            rest = {n: None if g is None else _less(total[n], share[n], g) for n, g in whole.items()}
+            share.clear()
+            yield replace(runs.base, gradients=rest)
+
     moved: dict[str, list[Tensor]] = {name: [] for name, g in whole.items() if g is not None}
-
-    def without(share: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-        return {name: None if g is None else _less(total[name], share[name], g) for name, g in whole.items()}
-
-    for chunk in chunks(range(len(shares)), CHUNK):
-        left_out = [without(shares[i]) for i in chunk]
-        for i in chunk:
-            shares[i].clear()
-        for parameters in steps_from(recipe, state, left_out):
-            for name, distances in moved.items():
-                distances.append(after[name] - parameters[name])
+    for without in stepped(runs, left_out()):
+        for name, distances in moved.items():
+            distances.append(after[name] - without[name])
     return {name: torch.stack(distances) for name, distances in moved.items()}
 
 
 def _less(total: Tensor, share: Tensor | None, like: Tensor) -> Tensor:
-    return (total if share is None else total - share.double()).to(like.dtype)
+    """Total − share, of the dtype of `like` and sparse where that is."""
+    rest = (total if share is None else total - share).to(like.dtype)
+    return rest.to_sparse(like.sparse_dim()) if like.is_sparse else rest
 
 
-def _total(shares: Sequence[Gradients], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _total(runs: Runs, shares: Sequence[Gradients]) -> dict[str, Tensor]:
     """Σ g_i in fp64 by parameter; zero where no row has a gradient."""
-    total = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in like.items()}
+    total = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in runs.checkpoint.parameters.items()}
     for share in shares:
         for name, g in share.items():
             if g is not None:

@@ -77,7 +77,7 @@ def attribute_step(
             "Attribute the site without positions, or use patch_gradients."
         )
     state = starting_point(recipe, checkpoint)
-    sums = SiteSums(sites, {name: tensor.shape for name, tensor in state.parameters.items()})
+    sums = SiteSums(sites, {n: p.shape for n, p in recipe.model.named_parameters() if p.requires_grad})
     table = Table(measure, len(contrasts), len(sites), ("untouched", "base", "source", "coasted"))
     progress = tqdm(contrasts, desc="attribute_step", unit="contrast", delay=SECONDS_BEFORE_PROGRESS)
     for i, contrast in enumerate(progress):

@@ -49,6 +49,13 @@ def patch_window(
             `patch_gradients`; an error names the step.
     """
     check(sites, recipe.model)
+    for contrast in contrasts:
+        for batches in (contrast.base, contrast.source):
+            if not isinstance(batches, Sequence):
+                raise ValueError(
+                    f"a window's contrasts hold sequences of batches, such as [task.batch(4500), ...]; "
+                    f"found a {type(batches).__name__}."
+                )
     lengths = {n for c in contrasts for n in (len(c.base), len(c.source))}
     if len(lengths) > 1 or lengths == {0}:
         raise ValueError(

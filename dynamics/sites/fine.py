@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from dynamics.sites.site import Site, SiteError, coords_of, layer_of, some
+from dynamics.sites.families import layer_of
+from dynamics.sites.site import Site, SiteError, coords_of, some
 from dynamics.trees import Index
 
 _OF_NEURON = {"W_in": 1, "W_gate": 1, "b_in": 0, "b_gate": 0, "W_out": 0}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import EllipsisType
@@ -10,6 +9,7 @@ from types import EllipsisType
 import torch
 from torch import Tensor, nn
 
+from dynamics.sites.families import other_names
 from dynamics.trees import Index
 
 
@@ -38,9 +38,15 @@ class Site:
 def check(sites: Sequence[Site], model: nn.Module) -> None:
     """Raise a SiteError unless every site lies inside the model and labels are unique."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    first = {other: name for name, others in other_names(model).items() for other in others}
     check_labels(sites)
     for site in sites:
         for name, index in site.covers.items():
+            if name in first:
+                raise SiteError(
+                    f"Site {site.label!r} covers {name!r}, but the model has {first[name]}: the same tensor, tied. "
+                    "Cover it by that name; sites.matching finds it by either."
+                )
             if name not in tensors:
                 raise SiteError(
                     f"Site {site.label!r} covers {name!r}, but the model has {some(list(tensors))}."
@@ -111,8 +117,3 @@ def coords_of(level: str, component: str, layer: int = -1, head: int = -1) -> di
 
 def some(names: Sequence[str]) -> str:
     return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
-
-
-def layer_of(name: str) -> int:
-    found = re.match(r"blocks\.(\d+)\.", name)
-    return int(found[1]) if found else -1

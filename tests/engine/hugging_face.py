@@ -1,5 +1,7 @@
 """Small random models of Hugging Face, made of configs alone: no weights are fetched."""
 
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from engine_models import D_VOCAB, perturbed
 from torch import Tensor, nn
 
 from dynamics.batch import Batch
+from dynamics.sites import Site
 
 QUIET = {"vocab_size": D_VOCAB, "bos_token_id": 0, "eos_token_id": 0, "attn_implementation": "eager"}
 """What every config is told; eager attention has derivatives of every order."""
@@ -50,3 +53,59 @@ def hf_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Mean −log p(target) at each row's scored position, in nats."""
     logits = model(batch.tokens).logits
     return F.cross_entropy(logits[torch.arange(len(batch.tokens)), batch.target_pos], batch.targets)
+
+
+# --- models by name ---------------------------------------------------------------------------------------
+
+
+def other(name: str, **changes: Any) -> nn.Module:
+    """A model of another class whose parameters are named as in a known family."""
+    config = getattr(transformers, f"{name}Config")(**{**QUIET, **GROUPED, **changes})
+    return built(getattr(transformers, f"{name}ForCausalLM"), config)
+
+
+WITH_HEAD: dict[str, Callable[..., nn.Module]] = {
+    "gpt2": gpt2,
+    "gpt2 of four heads": partial(gpt2, n_head=4),
+    "gpt2 untied": partial(gpt2, tie_word_embeddings=False),
+    "neox": neox,
+    "neox of four heads": partial(neox, num_attention_heads=4),
+    "neox without biases": partial(neox, attention_bias=False),
+    "llama": llama,
+    "llama with one key head": partial(llama, num_key_value_heads=1),
+    "llama with a key head for each query": partial(llama, num_key_value_heads=4),
+    "llama with heads of another size": partial(llama, head_dim=6),
+    "llama with biases": partial(llama, attention_bias=True, mlp_bias=True),
+    "llama tied": partial(llama, tie_word_embeddings=True),
+    "mistral": partial(other, "Mistral"),
+    "qwen2": partial(other, "Qwen2"),
+    "qwen3": partial(other, "Qwen3", head_dim=4),
+}
+WITHOUT_HEAD: dict[str, Callable[..., nn.Module]] = {
+    "gpt2 without its head": lambda: gpt2().transformer,
+    "neox without its head": lambda: neox().gpt_neox,
+    "llama without its head": lambda: llama().model,
+}
+BUILDERS = {**WITH_HEAD, **WITHOUT_HEAD}
+
+
+@cache
+def model_of(name: str) -> nn.Module:
+    """Built once; a test that changes a model builds its own."""
+    return BUILDERS[name]()
+
+
+def times_covered(model: nn.Module, parts: Sequence[Site]) -> dict[str, Tensor]:
+    """How often each element of each parameter is covered, counted by boolean masks."""
+    counts = {name: torch.zeros(p.shape, dtype=torch.int64) for name, p in model.named_parameters()}
+    for site in parts:
+        for name, index in site.covers.items():
+            mask = torch.zeros(counts[name].shape, dtype=torch.bool)
+            mask[index] = True
+            counts[name] += mask
+    return counts
+
+
+def found(parts: Sequence[Site], **coords: str | int) -> list[Site]:
+    """The sites with the given coordinates."""
+    return [s for s in parts if all(s.coords[name] == value for name, value in coords.items())]

@@ -252,10 +252,16 @@ def filled(model: nn.Module, gradients: Mapping[str, Tensor | None]) -> Gradient
 
 
 def first(output: Any) -> Tensor:
+    """The first tensor of a module's output: of a tuple, of Hugging Face's dicts, or the output itself."""
+    if isinstance(output, Mapping):
+        return next(iter(output.values()))
     return output[0] if isinstance(output, tuple) else output
 
 
 def instead(output: Any, tensor: Tensor) -> Any:
+    """The output with another tensor as its first."""
+    if isinstance(output, Mapping):
+        return type(output)(**{**output, next(iter(output)): tensor})
     return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
 
 

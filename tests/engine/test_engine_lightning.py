@@ -373,6 +373,8 @@ def test_methods_that_a_module_does_not_have_are_absent_from_the_recipe():
         lambda o: {"optimiser": o},
         lambda o: [o, StepLR(o, 1)],
         lambda o: [{"lr_scheduler": StepLR(o, 1)}],
+        lambda o: {"optimizer": o, "lr_scheduler": {"schedule": StepLR(o, 1)}},
+        lambda o: ([o], ["step"]),
     ],
 )
 def test_what_lightning_does_not_take_either_is_refused_by_name(form):

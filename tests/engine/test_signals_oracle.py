@@ -29,7 +29,6 @@ from dynamics.sites import Site
 from dynamics.trees import mask
 
 HEAD_AXIS = {"hook_q": 2, "hook_k": 2, "hook_v": 2, "hook_z": 2, "hook_attn_scores": 1, "hook_pattern": 1}
-NO_TENSOR = ("transformer", "gpt_neox", "model")  # of Hugging Face: these give dicts of tensors
 
 
 class Workbench:
@@ -40,7 +39,7 @@ class Workbench:
         self.name, self.recipe, self.pair = name, dataclasses.replace(recipe, **changes), contrast_of(name)
         self.live = begun(self.recipe, name)
         self.twin = copy.deepcopy(self.live.model)
-        self.names = [n for n in sites.hooks(self.recipe.model) if n not in NO_TENSOR]
+        self.names = sites.hooks(self.recipe.model)
         _, self.ours = read_by_hand(self.recipe, self.live, self.pair.base, self.names)
         self.values, self.theirs = read_by_hand(self.recipe, self.live, self.pair.source, self.names)
         self.ran = [n for n in self.names if self.ours[n]]
@@ -133,8 +132,9 @@ def pieces(name, shape):
 
 
 def one_of_each(bench):
-    """A piece of every activation that ran, of one kind after the other."""
-    parts = [pieces(name, bench.ours[name][0].shape) for name in bench.ran]
+    """A piece of every activation that ran, of one kind after the other; one block of a transformer will do."""
+    ran = [n for n in bench.ran if ".0." not in n or bench.name == "LN gelu"]
+    parts = [pieces(name, bench.ours[name][0].shape) for name in ran]
     return [some[i % len(some)] for i, some in enumerate(parts)]
 
 
@@ -269,7 +269,7 @@ def assert_measures_agree(bench, start, patched, measures):
 def test_the_step_is_that_of_torchs_clipping_and_optimizer_on_the_patched_gradient(clip, optimizer, start):
     bench = Workbench("LN gelu", optimizer=OPTIMIZERS[optimizer], clip=CLIPS[clip])
     measures = {m.name: m for m in (dy.measures.correct_logit, dy.measures.logit_difference)}
-    assert_measures_agree(bench, start, one_of_each(bench)[::4], measures)
+    assert_measures_agree(bench, start, one_of_each(bench)[::7], measures)
 
 
 @pytest.mark.parametrize("name", ["MLP", "LSTM", "tied", "Llama"])
