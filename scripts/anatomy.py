@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import xarray as xr
 from torch import nn
@@ -28,14 +29,15 @@ import dynamics as dy
 from checkpoints import Checkpoint, Trajectory
 from dynamics.recipe import ByNorm, Contrast, Recipe
 
-README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- anatomy: begin -->", "<!-- anatomy: end -->"
+PAGE = Path(__file__).parent.parent / ".readme" / "anatomy.md"
 X2_STEP = 10
 """Step within X2 of (a), (b) and (d): that of the primary analysis."""
 WINDOW = 50
 LATER = (0, 10, 50, 400)
 """Steps within X2 of (e)."""
 HOOKS = ("hook_embed", "blocks.*.hook_resid_*", "blocks.*.hook_attn_out", "blocks.*.hook_mlp_out")
+PLACES = ("embed", "resid_pre 0", "attn_out 0", "resid_mid 0", "mlp_out 0", "resid_post 0")
+PLACES += ("attn_out 1", "resid_mid 1", "mlp_out 1", "resid_post 1")
 MEASURES = {m.name: m for m in (dy.measures.correct_logit, dy.measures.correct_log_prob)}
 
 
@@ -113,7 +115,7 @@ def one_run(folder: Path, out: Path) -> dict[str, xr.Dataset]:
     }
 
     def fall(recipe: Recipe, state: Checkpoint, which, sites, measure) -> xr.Dataset:  # type: ignore[no-untyped-def]
-        """The references of the tags' contrast; of a padding tag as `neutral`; of norms clipped alike as `matched`."""
+        """The tags' references; a padding tag's as `neutral`; with both norms clipped alike as `matched`."""
         found = dy.patch_gradients(recipe, state, which, sites, measure)
         padded = dy.patch_gradients(recipe, state, [neutral(task, c) for c in which], sites, measure)
         equal = dy.patch_gradients(replace(recipe, clip=ByNorm(1e-3)), state, which, sites, measure)
@@ -133,7 +135,7 @@ def one_run(folder: Path, out: Path) -> dict[str, xr.Dataset]:
     return found
 
 
-def norms(recipe: Recipe, state: Checkpoint, contrasts: list[Contrast], side: str) -> np.ndarray:
+def norms(recipe: Recipe, state: Checkpoint, contrasts: list[Contrast], side: str) -> npt.NDArray[np.float64]:
     """‖g‖ of each contrast's base or source before clipping: [n_examples]."""
     batches = [getattr(contrast, side) for contrast in contrasts]
     gradients = [dy.steps.gradient(recipe, state, batch).gradients.values() for batch in batches]
@@ -144,202 +146,190 @@ def norms(recipe: Recipe, state: Checkpoint, contrasts: list[Contrast], side: st
 
 # --- tables -----------------------------------------------------------------------------------------------
 
+Found = list[dict[str, xr.Dataset]]
+
 
 def over_runs(parts: list[xr.Dataset]) -> xr.Dataset:
     """Means over the aliases of each run, along `seed`."""
-    numeric = [part.drop_vars([n for n, c in part.coords.items() if "example" in c.dims]) for part in parts]
-    return dy.results.concat(
-        [part.mean("example", keep_attrs=True) for part in numeric], "seed", range(len(parts))
+    bare = [p.drop_vars([n for n, c in p.coords.items() if "example" in c.dims]) for p in parts]
+    means = [p.mean("example", keep_attrs=True) for p in bare]
+    return dy.results.concat(means, "seed", range(len(parts)))
+
+
+def summary_of(found: Found, name: str, **selected: str) -> xr.Dataset:
+    """One question's effects over runs: the correct logit."""
+    return dy.statistics.summarize(over_runs([f[name] for f in found])).sel(
+        measure="correct_logit", **selected
     )
 
 
-def interval(values: xr.DataArray | np.ndarray, digits: int = 2) -> str:
+def interval(values: npt.ArrayLike) -> str:
     """Mean with its 95 % t interval over the last axis."""
-    mean, low, high = dy.statistics.mean_interval(np.asarray(values))
-    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*map(float, dy.statistics.mean_interval(values)))
 
 
-def shares(summary: xr.Dataset) -> str:
+def share(summary: xr.Dataset) -> str:
     """Recovery with its interval; a dash where the gap is not distinguishable from zero."""
     values = [float(summary[name]) for name in ("recovery", "recovery_low", "recovery_high")]
     return "–" if np.isnan(values[0]) else "{:.2f} [{:.2f}, {:.2f}]".format(*values)
 
 
-def per_alias(parts: list[xr.Dataset], site: str, **selected: str) -> str:
-    """Effect of one site with the interval over the aliases of all runs together."""
-    values = np.concatenate([part["effect"].sel(site=site, **selected).values for part in parts])
-    return interval(values)
+def per_alias(found: Found, name: str, **selected: str) -> str:
+    """An effect with its interval over the aliases of all runs together."""
+    chosen = {"measure": "correct_logit", "optimizer": "fresh", **selected}
+    return interval(np.concatenate([f[name]["effect"].sel(chosen).values for f in found]))
 
 
-def recoveries_table(parts: list[xr.Dataset], labels: list[str], head: str, **selected: str) -> list[str]:
-    """One row per site: recovery over runs with fresh and stored state, effect over aliases."""
-    summary = dy.statistics.summarize(over_runs(parts)).sel(measure="correct_logit", **selected)
-    lines = [
-        f"| {head} | recovery, fresh [over runs] | effect, fresh [over aliases] | recovery, stored |",
-        "|---|---|---|---|",
-    ]
-    for label in labels:
-        fresh, stored = (summary.sel(site=label, optimizer=state) for state in ("fresh", "stored"))
-        alone = per_alias(parts, label, optimizer="fresh", measure="correct_logit", **selected)
-        lines.append(f"| {label} | {shares(fresh)} | {alone} | {shares(stored)} |")
-    return lines
+def gap_row(found: Found, name: str) -> list[str]:
+    """The whole gap, source − base: over aliases with the fresh state, over runs with both."""
+    whole = [f[name]["source"] - f[name]["base"] for f in found]
+    chosen = [w.sel(measure="correct_logit", optimizer=s) for s in ("fresh", "stored") for w in whole]
+    fresh, stored = chosen[: len(found)], chosen[len(found) :]
+    over = [interval([float(w.mean()) for w in state]) for state in (fresh, stored)]
+    return [f"gap {over[0]}", interval(np.concatenate([w.values for w in fresh])), f"gap {over[1]}"]
 
 
-def signals_table(found: list[dict[str, xr.Dataset]]) -> list[str]:
+def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
+    """A table as lines of Markdown."""
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def signals_table(found: Found) -> list[str]:
     """(a): recovery by hook and position."""
-    parts = [f["signals"] for f in found]
-    summary = dy.statistics.summarize(over_runs(parts)).sel(measure="correct_logit")
-    with_forward = dy.statistics.summarize(over_runs([f["signals-forward"] for f in found])).sel(
-        measure="correct_logit"
-    )
-    lines = [
-        "| signal at | at the tag | at the alias | at the integer and after | at the alias, activation too | at the alias, stored |",
-        "|---|---|---|---|---|---|",
-    ]
-    places = list(dict.fromkeys(str(label).rsplit(" @", 1)[0] for label in summary["site"].values))
-    for place in places:
-        fresh, stored = (summary.sel(optimizer=state) for state in ("fresh", "stored"))
+    fresh, stored = (summary_of(found, "signals", optimizer=state) for state in ("fresh", "stored"))
+    forward = summary_of(found, "signals-forward", optimizer="fresh")
+    rows = []
+    for place in PLACES:
         after = max(abs(float(fresh["effect"].sel(site=f"{place} @{pos}"))) for pos in (2, 3))
-        cells = [shares(fresh.sel(site=f"{place} @{pos}")) for pos in (0, 1)]
-        cells += [f"{after:.0e}" if after else "0"]
-        cells += [
-            shares(with_forward.sel(site=f"{place} @1", optimizer="fresh")),
-            shares(stored.sel(site=f"{place} @1")),
-        ]
-        lines.append(f"| {place} | {' | '.join(cells)} |")
-    return lines
+        at_alias = [share(s.sel(site=f"{place} @1")) for s in (fresh, forward, stored)]
+        rows.append(
+            [place, share(fresh.sel(site=f"{place} @0")), *at_alias, f"{after:.0e}" if after else "0"]
+        )
+    head = ["signal at", "tag", "alias", "alias, activation too", "alias, stored state", "integer and after"]
+    return markdown(head, rows)
 
 
-def factors_table(found: list[dict[str, xr.Dataset]]) -> list[str]:
+def recoveries_table(found: Found, name: str, labels: list[str]) -> list[str]:
+    """One row per site: recovery over runs with either state, effect over aliases."""
+    fresh, stored = (summary_of(found, name, optimizer=state) for state in ("fresh", "stored"))
+    rows = [["everything", *gap_row(found, name)]]
+    for label in labels:
+        effect = per_alias(found, name, site=label)
+        rows.append([label, share(fresh.sel(site=label)), effect, share(stored.sel(site=label))])
+    head = ["gradient of", "recovery, fresh [over runs]", "effect, fresh [over aliases]", "recovery, stored"]
+    return markdown(head, rows)
+
+
+def factors_table(found: Found) -> list[str]:
     """(b): which factor carries each matrix."""
-    parts = [f["factors"] for f in found]
-    summary = dy.statistics.summarize(over_runs(parts)).sel(measure="correct_logit", optimizer="fresh")
-    lines = [
-        "| matrix | x | δ | both | x, effect [over aliases] | δ, effect [over aliases] |",
-        "|---|---|---|---|---|---|",
-    ]
-    for label in summary["site"].values:
-        cells = [shares(summary.sel(site=label, factor=factor)) for factor in ("x", "delta", "both")]
-        cells += [
-            per_alias(parts, label, factor=factor, optimizer="fresh", measure="correct_logit")
-            for factor in ("x", "delta")
-        ]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return lines
+    fresh = summary_of(found, "factors", optimizer="fresh")
+    rows = []
+    for label in map(str, fresh["site"].values):
+        shares = [share(fresh.sel(site=label, factor=f)) for f in ("x", "delta", "both")]
+        rows.append(
+            [label, *shares, *(per_alias(found, "factors", site=label, factor=f) for f in ("x", "delta"))]
+        )
+    return markdown(["matrix", "x", "δ", "both", "x [over aliases]", "δ [over aliases]"], rows)
 
 
-def difference(part: xr.Dataset, values: xr.DataArray) -> xr.DataArray:
-    """Mean over Dt3 less mean over Df4."""
-    sets = part["set"].values
-    return values.isel(example=sets == "Dt3").mean("example") - values.isel(example=sets == "Df4").mean(
-        "example"
-    )
-
-
-def window_table(found: list[dict[str, xr.Dataset]]) -> list[str]:
+def window_table(found: Found) -> list[str]:
     """(c): Dt3 − Df4 after the window, as trained, retagged, and with one component's gradient retagged."""
     parts = [f["window"].isel(step=-1) for f in found]
-    lines = [
-        "| gradient retagged | Dt3 − Df4, correct logit | change | share of the whole change | accuracy, change |",
-        "|---|---|---|---|---|",
-    ]
 
-    def gaps(name: str, measure: str, **selected: str) -> np.ndarray:
-        return np.array([float(difference(p, p[name].sel(measure=measure, **selected))) for p in parts])
+    def differences(name: str, measure: str, **selected: str) -> npt.NDArray[np.float64]:
+        """Mean over Dt3 less mean over Df4, of each run."""
+        values = [p[name].sel(measure=measure, **selected).values for p in parts]
+        reliable = [p["set"].values == "Dt3" for p in parts]
+        return np.array([v[r].mean() - v[~r].mean() for v, r in zip(values, reliable, strict=True)])
 
-    base, source = gaps("base", "correct_logit"), gaps("source", "correct_logit")
-    accuracy = gaps("base", "accuracy")
-    rows = {"nowhere (as trained)": (base, accuracy), "everywhere": (source, gaps("source", "accuracy"))}
-    rows |= {
-        str(label): (gaps("patched", "correct_logit", site=label), gaps("patched", "accuracy", site=label))
-        for label in parts[0]["site"].values
-    }
-    for label, (logit, right) in rows.items():
-        share, low, high = (float(v) for v in dy.statistics.recovery(logit - base, source - base))
-        lines.append(
-            f"| {label} | {interval(logit)} | {interval(logit - base)} | {share:.2f} [{low:.2f}, {high:.2f}] "
-            f"| {interval(right - accuracy)} |"
-        )
-    untouched = gaps("untouched", "correct_logit")
-    lines += [
+    logit, right = (differences("base", m) for m in ("correct_logit", "accuracy"))
+    whole = differences("source", "correct_logit") - logit
+    everywhere = (differences("source", m) for m in ("correct_logit", "accuracy"))
+    cases = {"nowhere (as trained)": (logit, right), "everywhere": tuple(everywhere)}
+    for label in map(str, parts[0]["site"].values):
+        cases[label] = tuple(differences("patched", m, site=label) for m in ("correct_logit", "accuracy"))
+    rows = []
+    for label, (value, accurate) in cases.items():
+        part = "{:.2f} [{:.2f}, {:.2f}]".format(*map(float, dy.statistics.recovery(value - logit, whole)))
+        rows.append([label, interval(value), interval(value - logit), part, interval(accurate - right)])
+    head = ["gradient retagged in", "Dt3 − Df4, correct logit", "change", "share of all", "accuracy, change"]
+    before, coasted = (interval(differences(n, "correct_logit")) for n in ("untouched", "coasted"))
+    return [
+        *markdown(head, rows),
         "",
-        f"Before the window Dt3 − Df4 was {interval(untouched)}; coasting, {interval(gaps('coasted', 'correct_logit'))}.",
+        f"Before the window Dt3 − Df4 was {before}; coasting through it, {coasted}.",
     ]
-    return lines
 
 
-def interactions_table(found: list[dict[str, xr.Dataset]]) -> list[str]:
-    """(d): block 0's O and V alone, summed and together."""
-    lines = ["| exchanged | state | O | V | interaction | all of the gap |", "|---|---|---|---|---|---|"]
+def interactions_table(found: Found) -> list[str]:
+    """(d): block 0's O and V alone, and what they do together beyond their sum."""
+    rows = []
     for verb in ("gradients", "updates"):
         for state in ("fresh", "stored"):
-            parts = [f[f"interactions-{verb}"].sel(measure="correct_logit", optimizer=state) for f in found]
-            means = [part.mean("example") for part in parts]
-            cells = [
-                interval(np.array([float(value(m)) for m in means]))
-                for value in (
-                    lambda m: m["effect"].sel(site="W_O 0"),
-                    lambda m: m["effect"].sel(site="W_V 0"),
-                    lambda m: m["interaction"].sel(site="W_O 0", other="W_V 0"),
-                    lambda m: m["source"] - m["base"],
-                )
-            ]
-            lines.append(f"| {verb} | {state} | {' | '.join(cells)} |")
-    return lines
+            chosen = {"measure": "correct_logit", "optimizer": state}
+            means = [f[f"interactions-{verb}"].sel(chosen).mean("example") for f in found]
+            o, v = ([float(m["effect"].sel(site=f"W_{part} 0")) for m in means] for part in "OV")
+            more = [float(m["interaction"].sel(site="W_O 0", other="W_V 0")) for m in means]
+            whole = [float(m["source"] - m["base"]) for m in means]
+            rows.append([verb, state, *map(interval, (o, v, more, whole))])
+    return markdown(["exchanged", "state", "O", "V", "interaction", "whole gap"], rows)
 
 
-def fall_table(found: list[dict[str, xr.Dataset]]) -> list[str]:
+def fall_table(found: Found) -> list[str]:
     """(e): change of the correct logit after one step of each kind."""
-    lines = [
-        "| X2 step | state | no step | coasting | unreliable | padding | reliable | unreliable, norms alike | reliable, norms alike | ‖g‖ unreliable / reliable |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for n in LATER:
         for state in ("fresh", "stored"):
             parts = [f[f"fall-{n}"].sel(optimizer=state) for f in found]
             means = [p.sel(measure="correct_logit").mean("example") for p in parts]
             untouched = np.array([float(m["untouched"]) for m in means])
-            cells = [f"{untouched.mean():.2f}"]
-            for name in ("coasted", "base", "neutral", "source", "matched_base", "matched_source"):
-                cells.append(interval(np.array([float(m[name]) for m in means]) - untouched))
-            cells.append(
-                " / ".join(
-                    f"{np.mean([float(p[f'norm_{s}'].mean()) for p in parts]):.1f}"
-                    for s in ("base", "source")
+            kinds = ("coasted", "base", "neutral", "source", "matched_base", "matched_source")
+            changes = [interval(np.array([float(m[kind]) for m in means]) - untouched) for kind in kinds]
+            falls = [
+                np.mean(
+                    [float((p[kind] < p["untouched"]).sel(measure="correct_logit").mean()) for p in parts]
                 )
-            )
-            lines.append(f"| {n} | {state} | {' | '.join(cells)} |")
-    return lines
+                for kind in ("base", "source")
+            ]
+            sizes = [np.mean([float(p[f"norm_{side}"].mean()) for p in parts]) for side in ("base", "source")]
+            last = ["{:.0%} / {:.0%}".format(*falls), "{:.0f} / {:.0f}".format(*sizes)]
+            rows.append([str(n), state, f"{untouched.mean():.2f}", *changes, *last])
+    head = ["X2 step", "state", "no step", "coasting", "unreliable", "padding", "reliable"]
+    head += [
+        "unreliable, clipped to 1e-3",
+        "reliable, clipped to 1e-3",
+        "falls: unrel. / rel.",
+        "‖g‖: unrel. / rel.",
+    ]
+    return markdown(head, rows)
 
 
-def report(found: list[dict[str, xr.Dataset]], names: list[str]) -> str:
-    """The five tables."""
+def report(found: Found, names: list[str]) -> str:
+    """The five tables, and the same contrasts inside their real batch."""
     components = [str(s) for s in found[0]["in-batch"]["site"].values]
     placed = [str(s) for s in found[0]["positions"]["site"].values]
+    first = [s for s in placed if s.startswith(("embed", "pos_embed", "attn", "mlp"))]
     sections = {
-        "(a) where the backward signal must be reliable": signals_table(found),
-        "(a) which position's contribution to each component's gradient": recoveries_table(
-            [f["positions"] for f in found],
-            [s for s in placed if s.startswith(("embed", "pos_embed", "attn 0", "mlp 0", "attn 1"))],
-            "gradient",
+        "(a) Where must the backward signal come from the reliable definition?": signals_table(found),
+        "(a) Which position's contribution to a component's gradient?": recoveries_table(
+            found, "positions", first
         ),
-        "(b) what a matrix read (x) or the signal that reached it (δ)": factors_table(found),
+        "(b) Is it what a matrix read (x) or the signal that reached it (δ)?": factors_table(found),
         f"(c) {WINDOW} steps of X2 with the tags' gradients exchanged": window_table(found),
-        "(d) O and V of block 0": interactions_table(found),
-        "(e) why an unreliable definition can lower the correct logit": fall_table(found),
-        "inside the real batch": recoveries_table([f["in-batch"] for f in found], components, "gradient"),
-        "noise floor: another row of that batch exchanged": recoveries_table(
-            [f["noise"] for f in found], components, "gradient"
-        ),
+        "(d) Do O and V of block 0 interact?": interactions_table(found),
+        "(e) Why can the correct logit fall after an unreliable definition?": fall_table(found),
+        "The definition inside the real batch of its step": recoveries_table(found, "in-batch", components),
+        "Noise floor: another row of that batch exchanged": recoveries_table(found, "noise", components),
     }
-    lines = [line for title, rows in sections.items() for line in (f"**{title}**", "", *rows, "")]
-    lines.append(
-        f"Runs {', '.join(names)}; X2 step {X2_STEP} where not said; change of the correct logit of an alias's own "
-        f"questions; 30 aliases a run; recovery is a ratio of means with Fieller's 95 % interval over {len(found)} "
-        f"runs, other intervals are Student's t over runs unless over aliases. {datetime.now(UTC):%Y-%m-%d}, "
-        f"{platform.machine()}, torch {torch.__version__}; `scripts/anatomy.py`."
+    caption = (
+        f"Runs of {', '.join(names)}, 30 aliases each; X2 step {X2_STEP} where not said. Values are changes of the "
+        "correct logit of an alias's own questions. Recovery is a ratio of means with Fieller's 95 % interval over "
+        f"{len(found)} runs; other intervals are Student's t over runs, or over all aliases where it says so. A "
+        f"dash: the gap is not distinguishable from zero over runs. {datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, "
+        f"torch {torch.__version__}; `scripts/anatomy.py`."
     )
-    return "\n".join(lines)
+    lines = [line for title, rows in sections.items() for line in (f"## {title}", "", *rows, "")]
+    return "\n".join(["# The anatomy of a definition's step", "", caption, "", *lines])
 
 
 def main() -> None:
@@ -349,13 +339,17 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="run folders, one per seed; at least two")
     parser.add_argument("--out", type=Path, default=Path("runs/anatomy"))
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--readme", action="store_true", help=f"write the page {PAGE.name} that the README names"
+    )
     given = parser.parse_args()
     with ProcessPoolExecutor(given.workers) as pool:
         found = list(pool.map(one_run, given.runs, [given.out] * len(given.runs)))
-    names = [f"seed {Trajectory.open(folder).config['seed']}" for folder in given.runs]
-    text = report(found, names)
-    (given.out / "anatomy.md").write_text(text + "\n")
+    text = report(found, [f"seed {Trajectory.open(folder).config['seed']}" for folder in given.runs])
+    (given.out / "anatomy.md").write_text(text)
     print(text)
+    if given.readme:
+        PAGE.write_text(text)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from dynamics.trees import Index
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- planted: begin -->", "<!-- planted: end -->"
-PLANTS = ("embed", "attn 0", "mlp 0", "attn 1", "mlp 1", "L0H0", "L0H2", "L1H1")
+PLANTS = ("embed", "attn 0", "mlp 0", "attn 1", "L0H0", "L0H2", "L1H1")
 N_DECOYS = 3
 WARM_UP = 10
 """Steps of the planted X2 before methods look."""
@@ -124,6 +124,7 @@ def hook_sites(sites: list[Site], recipe: Recipe, like: dy.Batch) -> tuple[list[
     return places, found
 
 
+@torch.no_grad()
 def activation_patching(
     recipe: Recipe, state: Checkpoint, contrasts: list[Contrast], sites: list[Site]
 ) -> np.ndarray:
@@ -139,7 +140,7 @@ def activation_patching(
             ((name, index),) = site.covers.items()
 
             exchange = partial(_exchanged, index=index, source=kept[name])
-            with torch.no_grad(), model.hooks(fwd_hooks=[(name, exchange)]):
+            with model.hooks(fwd_hooks=[(name, exchange)]):
                 row.append(float(MEASURE(model, c.base).mean()) - plain)
         changes.append(row)
     return np.abs(np.mean(changes, axis=0))
@@ -299,8 +300,9 @@ def main() -> None:
     seeds = ", ".join(str(s) for s in sorted(found["seed"].unique()))
     text = (
         f"{table(found)}\n\nSeeds {seeds}; plants {', '.join(given.plants)}; mean [95 % t interval over seeds]. "
-        f"The plant has the largest true effect in {sum(truth)} of {len(truth)} worlds. {datetime.now(UTC):%Y-%m-%d}, "
-        f"{platform.machine()}, torch {torch.__version__}; `scripts/planted_truth.py`."
+        f"The plant has the largest true effect in {sum(truth)} of {len(truth)} worlds. "
+        f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, torch {torch.__version__}; "
+        "`scripts/planted_truth.py`."
     )
     (given.out / "planted.md").write_text(text + "\n")
     print(text)

@@ -123,8 +123,8 @@ class Line:
         }
         for leaf in leaves.values():
             leaf.requires_grad_()
-        tensors = {n: leaves[n].clone() if n in leaves else t.clone() for n, t in self.start.items()}
         with self.checkpoint.random_state(), torch.enable_grad(), evaluating(self.recipe.model):
+            tensors = {n: leaves[n].clone() if n in leaves else t.clone() for n, t in self.start.items()}
             value = call(
                 lambda m, b: measures.evaluate({name: measure}, m, b)[0],
                 self.recipe.model,

@@ -458,6 +458,11 @@ def test_a_recipe_can_be_replaced_and_copied():
 
 HELD = {
     "every epoch": lambda o: ([o], [StepLR(o, 1, 0.1)]),
+    "every epoch, unsaid": lambda o: {"optimizer": o, "lr_scheduler": {"scheduler": StepLR(o, 1, 0.1)}},
+    "every epoch, said": lambda o: (
+        [o],
+        [{"scheduler": StepLR(o, 1, 0.1), "interval": "epoch", "frequency": 1}],
+    ),
     "every second step": lambda o: (
         [o],
         [{"scheduler": StepLR(o, 1, 0.1), "interval": "step", "frequency": 2}],
@@ -875,6 +880,17 @@ def test_the_recipes_model_is_as_it_was_after_every_step(fails):
         assert differences(before, copied(seen(recipe.model))) == []
     assert len(losses) == (not fails)
     copy.deepcopy(recipe.model)
+
+
+def test_attributes_that_name_a_buffer_or_a_tensor_with_a_gradient_keep_naming_it():
+    module = Rich()
+    module.mean, module.extra = module.norm.running_mean, torch.ones(3, requires_grad=True)
+    model = dy.Recipe.from_lightning(module).model
+    extra = model.extra
+    dy.Recipe.from_lightning(module).loss(model, BATCHES[0])
+    assert model.mean is model.norm.running_mean
+    assert model.mean.any()
+    assert model.extra is extra
 
 
 def test_a_step_leaves_no_activation_behind():
