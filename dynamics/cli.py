@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> ArgumentParser:
     parser = _Parser(
         prog="dynamics",
-        usage="dynamics {study,fit,verify} ...",
+        usage="dynamics {study,fit,verify,believe} ...",
         description="Find where training put a behaviour: train, keep a trajectory, replay steps with one "
         "gradient exchanged, and measure what changed.",
     )
@@ -91,6 +91,20 @@ def _parser() -> ArgumentParser:
     )
     verify.add_argument("run", type=Path, help="the run's folder")
     commands.add_subcommand("verify", verify)
+    believe = _Parser(
+        usage="dynamics believe RUN [RUN ...] --site LABEL [--x2_step N] [--optimizer fresh|stored] [--impulse N]",
+        description="Ten checks of whether a site is where reliable data changes behaviour.",
+    )
+    believe.add_argument(
+        "runs", type=Path, nargs="+", help="folders of runs; of several, the run is the unit"
+    )
+    believe.add_argument(
+        "--site", type=str, required=True, help='a label such as "attn 0", "L0H2", "W_V L0H1"'
+    )
+    believe.add_argument("--x2_step", type=int, default=10, help="the step within X2 that is replayed")
+    believe.add_argument("--optimizer", choices=["fresh", "stored"], default="fresh")
+    believe.add_argument("--impulse", type=int, default=30, help="steps trained on after the definition")
+    commands.add_subcommand("believe", believe)
     return parser
 
 
@@ -159,7 +173,27 @@ def _verify(given: Namespace) -> None:
         sys.exit(1)
 
 
-_COMMANDS: dict[str, Callable[[Namespace], None]] = {"study": _study, "fit": _fit, "verify": _verify}
+def _believe(given: Namespace) -> None:
+    from checkpoints import Trajectory
+    from dynamics import studies
+
+    trajectories = [Trajectory.open(folder) for folder in given.runs]
+    _set_threads(int(trajectories[0].last.fingerprint["threads"]))
+    unit = "alias, in this run" if len(trajectories) == 1 else f"run, {len(trajectories)} of them"
+    print(
+        f"{given.site}, X2 step {given.x2_step}, {given.optimizer} optimizer; mean [95 % interval], unit: {unit}"
+    )
+    checks = studies.battery(trajectories, given.site, given.x2_step, given.optimizer, given.impulse)
+    for check in checks:
+        print(f"{check.verdict:>6}  {check.name}\n        {check.figure}")
+
+
+_COMMANDS: dict[str, Callable[[Namespace], None]] = {
+    "study": _study,
+    "fit": _fit,
+    "verify": _verify,
+    "believe": _believe,
+}
 
 
 def _set_threads(threads: int) -> None:
@@ -171,9 +205,10 @@ def _set_threads(threads: int) -> None:
 def _user_errors() -> tuple[type[Exception], ...]:
     """What is the user's to mend and is shown without a traceback; imported only once something failed."""
     from checkpoints import TrajectoryError
+    from dynamics.sites import SiteError
     from dynamics.training import NonFiniteLoss, RunError
 
-    return ConfigError, TrajectoryError, NonFiniteLoss, RunError
+    return ConfigError, TrajectoryError, SiteError, NonFiniteLoss, RunError
 
 
 def _complain(message: str) -> None:

@@ -55,7 +55,7 @@ class TrainerNeeded(RecipeError):
 
 
 def own_copy(module: Any) -> Any:
-    """A copy of a LightningModule, without its Trainer.
+    """A copy of a LightningModule, without its Trainer or Fabric.
 
     Raises:
         RecipeError: it is none, it cannot be copied, or its steps are its own or its data loader's affair.
@@ -81,8 +81,14 @@ def own_copy(module: Any) -> Any:
             name,
             ", ".join(ignored),
         )
+    attached = {  # Lightning itself leaves the Trainer out of copies, but not these
+        id(value): None
+        for part in module.modules()
+        for name, value in vars(part).items()
+        if name in ("_fabric", "_fabric_optimizers")
+    }
     try:
-        return copy.deepcopy(module)
+        return copy.deepcopy(module, attached)
     except (RuntimeError, TypeError) as error:
         raise RecipeError(
             f"{name} cannot be copied: {error} An attribute holds something that copy.deepcopy does not take, "
@@ -320,7 +326,6 @@ def _without_trainer(module: nn.Module, method: str) -> Iterator[None]:
     with _attributes_kept(module):
         for part in module.modules():
             if _lightning_module(part) is not None:
-                part.fabric = None  # type: ignore[assignment]
                 part.trainer = _NoTrainer(f"{type(part).__name__}.{method}", _INSTEAD[method])  # type: ignore[assignment]
                 vars(part).update(dict.fromkeys(("log", "log_dict", "print"), _do_nothing))
         yield

@@ -325,8 +325,8 @@ def report(found: Found, names: list[str]) -> str:
         f"Runs of {', '.join(names)}, 30 aliases each; X2 step {X2_STEP} where not said. Values are changes of the "
         "correct logit of an alias's own questions. Recovery is a ratio of means with Fieller's 95 % interval over "
         f"{len(found)} runs; other intervals are Student's t over runs, or over all aliases where it says so. A "
-        f"dash: the gap is not distinguishable from zero over runs. {datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, "
-        f"torch {torch.__version__}; `scripts/anatomy.py`."
+        f"dash: the gap is not distinguishable from zero over runs. {datetime.now(UTC):%Y-%m-%d}, "
+        f"{platform.machine()}, torch {torch.__version__}; `scripts/anatomy.py`."
     )
     lines = [line for title, rows in sections.items() for line in (f"## {title}", "", *rows, "")]
     return "\n".join(["# The anatomy of a definition's step", "", caption, "", *lines])

@@ -37,16 +37,22 @@ def attribute_step(
     is linearised, never the optimizer. All sites come from the same gradients, so thousands cost as much as
     one: where `patch_updates` takes a forward pass for each site, this takes `nodes` backward passes in all.
 
+    The two methods answer two questions. First order foretells `patch_updates`, what a site does to the base run
+    by itself; it does not add up. Integrated attributions add up to the whole effect, and come close to the mean
+    of both directions: the site given to the base run, and taken from the source run. On the alias task, ranks
+    over 46 matrices and 30 aliases agree with those effects to .99 and more with stored moments (.99 and .98
+    with a fresh optimizer, whose steps are so large that the two directions themselves agree only to .5-.8).
+
     Args:
         recipe, checkpoint, contrasts, measure: as `patch_gradients`; the measure must be differentiable.
         sites: parts of the parameters, length n_sites, of any size and overlapping as they like, down to
             `sites.neurons` and `sites.rows`. Of a site's buffers nothing is counted.
         method: "integrated" averages the gradient over the line from θ_base to θ_source, at Gauss-Legendre
-            nodes; "first_order" takes it at θ_base alone. Reversing a contrast negates the first, not the
-            second.
+            nodes; "first_order" takes it at θ_base alone. Reversing a contrast negates integrated attributions,
+            not first-order ones.
         tolerance: nodes are doubled, from 8, until |ΣA − gap| / Σ|A| over the parameter tensors is at most
             this. For the integrated method alone.
-        max_nodes: at most so many nodes. On networks with kinks (ReLU) the residual falls only about as 1 / nodes.
+        max_nodes: at most so many nodes. Where gradients jump (ReLU) the residual falls only about as 1 / nodes.
 
     Returns:
         `attribution` [example, site], positive where the source's update raises the measure; `residual`

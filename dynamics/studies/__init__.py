@@ -1,6 +1,8 @@
 """Whole studies: train, patch, summarise, draw, and say in words what was found."""
 
 from dynamics.studies.aliases import run as run
+from dynamics.studies.belief import Check as Check
+from dynamics.studies.belief import battery as battery
 from dynamics.studies.late_accuracy import internalisation as internalisation
 from dynamics.studies.verification import environment_changes as environment_changes
 from dynamics.studies.verification import verify as verify

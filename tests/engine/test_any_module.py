@@ -1,4 +1,4 @@
-"""Every verb on any module: tied, frozen, skipped, sparse, recurrent, of several dtypes, with buffers and dropout."""
+"""Every verb on any module: tied, frozen, skipped, sparse, recurrent, with several dtypes, buffers, dropout."""
 
 import copy
 from collections.abc import Callable
@@ -210,14 +210,17 @@ def made(kind: str) -> tuple[dy.Recipe, Any]:
 def sites_of(verb: str, model: nn.Module) -> list[Site]:
     """Whole parameters and a slice of each, buffers too; for signals the outputs of layers."""
     if "signals" in verb:
-        hooked = {n: m for n, m in model.named_modules() if n and not list(m.children()) and "param" not in n}
         return [
             Site(name, {name: ...})
-            for name, module in hooked.items()
-            if not isinstance(module, nn.ParameterList)
+            for name, module in model.named_modules()
+            if name and not list(module.children()) and name != "middle.self_attn.out_proj"  # is not called
         ]
-    parts = [Site(f"part of {n}", {n: (0,)}) for n, p in model.named_parameters() if p.ndim]
-    return [*sites.parameters(model), *parts] + ([] if verb == "factors" else [sites.everything(model)])
+    named = [(n, p) for n, p in model.named_parameters() if verb != "factors" or p.requires_grad]
+    whole, part = (
+        [Site(n, {n: ...}) for n, _ in named],
+        [Site(f"part of {n}", {n: (0,)}) for n, p in named if p.ndim],
+    )
+    return [*whole, *part] + ([] if verb == "factors" else [sites.everything(model)])
 
 
 def contrast_of(verb: str, kind: str, identical: bool = False) -> dy.Contrast:
@@ -346,7 +349,7 @@ def slow_window(recipe: dy.Recipe, live: Any, contrast: dy.Contrast, site: Site)
                 else:
                     overwrite(model.get_parameter(name), theirs[name], index)
             if recipe.clip:
-                clip_by_norm(list(model.parameters()), recipe.clip.max_norm)
+                clip_by_norm([p for g in optimizer.param_groups for p in g["params"]], recipe.clip.max_norm)
             optimizer.step()
     return dict([*model.named_parameters(), *model.named_buffers()])
 
@@ -419,7 +422,6 @@ def test_patched_signals_are_those_of_a_tensor_hook_that_returns_the_sources(kin
         site
         for site in sites_of("signals", recipe.model)
         if not (kind == "frozen" and site.label == "embed")  # its output has no gradient to hook
-        and "self_attn" not in site.label  # whose layers are not called
     ]
     contrast = contrast_of("signals", kind)
     found = outcomes(dy.patch_signals, recipe, live.last, contrast, patched)
@@ -490,7 +492,7 @@ def test_both_factors_of_a_parameter_are_its_whole_gradient(kind):
         ("LSTM with dropout", "middle.weight_ih_l1"),
         ("transformer layer", "middle.self_attn.in_proj_weight"),
         ("odd", "layers.0"),
-        ("weight norm", "middle.parametrizations.weight.original1"),
+        ("weight norm", "middle.bias"),
     ],
 )
 def test_a_gradient_that_no_factors_make_up_is_refused_by_name(kind, parameter):
@@ -507,7 +509,7 @@ def test_a_gradient_that_no_factors_make_up_is_refused_by_name(kind, parameter):
 
 def test_a_recurrent_layer_mixes_positions_so_its_gradient_is_no_sum_over_them():
     recipe, live = made("GRU")
-    located = sites.at_positions([Site("gru", {"middle.weight_hh_l0": ...})], {"first": 0})
+    located = sites.at_positions([Site("gru", {"middle.weight_hh_l0": ...})], {"last": 2})
     with pytest.raises(SiteError, match="'middle' mixes positions"):
         dy.patch_gradients(recipe, live.last, [contrast_of("gradients", "GRU")], located, margin)
 
@@ -527,6 +529,22 @@ def test_positions_of_an_embedding_and_a_linear_layer_add_up_to_the_whole():
             total = sum(found[f"{site.label} @ {i}"][name] - base for i in range(3))
             assert torch.allclose(total, found[site.label][name] - base, rtol=0, atol=1e-14)
             assert all(not torch.equal(found[f"{site.label} @ {i}"][name], base) for i in range(3))
+
+
+@pytest.mark.xfail(
+    strict=True, reason="factors make a gradient for a frozen parameter, which is then stepped"
+)
+@pytest.mark.parametrize("call", ["factors", "positions"])
+def test_a_frozen_parameter_has_no_factors_to_exchange(call):
+    recipe, live = made("frozen")
+    site = Site("embed", {"embed.weight": ...})
+    contrast = contrast_of("factors", "frozen")
+    if call == "factors":
+        result = dy.patch_factors(recipe, live.last, [contrast], [site], margin)
+    else:
+        located = sites.at_positions([site], {"first": 0})
+        result = dy.patch_gradients(recipe, live.last, [contrast], located, margin)
+    assert (result["effect"] == 0).all()
 
 
 # --- particular modules --------------------------------------------------------------------------------------
@@ -598,10 +616,10 @@ def test_tensors_keep_their_dtypes_through_every_verb():
                 }
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "RMSprop"])
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD maximize"])
 def test_a_parameter_that_neither_batch_reaches_is_moved_by_no_step(optimizer):
     recipe, live = made("odd")
-    recipe = replace(recipe, optimizer={**OPTIMIZERS, **LOOPED}[optimizer])
+    recipe = replace(recipe, optimizer=OPTIMIZERS[optimizer])
     checkpoint = Checkpoint.capture(live.model)
     for verb in ("gradients", "updates", "window"):
         found = outcomes(
@@ -660,7 +678,7 @@ sparse_optimizers = pytest.mark.parametrize(
 def sparse(optimizer: str = "SGD", clip: Any = None, steps: int = 3) -> tuple[dy.Recipe, Any]:
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = Words(nn.Dropout(0.3), sparse=True).double()
+        model = Words(nn.Identity(), sparse=True).double()
     recipe = dy.Recipe(model, classifier_loss, SPARSE[optimizer], clip=clip)
     return recipe, trained(replace(recipe, clip=None), [words(seed) for seed in range(steps)], seed=4)
 
@@ -677,10 +695,6 @@ def sparse_pieces(model: nn.Module) -> list[Site]:
         Site("head", {"head.weight": ..., "head.bias": ...}),
         sites.everything(model),
     ]
-
-
-def one_step(found: dict[str, Tensor], pair: dy.Contrast) -> dy.Contrast:
-    return dy.Contrast([pair.base], [pair.source])
 
 
 @sparse_optimizers
@@ -856,14 +870,14 @@ def test_torchs_own_clipping_takes_no_sparse_gradients_and_by_value_neither_do_w
 
 
 def test_an_optimizer_that_takes_no_sparse_gradients_says_so_itself():
-    recipe, live = sparse()
+    recipe, _ = sparse()
     recipe = replace(recipe, optimizer=ADAMW)
     pair = dy.Contrast(words(10), words(11), words(12))
     for verb in (dy.patch_gradients, dy.patch_updates):
         with pytest.raises(RuntimeError, match="Adam does not support sparse gradients"):
             verb(
                 recipe,
-                live.last.with_fresh_optimizer() and None,
+                None,
                 [pair],
                 sites.parameters(recipe.model),
                 margin,
@@ -902,7 +916,7 @@ def test_coasting_lets_the_words_of_the_base_batch_coast_under_sparseadam():
 
 
 @pytest.mark.xfail(
-    strict=True, raises=NotImplementedError, reason="factors are not compared with a sparse gradient"
+    strict=True, raises=NotImplementedError, reason="factors are compared with dense gradients alone"
 )
 @pytest.mark.parametrize("call", ["factors", "positions"])
 def test_sparse_gradients_have_factors_and_positions(call):

@@ -106,6 +106,18 @@ def test_without_a_checkpoint_the_model_as_it_stands_is_stepped_by_a_new_optimiz
         np.testing.assert_array_equal(found[name], exchanged[name])
 
 
+def test_results_join_along_steps_and_both_directions(setting):
+    recipe, checkpoint, patched = setting
+    both = dy.both_directions(dy.attribute_step, recipe, checkpoint, PAIRS, patched, margin)
+    assert both["attribution"].dims == ("direction", "example", "site")
+    there, back = both["attribution"].values
+    np.testing.assert_allclose(there, -back, rtol=0, atol=1e-12)
+    parts = [dy.attribute_examples(recipe, checkpoint, points(seed), PAIRS, margin) for seed in (1, 2)]
+    joined = results.concat(parts, "step", [2, 3])
+    assert joined["attribution"].dims == ("step", "example", "row")
+    assert "row" in results.DIMS
+
+
 # --- which parts are counted ------------------------------------------------------------------------------
 
 

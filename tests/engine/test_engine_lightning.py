@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import ChainedScheduler, LambdaLR, OneCycleLR, Red
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
+    from lightning.fabric import Fabric
     from lightning.pytorch import LightningModule, Trainer
     from torchmetrics import CatMetric, MeanMetric, MetricCollection
     from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
@@ -288,6 +289,25 @@ def test_modules_of_all_kinds_replay_bitwise(kind, tmp_path):
         module = kind()
     recipe = dy.Recipe.from_lightning(module)
     assert_replays(recipe, recorded(tmp_path / "run", module))
+
+
+def test_a_module_that_a_fabric_trains_is_read_without_it():
+    module = with_step(lambda self, batch: self.trainer.max_epochs)
+    fabric = Fabric(accelerator="cpu", devices=1)
+    fabric.setup(module, module.configure_optimizers())
+    with pytest.raises(RecipeError, match="asks its Trainer for max_epochs"):
+        gradient(module)
+    assert module.fabric.device == fabric.device
+    del fabric
+    gc.collect()
+    with pytest.raises(RecipeError, match="asks its Trainer for max_epochs"):
+        gradient(module)
+
+
+def test_a_base_class_of_the_users_may_be_called_lightning_module():
+    recipe = dy.Recipe.from_lightning(type("LightningModule", (Plain,), {})())
+    assert recipe.loss(recipe.model, BATCHES[0]) > 0
+    assert recipe.optimizer is not None
 
 
 def test_the_wrong_clipping_does_not_replay(tmp_path):

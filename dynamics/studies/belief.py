@@ -1,0 +1,328 @@
+"""What it takes to believe that a site is where reliable data changes behaviour: a battery of checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xarray as xr
+
+from checkpoints import Checkpoint, Trajectory
+from dynamics import measures, sites, statistics, steps, tasks
+from dynamics.batch import Batch
+from dynamics.measures import Measure
+from dynamics.patching import both_directions, patch_gradients, patch_updates, patch_window
+from dynamics.recipe import Contrast, Recipe
+from dynamics.sites import LEVELS, Site, SiteError
+from dynamics.tasks import AliasTask
+from dynamics.trees import squared_norm
+
+Verdict = Literal["holds", "fails", "open", "-"]
+"""Open: the interval includes zero, or the check cannot be made. "-": for the reader to weigh."""
+Units = npt.NDArray[np.float64]
+
+N_PLACEBOS = 20
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the battery."""
+
+    name: str
+    figure: str
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run at one step, and what its checks share."""
+
+    trajectory: Trajectory
+    label: str
+    x2_step: int
+    optimizer: str
+    impulse: int
+
+    @cached_property
+    def task(self) -> AliasTask:
+        return tasks.load(self.trajectory.config)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        return self.task.recipe()
+
+    @cached_property
+    def stored(self) -> Checkpoint:
+        step = self.task.config.phases.starts["x2"] + self.x2_step
+        return steps.reach(self.recipe, self.trajectory, step, self.task.batch)
+
+    @property
+    def state(self) -> Checkpoint:
+        return self.stored.with_fresh_optimizer() if self.optimizer == "fresh" else self.stored
+
+    @cached_property
+    def site(self) -> Site:
+        known = {s.label: s for level in LEVELS.values() for s in level(self.recipe.model)}
+        if self.label not in known:
+            raise SiteError(f"no site {self.label!r}; there are {', '.join(known)}.")
+        return known[self.label]
+
+    def patched(
+        self,
+        contrasts: Sequence[Contrast] | None = None,
+        measure: Measure = measures.correct_logit,
+        recipe: Recipe | None = None,
+    ) -> xr.Dataset:
+        """`patch_gradients` at the site, squeezed to one site."""
+        chosen = self.task.contrasts() if contrasts is None else contrasts
+        return patch_gradients(recipe or self.recipe, self.state, chosen, [self.site], measure).isel(site=0)
+
+
+def battery(
+    trajectories: Sequence[Trajectory],
+    site: str,
+    x2_step: int = 10,
+    optimizer: str = "fresh",
+    impulse: int = 30,
+) -> Iterator[Check]:
+    """Ten checks of one site, one after another as they are done.
+
+    Args:
+        trajectories: runs of the alias study. Of one run the aliases are the units and the claim is about that
+            run; of several the runs are, each the mean over its aliases.
+        site: label of a site of any level, such as "attn 0", "L0H2" or "W_V L0H1".
+        x2_step: which step within X2 is replayed.
+        optimizer: "fresh" or "stored".
+        impulse: batches trained on after the definition in the impulse response.
+
+    Raises:
+        SiteError: there is no such site; the message lists all.
+    """
+    runs = [_Run(trajectory, site, x2_step, optimizer, impulse) for trajectory in trajectories]
+    for check in (
+        _directions,
+        _own_questions,
+        _measures,
+        _matched_norm,
+        _sets,
+        _contents,
+        _placebo,
+        _impulse,
+        _tags,
+        _unseen_rows,
+    ):
+        yield check(runs)
+
+
+def _gathered(runs: Sequence[_Run], values: Callable[[_Run], Units]) -> Units:
+    """One value per alias of a single run, or one per run."""
+    found = [values(run) for run in runs]
+    return found[0] if len(found) == 1 else np.array([part.mean() for part in found])
+
+
+def _text(values: Units) -> str:
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*map(float, statistics.mean_interval(values)))
+
+
+def _signs(*groups: Units) -> Verdict:
+    """Holds where every mean's interval lies on one side of zero, the same for all; fails where two differ."""
+    bounds = [statistics.mean_interval(values) for values in groups]
+    if any(not (b.low > 0 or b.high < 0) for b in bounds):
+        return "open"
+    return "holds" if len({bool(b.low > 0) for b in bounds}) == 1 else "fails"
+
+
+def _directions(runs: Sequence[_Run]) -> Check:
+    def effects(run: _Run) -> xr.Dataset:
+        contrasts = run.task.contrasts()
+        return both_directions(
+            patch_gradients, run.recipe, run.state, contrasts, [run.site], measures.correct_logit
+        ).isel(site=0)
+
+    found = {id(run): effects(run)["effect"] for run in runs}
+    sufficient = _gathered(runs, lambda run: found[id(run)].sel(direction="sufficiency").values)
+    necessary = -_gathered(runs, lambda run: found[id(run)].sel(direction="necessity").values)
+    figure = f"sufficiency {_text(sufficient)}, necessity {_text(necessary)} logit"
+    return Check("sufficiency and necessity agree", figure, _signs(sufficient, necessary))
+
+
+def _own_questions(runs: Sequence[_Run]) -> Check:
+    def difference(run: _Run) -> Units:
+        contrasts = run.task.contrasts()
+        others = [replace(c, probe=contrasts[i - 1].probe) for i, c in enumerate(contrasts)]
+        own, other = (run.patched(which)["effect"].values for which in (contrasts, others))
+        return np.asarray(np.sign(own.mean()) * (own - other))
+
+    values = _gathered(runs, difference)
+    return Check(
+        "moves the alias's own questions more than another's", f"by {_text(values)} logit", _above(values)
+    )
+
+
+def _above(values: Units) -> Verdict:
+    """Holds where the mean's interval lies above zero, fails where it lies below."""
+    _, low, high = statistics.mean_interval(values)
+    return "holds" if low > 0 else "fails" if high < 0 else "open"
+
+
+def _measures(runs: Sequence[_Run]) -> Check:
+    chosen = (measures.correct_logit, measures.centred_logit, measures.correct_log_prob)
+    values = [_gathered(runs, lambda run, m=m: run.patched(measure=m)["effect"].values) for m in chosen]  # type: ignore[misc]
+    figure = ", ".join(f"{m.name} {_text(v)}" for m, v in zip(chosen, values, strict=True))
+    return Check("holds in other measures than the raw logit", figure, _signs(*values))
+
+
+def _matched_norm(runs: Sequence[_Run]) -> Check:
+    """The source batch's loss is scaled so that ‖g_R‖ = ‖g_U‖."""
+
+    def effect(run: _Run) -> Units:
+        plain = run.recipe.require_loss()
+        weighted = replace(run.recipe, loss=lambda model, pair: pair[1] * plain(model, pair[0]))
+        contrasts = []
+        for contrast in run.task.contrasts():
+            base, source = (
+                sum(map(squared_norm, steps.gradient(run.recipe, run.state, b).gradients.values())) ** 0.5
+                for b in (contrast.base, contrast.source)
+            )
+            contrasts.append(
+                replace(contrast, base=(contrast.base, 1.0), source=(contrast.source, base / source))
+            )
+        return run.patched(contrasts, recipe=weighted)["effect"].values
+
+    plain = _gathered(runs, lambda run: run.patched()["effect"].values)
+    values = _gathered(runs, effect)
+    return Check(
+        "survives matching ‖g‖ of the two definitions", f"{_text(values)} logit", _signs(plain, values)
+    )
+
+
+def _sets(runs: Sequence[_Run]) -> Check:
+    values = [
+        _gathered(runs, lambda run, name=name: run.patched(run.task.contrasts((name,)))["effect"].values)  # type: ignore[misc]
+        for name in ("Dt3", "Df4")
+    ]
+    figure = f"Dt3 {_text(values[0])}, Df4 {_text(values[1])} logit"
+    return Check("holds in Dt3 and in Df4", figure, _signs(*values))
+
+
+def _false_contrasts(task: AliasTask) -> list[Contrast]:
+    """The contrasts with the value of another alias of the same set in both definitions."""
+    found = []
+    for name in ("Dt3", "Df4"):
+        members = task.sets[name]
+        for place, contrast in enumerate(task.contrasts((name,))):
+            other = members[place - 1]
+            base, source = (
+                task.definition(members[place], tag, value=other) for tag in ("unreliable", "reliable")
+            )
+            found.append(replace(contrast, base=base, source=source))
+    return found
+
+
+def _contents(runs: Sequence[_Run]) -> Check:
+    def cells(run: _Run) -> dict[str, Units]:
+        true, false = run.patched(), run.patched(_false_contrasts(run.task))
+        return {
+            "true": true["effect"].values,
+            "false": false["effect"].values,
+            **{
+                f"{tag} {content}": (part[side] - part["untouched"]).values
+                for content, part in (("true", true), ("false", false))
+                for tag, side in (("unreliable", "base"), ("reliable", "source"))
+            },
+        }
+
+    found = {id(run): cells(run) for run in runs}
+    values = {name: _gathered(runs, lambda run, n=name: found[id(run)][n]) for name in found[id(runs[0])]}  # type: ignore[misc]
+    sign = np.sign(values["true"].mean())
+    steps_of = ", ".join(f"{n} {values[n].mean():+.2f}" for n in values if " " in n)
+    figure = f"true {_text(values['true'])}, false {_text(values['false'])}; whole steps: {steps_of}"
+    name = "the site's effect is larger for true content than for false"
+    return Check(name, figure, _above(sign * (values["true"] - values["false"])))
+
+
+def _placebo(runs: Sequence[_Run]) -> Check:
+    own, exceeded = [], []
+    for run in runs:
+        contrasts = run.task.contrasts()
+        difference = steps.update_difference(run.recipe, run.state, contrasts)
+        placebos = sites.placebo(run.site, difference, N_PLACEBOS)
+        if not placebos:
+            continue
+        found = patch_updates(run.recipe, run.state, contrasts, [run.site, *placebos], measures.correct_logit)
+        sizes = np.abs(found["effect"].mean("example").values)
+        own.append(sizes[0])
+        exceeded.append(np.quantile(sizes[1:], 0.95))
+    name = "exceeds random parameters of the same ‖Δ‖ (95th percentile)"
+    if not own:
+        return Check(name, "no placebo: the site holds over half of ‖Δ‖², or none", "open")
+    figure = f"|effect| {np.mean(own):.3f} against {np.mean(exceeded):.3f} logit, {N_PLACEBOS} placebos"
+    above = np.array(own) > np.array(exceeded)
+    return Check(name, figure, "holds" if above.mean() > 0.5 else "fails")
+
+
+def _impulse(runs: Sequence[_Run]) -> Check:
+    def responses(run: _Run) -> xr.Dataset:
+        windows = run.task.impulses(run.stored.step, run.impulse + 1)
+        return patch_window(
+            run.recipe, run.stored, windows, [run.site], measures.correct_logit, (1, run.impulse + 1)
+        ).isel(site=0)
+
+    found = {id(run): responses(run)["effect"] for run in runs}
+    first, last = (_gathered(runs, lambda run, i=i: found[id(run)].isel(step=i).values) for i in (0, -1))  # type: ignore[misc]
+    single = _gathered(runs, lambda run: run.patched()["effect"].values)
+    figure = f"in the real batch, stored state: {_text(first)} at once, {_text(last)} after {runs[0].impulse} more steps"
+    return Check("the impulse response agrees with the single step", figure, _signs(single, last))
+
+
+def _tags(runs: Sequence[_Run]) -> Check:
+    lines = []
+    for tag in ("reliable", "unreliable"):
+        counts, norms, losses = [], [], []
+        for run in runs:
+            token = getattr(run.task, tag)
+            counts.append(int((run.task.rows("x1").tokens[:, 0] == token).sum()))
+            norms.append(float(run.stored.parameters["embed.W_E"][token].norm()))
+            losses.append(np.mean([_loss(run, getattr(c, _SIDE[tag])) for c in run.task.contrasts()]))
+        lines.append(
+            f"{tag}: {np.mean(counts):.0f} rows in X1, ‖embedding‖ {np.mean(norms):.2f}, "
+            f"definition loss {np.mean(losses):.2f} nat"
+        )
+    return Check("the two tags beside each other", "; ".join(lines), "-")
+
+
+_SIDE = {"reliable": "source", "unreliable": "base"}
+
+
+def _loss(run: _Run, batch: Batch) -> float:
+    return float(steps.gradient(run.recipe, run.state, batch).loss)
+
+
+def _unseen_rows(runs: Sequence[_Run]) -> Check:
+    """Aliases of Dt3 and Df4 are in no row before X2: their embeddings' second moments are near zero."""
+    name = "rows never trained before X2 (alias embeddings)"
+    if not any("embed.W_E" in run.site.covers for run in runs):
+        return Check(name, "the site covers none", "-")
+    carried, moments = [], []
+    for run in runs:
+        aliases = torch.tensor([run.task.alias(i) for n in ("Dt3", "Df4") for i in run.task.sets[n]])
+        rows = Site("alias rows", {"embed.W_E": (aliases,)})
+        found = patch_gradients(
+            run.recipe, run.state, run.task.contrasts(), [run.site, rows], measures.correct_logit
+        )
+        own, unseen = found["effect"].mean("example").values
+        carried.append(unseen / own)
+        second = run.stored.optimizer.state["embed.W_E"]["exp_avg_sq"] if run.stored.optimizer else None
+        if second is not None:
+            others = torch.ones(len(second), dtype=torch.bool)
+            others[aliases] = False
+            moments.append(float(second[aliases].mean() / second[others].mean()))
+    figure = f"carry {np.mean(carried):.0%} of the site's effect"
+    if moments:
+        figure += f"; their second moment is {np.mean(moments):.1e} times the other rows'"
+    return Check(name, figure, "-")

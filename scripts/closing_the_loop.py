@@ -1,0 +1,201 @@
+"""Closing the loop: is the difference gone where it was localised, and only there?
+
+From the first steps of X2 the tenth of the matrices is chosen whose gradients' tags move Dt3 − Df4 most
+(`patch_window` over 10 recorded batches). X2 is then trained again from the same checkpoint with the tag's gradient
+difference erased in them, everywhere, or in random matrices with as many parameters and as large a difference.
+
+    .venv/bin/python scripts/closing_the_loop.py runs/seeds-fresh/train-5-seed-*/drawn --readme
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+import dynamics as dy
+from checkpoints import Checkpoint, Trajectory
+from dynamics.recipe import Recipe
+from dynamics.sites import Site
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- loop: begin -->", "<!-- loop: end -->"
+LOOK = 10
+"""Steps of X2 that the choice may look at."""
+SHARE = 0.1
+N_RANDOM = 3
+MEASURES = {"accuracy": dy.measures.accuracy, "correct_logit": dy.measures.correct_logit}
+
+
+def squared(tensors: dict[str, torch.Tensor], site: Site) -> float:
+    """Σ x² over what a site covers."""
+    return sum(float(tensors[name][index].double().square().sum()) for name, index in site.covers.items())
+
+
+def chosen_and_random(
+    recipe: Recipe, start: Checkpoint, task: dy.tasks.AliasTask, seed: int
+) -> tuple[list[Site], list[list[Site]], list[tuple[float, float]]]:
+    """The matrices that move Dt3 − Df4 most, random sets of others, and how well these match in size and ‖Δ‖."""
+    matrices = dy.sites.matrices(recipe.model)
+    base = [task.batch(start.step + n) for n in range(LOOK)]
+    source = [task.retag(batch) for batch in base]
+    training = [replace(c, base=base, source=source) for c in task.contrasts()]
+    effect = dy.patch_window(recipe, start, training, matrices, dy.measures.correct_logit).squeeze("step")[
+        "effect"
+    ]
+    reliable = effect["set"].values == "Dt3"
+    moved = np.abs(effect.values[reliable].mean(0) - effect.values[~reliable].mean(0))
+    n_top = round(SHARE * len(matrices))
+    order = np.argsort(-moved)
+    ends = [
+        dy.steps.advance(recipe, start, start.step + LOOK, lambda step, b=b: b[step - start.step]).parameters
+        for b in (base, source)
+    ]
+    delta = {name: ends[1][name] - ends[0][name] for name in ends[0]}
+    ones = {name: torch.ones_like(p) for name, p in delta.items()}
+    sizes = np.array([[squared(tensors, site) for tensors in (ones, delta)] for site in matrices])
+    wanted = sizes[order[:n_top]].sum(0)
+    draws = np.random.default_rng(seed)
+    rest = order[n_top:]
+    tries = [draws.choice(rest, size=int(draws.integers(1, len(rest))), replace=False) for _ in range(20_000)]
+    ratios = np.array([sizes[t].sum(0) / wanted for t in tries])
+    best = np.argsort(np.abs(np.log(ratios)).sum(1))[:N_RANDOM]
+    random_sets = [[matrices[i] for i in tries[b]] for b in best]
+    return (
+        [matrices[i] for i in order[:n_top]],
+        random_sets,
+        [(r[0], float(np.sqrt(r[1]))) for r in ratios[best]],
+    )
+
+
+def trained(recipe: Recipe, start: Checkpoint, task: dy.tasks.AliasTask, n_steps: int) -> dict[str, float]:
+    """Dt3 − Df4 over the last quarter of n_steps of X2, each measure's mean over five moments."""
+    moments = np.linspace(0.75 * n_steps, n_steps, 5).round().astype(int) + start.step
+    state, values = start, []
+    for moment in moments:
+        state = dy.steps.advance(recipe, state, int(moment), task.batch)
+        values.append([gap(recipe, state, task, measure) for measure in MEASURES.values()])
+    return dict(zip(MEASURES, np.mean(values, axis=0), strict=True))
+
+
+def gap(recipe: Recipe, state: Checkpoint, task: dy.tasks.AliasTask, measure: dy.measures.Measure) -> float:
+    """Mean of a measure over the questions of Dt3 less that over Df4."""
+    state.restore(recipe.model)
+    recipe.model.eval()
+    with torch.no_grad():
+        dt3, df4 = (float(measure(recipe.model, task.evaluation[name]).mean()) for name in ("Dt3", "Df4"))
+    recipe.model.train()
+    return dt3 - df4
+
+
+def one_run(folder: Path, n_steps: int, out: Path) -> pd.DataFrame:
+    """All worlds of one run; kept as CSV under `out`."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("error")
+    run = Trajectory.open(folder)
+    seed = int(run.config["seed"])
+    path = out / f"seed-{seed}-{n_steps}.csv"
+    if path.exists():
+        return pd.read_csv(path)
+    task = dy.tasks.load(run.config)
+    recipe = task.recipe()
+    start = run.at(task.config.phases.starts["x2"])
+    top, random_sets, ratios = chosen_and_random(recipe, start, task, seed)
+    everything = [dy.sites.union(recipe.model, dy.sites.parameters(recipe.model), "everything")]
+    worlds = {"nowhere": [], "everywhere": everything, "chosen": top}
+    worlds |= {f"random {i}": sites for i, sites in enumerate(random_sets)}
+    rows = []
+    for name, sites in tqdm(worlds.items(), desc=str(folder), unit="world"):
+        world = dy.tasks.tag_blind(recipe, task, sites) if sites else recipe
+        size, difference = ratios[int(name[-1])] if name.startswith("random") else (np.nan, np.nan)
+        rows.append(
+            {
+                "seed": seed,
+                "erased": name,
+                "matrices": ", ".join(site.label for site in sites),
+                "parameters of the chosen": size,
+                "difference of the chosen": difference,
+                **trained(world, start, task, n_steps),
+            }
+        )
+    found = pd.DataFrame(rows)
+    out.mkdir(parents=True, exist_ok=True)
+    found.to_csv(path, index=False)
+    return found
+
+
+def interval(values: npt.ArrayLike) -> str:
+    """Mean with its 95 % t interval."""
+    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*map(float, dy.statistics.mean_interval(values)))
+
+
+def table(found: pd.DataFrame, n_steps: int) -> str:
+    """Dt3 − Df4 in each world, and how much of what erasing everywhere takes away is gone."""
+    kinds = found.assign(erased=found["erased"].str.replace(r" \d", "", regex=True))
+    per_seed = kinds.groupby(["erased", "seed"])[list(MEASURES)].mean().unstack("seed")
+    lines = [
+        "| tag's difference erased in | Dt3 − Df4, accuracy | gone of it | correct logit | gone of it |",
+        "|---|---|---|---|---|",
+    ]
+    for name in ("nowhere", "everywhere", "chosen", "random"):
+        cells = []
+        for measure in ("accuracy", "correct_logit"):
+            values = per_seed.loc[name, measure].to_numpy()
+            full = per_seed.loc["nowhere", measure].to_numpy()
+            gone = dy.statistics.recovery(
+                full - values, full - per_seed.loc["everywhere", measure].to_numpy()
+            )
+            shown = "–" if np.isnan(gone.estimate) else "{:.0%} [{:.0%}, {:.0%}]".format(*map(float, gone))
+            cells += [interval(values), shown]
+        names = {"chosen": f"the chosen {SHARE:.0%} of matrices", "random": "random matrices, matched"}
+        lines.append(f"| {names.get(name, name)} | {' | '.join(cells)} |")
+    often = found.loc[found["erased"] == "chosen", "matrices"].str.split(", ").explode().value_counts()
+    matched = found[found["erased"].str.startswith("random")]
+    most = ", ".join(f"{label} ({n})" for label, n in often.head(6).items())
+    spans = [
+        f"{matched[column].min():.2f}–{matched[column].max():.2f}"
+        for column in ("parameters of the chosen", "difference of the chosen")
+    ]
+    lines += [
+        "",
+        f"Seeds {', '.join(map(str, sorted(found['seed'].unique())))}; {n_steps} steps of X2, mean over the last "
+        f"quarter; gone = ratio of means, Fieller's 95 % interval over seeds. Chosen most often: {most}. Random sets "
+        f"have {spans[0]} times the chosen parameters and {spans[1]} times their ‖Δ‖. {datetime.now(UTC):%Y-%m-%d}, "
+        f"{platform.machine()}, torch {torch.__version__}; `scripts/closing_the_loop.py`.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders, one per seed; at least two")
+    parser.add_argument("--steps", type=int, default=500, help="steps of X2 to train again")
+    parser.add_argument("--out", type=Path, default=Path("runs/loop"))
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
+    given = parser.parse_args()
+    n = len(given.runs)
+    with ProcessPoolExecutor(given.workers) as pool:
+        parts = list(pool.map(one_run, given.runs, [given.steps] * n, [given.out] * n))
+    text = table(pd.concat(parts), given.steps)
+    print(text)
+    if given.readme:
+        before, _, rest = README.read_text().partition(BEGIN)
+        _, _, after = rest.partition(END)
+        README.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()
