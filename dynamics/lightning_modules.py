@@ -124,7 +124,8 @@ def training_loss(model: Any, batch: Any) -> Tensor:
         RecipeError: there is no loss in what it returns.
     """
     arguments = (batch, 0) if _takes_batch_index(model) else (batch,)
-    with _without_trainer(model, "training_step"):
+    with _attributes_kept(model):
+        _part_from_trainer(model, "training_step")
         returned = model.training_step(*arguments)
     loss = returned.get("loss") if isinstance(returned, Mapping) else returned
     if not isinstance(loss, Tensor):
@@ -196,7 +197,8 @@ def _configured(
             f"{len(own)} in their order; give it list(model.parameters()) of a copy."
         )
     twin = copy.deepcopy(model, {id(p): given for p, given in zip(own, parameters, strict=True)})
-    with replayed(None), _without_trainer(twin, "configure_optimizers"):
+    _part_from_trainer(twin, "configure_optimizers")
+    with replayed(None):
         optimizers, schedulers = _read(twin.configure_optimizers(), type(model).__name__)
     if len(optimizers) > 1 or len(schedulers) > 1:
         raise RecipeError(
@@ -320,15 +322,12 @@ def _do_nothing(*args: Any, **kwargs: Any) -> None:
     """In place of logging and printing."""
 
 
-@contextmanager
-def _without_trainer(module: nn.Module, method: str) -> Iterator[None]:
-    """Inside, nothing is logged and the Trainer is missed by name; afterwards all attributes are as before."""
-    with _attributes_kept(module):
-        for part in module.modules():
-            if _lightning_module(part) is not None:
-                part.trainer = _NoTrainer(f"{type(part).__name__}.{method}", _INSTEAD[method])  # type: ignore[assignment]
-                vars(part).update(dict.fromkeys(("log", "log_dict", "print"), _do_nothing))
-        yield
+def _part_from_trainer(module: nn.Module, method: str) -> None:
+    """From here on nothing is logged, and the Trainer is missed by name."""
+    for part in module.modules():
+        if _lightning_module(part) is not None:
+            part.trainer = _NoTrainer(f"{type(part).__name__}.{method}", _INSTEAD[method])  # type: ignore[assignment]
+            vars(part).update(dict.fromkeys(("log", "log_dict", "print"), _do_nothing))
 
 
 _CONTAINERS = (list, dict, set, deque, defaultdict)

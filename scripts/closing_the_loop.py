@@ -166,12 +166,13 @@ def table(found: pd.DataFrame, n_steps: int) -> str:
         f"{matched[column].min():.2f}–{matched[column].max():.2f}"
         for column in ("parameters of the chosen", "difference of the chosen")
     ]
+    seeds = ", ".join(map(str, sorted(found["seed"].unique())))
+    machine = f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, torch {torch.__version__}"
     lines += [
         "",
-        f"Seeds {', '.join(map(str, sorted(found['seed'].unique())))}; {n_steps} steps of X2, mean over the last "
-        f"quarter; gone = ratio of means, Fieller's 95 % interval over seeds. Chosen most often: {most}. Random sets "
-        f"have {spans[0]} times the chosen parameters and {spans[1]} times their ‖Δ‖. {datetime.now(UTC):%Y-%m-%d}, "
-        f"{platform.machine()}, torch {torch.__version__}; `scripts/closing_the_loop.py`.",
+        f"Seeds {seeds}; {n_steps} steps of X2, mean over the last quarter; gone = ratio of means, Fieller's 95 % "
+        f"interval over seeds. Chosen most often: {most}. Random sets have {spans[0]} times the chosen parameters and "
+        f"{spans[1]} times their ‖Δ‖. {machine}; `scripts/closing_the_loop.py`.",
     ]
     return "\n".join(lines)
 

@@ -276,7 +276,7 @@ def _impulse(runs: Sequence[_Run]) -> Check:
     found = {id(run): responses(run)["effect"] for run in runs}
     first, last = (_gathered(runs, lambda run, i=i: found[id(run)].isel(step=i).values) for i in (0, -1))  # type: ignore[misc]
     single = _gathered(runs, lambda run: run.patched()["effect"].values)
-    figure = f"in the real batch, stored state: {_text(first)} at once, {_text(last)} after {runs[0].impulse} more steps"
+    figure = f"in the real batch, stored state: {_text(first)} at once, {_text(last)} {runs[0].impulse} steps later"
     return Check("the impulse response agrees with the single step", figure, _signs(single, last))
 
 

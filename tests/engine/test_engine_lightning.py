@@ -152,6 +152,17 @@ class HoldsItsOptimizer(Plain):
         return [self.optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
+class HoldsItsGroups(Plain):
+    """Which torch makes its own: an optimizer writes its settings into the dicts that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.groups = [{"params": list(self.head.parameters()), "lr": 0.02}, {"params": [self.body.weight]}]
+
+    def configure_optimizers(self):
+        return AdamW(self.groups, lr=0.01)
+
+
 class Recurrent(Plain):
     """An LSTM keeps its parameters in a list of its own as well."""
 
@@ -281,7 +292,7 @@ def test_a_module_that_a_trainer_has_trained_is_as_good_as_a_new_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", [Plain, ByModuleType, FreezesLate, HoldsItsOptimizer, Recurrent, Tied, Nested]
+    "kind", [Plain, ByModuleType, FreezesLate, HoldsItsOptimizer, HoldsItsGroups, Recurrent, Tied, Nested]
 )
 def test_modules_of_all_kinds_replay_bitwise(kind, tmp_path):
     with torch.random.fork_rng():
