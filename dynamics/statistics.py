@@ -14,6 +14,7 @@ import scipy.stats
 import xarray as xr
 
 from dynamics import results
+from dynamics.sites import PLACEBO
 
 Array = npt.NDArray[np.float64]
 
@@ -161,8 +162,9 @@ def summarize(dataset: xr.Dataset, over: str = "example", confidence: float = 0.
     have different labels: average each, `run.mean("example")`, then `results.concat` them along `seed`.)
 
     Args:
-        dataset: `effect [.., example, site]`, `base` and `source [.., example]`, as a patching verb returns;
-            `untouched` and `coasted` where it has them.
+        dataset: `effect [.., example, site]` (or `attribution`), `base` and `source [.., example]`, as a patching
+            verb returns; `untouched` and `coasted` where it has them. Sites of the level "placebo" are no sites
+            of the summary: they are what the others are compared with.
         over: the dim of the units, or of what is averaged within a run.
         confidence: of all intervals.
 
@@ -172,12 +174,17 @@ def summarize(dataset: xr.Dataset, over: str = "example", confidence: float = 0.
         `q` (Benjamini–Hochberg over the sites of one `level`, within each value of the other dims);
         `recovery` with bounds (ratio of means, Fieller; NaN unless the gap is distinguishable from zero);
         `n` units. For each value of the other dims: `gap` (= source − base) with bounds, and the means of
-        `base`, `source`, `untouched`, `coasted`. Attributes `unit`, `confidence` and the dataset's own.
+        `base`, `source`, `untouched`, `coasted`. With placebos among the sites, `placebo`: the 95th percentile
+        of |mean effect| over the placebos of a site, NaN for one without. Attributes `unit`, `confidence` and
+        the dataset's own.
 
     Raises:
         ValueError: a variable or the dim is not there.
     """
+    if "attribution" in dataset and "effect" not in dataset:
+        dataset = dataset.rename(attribution="effect")
     _expect_variables(dataset, "effect", "base", "source")
+    dataset, placebos = _without_placebos(dataset)
     runs = "seed" in dataset.dims
     if over not in dataset.dims and not runs:
         raise ValueError(f"the dataset has no dim '{over}'; expected one of {sorted(map(str, dataset.dims))}")
@@ -210,6 +217,10 @@ def summarize(dataset: xr.Dataset, over: str = "example", confidence: float = 0.
         **bounded("gap", mean_interval, gap),
         **{name: values[name].mean(unit) for name in names},
     }
+    if placebos is not None:
+        found["placebo"] = _placebo_quantile(
+            placebos.mean([d for d in (over, "seed") if d in placebos.dims]), effect
+        )
     without_units = {"p", "q", "n", "recovery", "recovery_low", "recovery_high"}
     units = dataset["effect"].attrs.get("units")
     summary = xr.Dataset(found)
@@ -218,6 +229,27 @@ def summarize(dataset: xr.Dataset, over: str = "example", confidence: float = 0.
         summary[name].attrs = {} if unit_of is None else {"units": unit_of}
     described = "run" if runs else f"{over}, in this run"
     return summary.assign_attrs({**dataset.attrs, "unit": described, "confidence": confidence})
+
+
+def _without_placebos(dataset: xr.Dataset) -> tuple[xr.Dataset, xr.DataArray | None]:
+    """The dataset without placebo sites, and their effects."""
+    levels = dataset["level"].values if "level" in dataset.coords else np.array([])
+    placebo = levels == PLACEBO
+    if not placebo.any():
+        return dataset, None
+    return dataset.isel(site=~placebo), dataset["effect"].isel(site=placebo)
+
+
+def _placebo_quantile(placebos: xr.DataArray, effect: xr.DataArray) -> xr.DataArray:
+    """The 95th percentile of |placebo| for each site, by the placebos' component."""
+    of = placebos["component"].values
+    columns = [
+        abs(placebos.isel(site=of == label)).quantile(0.95, "site")
+        if (of == label).any()
+        else np.nan * placebos.isel(site=0, drop=True)
+        for label in effect["site"].values
+    ]
+    return xr.concat(columns, effect["site"], coords="minimal", compat="override").drop_vars("quantile")
 
 
 def table(summary: xr.Dataset, n: int | None = None) -> str:

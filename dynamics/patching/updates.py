@@ -10,7 +10,7 @@ from checkpoints import Checkpoint
 from dynamics.measures import Measure
 from dynamics.patching.experiment import Outcome, Runs, experiment, own, stepped
 from dynamics.recipe import Contrast, Recipe
-from dynamics.sites import Site, check
+from dynamics.sites import Site, check, check_whole
 from dynamics.trees import exchanged
 
 
@@ -26,9 +26,11 @@ def patch_updates(
     θ^S = θ_source on S, θ_base elsewhere: a selection, so disjoint sites add up exactly and nothing is
     coupled through the clip norm.
 
-    Args, Returns, Raises: as `patch_gradients`.
+    Args, Returns, Raises: as `patch_gradients`; a SiteError also for a site with positions, which a finished
+    update does not have.
     """
     check(sites, recipe.model)
+    check_whole(sites, "patch_updates")
     return experiment("patch_updates", recipe, checkpoint, contrasts, sites, measure, _outcomes)
 
 

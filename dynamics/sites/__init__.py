@@ -17,6 +17,7 @@ from dynamics.sites.placebos import placebo as placebo
 from dynamics.sites.site import Site as Site
 from dynamics.sites.site import SiteError as SiteError
 from dynamics.sites.site import check as check
+from dynamics.sites.site import check_whole as check_whole
 from dynamics.sites.transformers import LEVELS as LEVELS
 from dynamics.sites.transformers import circuits as circuits
 from dynamics.sites.transformers import components as components

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import EllipsisType
@@ -56,13 +57,22 @@ def check(sites: Sequence[Site], model: nn.Module) -> None:
 
 def check_labels(sites: Sequence[Site]) -> None:
     """Raise a SiteError where a label is used twice or a site covers nothing."""
-    labels = [site.label for site in sites]
-    repeated = sorted({label for label in labels if labels.count(label) > 1})
+    repeated = sorted(label for label, n in Counter(site.label for site in sites).items() if n > 1)
     if repeated:
         raise SiteError(f"Site labels {some(repeated)} occur more than once; a result is read by its labels.")
     for site in sites:
         if not site.covers:
             raise SiteError(f"Site {site.label!r} covers nothing.")
+
+
+def check_whole(sites: Sequence[Site], verb: str) -> None:
+    """Raise a SiteError where a site has positions and the verb exchanges what has none."""
+    for site in sites:
+        if site.positions is not None:
+            raise SiteError(
+                f"Site {site.label!r} has positions, which {verb} cannot tell apart in a finished update. Use "
+                "patch_gradients or patch_factors, or leave them out."
+            )
 
 
 def check_index(label: str, name: str, index: Index, tensor: Tensor) -> None:
@@ -102,7 +112,7 @@ def check_index(label: str, name: str, index: Index, tensor: Tensor) -> None:
 
 
 def _is_part(part: object) -> bool:
-    return isinstance(part, int | slice) or (
+    return (isinstance(part, int | slice) and not isinstance(part, bool)) or (
         isinstance(part, Tensor) and part.ndim == 1 and part.dtype == torch.int64
     )
 
