@@ -72,10 +72,11 @@ def one_run(folder: Path, out: Path) -> dict[str, xr.Dataset]:
     run = Trajectory.open(folder)
     task = dy.tasks.load(run.config)
     recipe = task.recipe()
-    start = task.config.phases.starts["x2"]
+    start, last = (task.config.phases.starts[name] for name in ("x2", "end"))
+    later = [n for n in LATER if start + n < last]
     model, contrasts = recipe.model, task.contrasts()
     like = contrasts[0].base
-    at = {n: dy.steps.reach(recipe, run, start + n, task.batch) for n in {X2_STEP, *LATER}}
+    at = {n: dy.steps.reach(recipe, run, start + n, task.batch) for n in {X2_STEP, *later}}
 
     def both(verb, which, sites, measure=MEASURES, state=at[X2_STEP], **settings):  # type: ignore[no-untyped-def]
         parts = [verb(recipe, s, which, sites, measure, **settings) for s in states(state).values()]
@@ -86,7 +87,7 @@ def one_run(folder: Path, out: Path) -> dict[str, xr.Dataset]:
     ]
     in_layer = dy.sites.at_positions(dy.sites.components(model), {"tag": 0, "alias": 1, "integer": 2})
     ov = [s for s in by_matrix(model) if s.label in ("W_O 0", "W_V 0")]
-    window = [task.batch(start + n) for n in range(WINDOW)]
+    window = [task.batch(start + n) for n in range(min(WINDOW, last - start))]
     retagged = [task.retag(batch) for batch in window]
     training = [replace(c, base=window, source=retagged) for c in contrasts]
     work = {
@@ -104,13 +105,13 @@ def one_run(folder: Path, out: Path) -> dict[str, xr.Dataset]:
             training,
             dy.sites.components(model),
             {**MEASURES, "accuracy": dy.measures.accuracy},
-            (10, 20, 30, 40, 50),
+            [n for n in range(10, len(window) + 1, 10)],
         ),
         "interactions-gradients": lambda: both(dy.interactions, contrasts, ov),
         "interactions-updates": lambda: both(partial(dy.interactions, verb=dy.patch_updates), contrasts, ov),
         **{
             f"fall-{n}": lambda n=n: both(fall, contrasts, [dy.sites.everything(model)], state=at[n])
-            for n in LATER
+            for n in later
         },
     }
 
@@ -278,7 +279,7 @@ def interactions_table(found: Found) -> list[str]:
 def fall_table(found: Found) -> list[str]:
     """(e): change of the correct logit after one step of each kind."""
     rows = []
-    for n in LATER:
+    for n in (n for n in LATER if f"fall-{n}" in found[0]):
         for state in ("fresh", "stored"):
             parts = [f[f"fall-{n}"].sel(optimizer=state) for f in found]
             means = [p.sel(measure="correct_logit").mean("example") for p in parts]

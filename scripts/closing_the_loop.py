@@ -171,8 +171,8 @@ def table(found: pd.DataFrame, n_steps: int) -> str:
     lines += [
         "",
         f"Seeds {seeds}; {n_steps} steps of X2, mean over the last quarter; gone = ratio of means, Fieller's 95 % "
-        f"interval over seeds. Chosen most often: {most}. Random sets have {spans[0]} times the chosen parameters and "
-        f"{spans[1]} times their ‖Δ‖. {machine}; `scripts/closing_the_loop.py`.",
+        f"interval over seeds. Chosen most often: {most}. Random sets have {spans[0]} times the chosen parameters "
+        f"and {spans[1]} times their ‖Δ‖. {machine}; `scripts/closing_the_loop.py`.",
     ]
     return "\n".join(lines)
 
