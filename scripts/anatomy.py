@@ -105,7 +105,7 @@ def one_run(folder: Path, out: Path) -> dict[str, xr.Dataset]:
             training,
             dy.sites.components(model),
             {**MEASURES, "accuracy": dy.measures.accuracy},
-            [n for n in range(10, len(window) + 1, 10)],
+            list(range(10, len(window) + 1, 10)),
         ),
         "interactions-gradients": lambda: both(dy.interactions, contrasts, ov),
         "interactions-updates": lambda: both(partial(dy.interactions, verb=dy.patch_updates), contrasts, ov),

@@ -397,14 +397,19 @@ def test_contrasts_with_the_same_batches_are_run_once_and_each_is_measured_on_it
     recipe, calls = counted(recipe)
     patched = pieces(recipe.model)[:3]
     given = as_given(verb, 4)
-    other = window(2) if verb is dy.patch_window else dy.Contrast(points(50), points(60), points(70))
-    mixed = [given[0], dy.Contrast(other.base, other.source, points(70)), *given[1:]]
+    other = window(2) if verb is dy.patch_window else dy.Contrast(points(50), points(60))
+    mixed = [
+        given[0],
+        dy.Contrast(given[0].base, other.source, points(70)),
+        dy.Contrast(other.base, given[0].source, points(70)),
+        *given[1:],
+    ]
     numbers = []
     for contrasts in (given[:1], given, mixed):
         calls.clear()
         together = verb(recipe, live.last, contrasts, patched, {"margin": margin, "spread": spread})
         numbers.append(len(calls))
-    assert numbers == [numbers[0], numbers[0], 2 * numbers[0]]
+    assert numbers == [numbers[0], numbers[0], 3 * numbers[0]]
     apart = [verb(recipe, live.last, [c], patched, {"margin": margin, "spread": spread}) for c in mixed]
     for i, alone in enumerate(apart):
         for name in ("patched", "effect", *REFERENCES):
