@@ -1,0 +1,113 @@
+"""Null control: where tags say nothing in X1, how many sites does the run-level test call significant?
+
+Trains runs whose tags are drawn at random for each alias in X1, replays the same definitions at X2 step 10 as the
+study does, and counts sites with p ≤ .05 by sign flips over runs. It should be about one in twenty.
+
+    .venv/bin/python scripts/null_control.py --runs 12 --readme
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import scipy.stats
+import torch
+import xarray as xr
+from tqdm import tqdm
+
+import dynamics as dy
+from dynamics.config import PatchingConfig, PrimaryConfig, ScheduleConfig, StudyConfig
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- null: begin -->", "<!-- null: end -->"
+FIRST_SEED = 200
+X2_STEP = 10
+LEVEL = 0.05
+
+
+def one_run(seed: int, out: Path) -> xr.Dataset:
+    """Effects of every site in one run whose tags say nothing, averaged over its aliases."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    path = out / f"seed-{seed}.h5"
+    if path.exists():
+        return dy.results.load(path)
+    default = StudyConfig(seed=seed)
+    config = replace(
+        default,
+        task=replace(default.task, x1_tags="random"),
+        phases=replace(default.phases, x2=replace(default.phases.x2, steps=50)),
+        schedule=ScheduleConfig(per_decade=1, dense=0, evaluate_every=1000),
+        patching=PatchingConfig(x2_steps=(0,), primary=PrimaryConfig(x2_step=0)),
+    )
+    run = dy.training.fit(config, out / f"seed-{seed}")
+    task = dy.tasks.load(run.config)
+    recipe = task.recipe()
+    state = dy.steps.reach(recipe, run, config.phases.starts["x2"] + X2_STEP, task.batch)
+    chosen = [
+        s for level in ("components", "heads", "matrices") for s in dy.sites.LEVELS[level](recipe.model)
+    ]
+    parts = [
+        dy.patch_gradients(recipe, at, task.contrasts(), chosen, dy.measures.correct_logit)
+        for at in (state.with_fresh_optimizer(), state)
+    ]
+    found = dy.results.concat(parts, "optimizer", ["fresh", "stored"])
+    bare = found.drop_vars([name for name, coord in found.coords.items() if "example" in coord.dims])
+    means = bare.mean("example", keep_attrs=True)
+    dy.results.save(means, path)
+    return means
+
+
+def table(summary: xr.Dataset, seeds: list[int]) -> str:
+    """Share of sites called significant, by level of sites and optimizer state."""
+    lines = ["| sites | state | p ≤ .05 | share [95 %, Clopper–Pearson] | q ≤ .05 |", "|---|---|---|---|---|"]
+    for level in dict.fromkeys(map(str, summary["level"].values)):
+        for state in ("fresh", "stored"):
+            chosen = summary.sel(optimizer=state).isel(site=summary["level"].values == level)
+            n, found = chosen.sizes["site"], int((chosen["p"].values <= LEVEL).sum())
+            bounds = scipy.stats.binomtest(found, n).proportion_ci(method="exact")
+            lines.append(
+                f"| {level} | {state} | {found} of {n} | {found / n:.3f} [{bounds.low:.3f}, {bounds.high:.3f}] "
+                f"| {int((chosen['q'].values <= LEVEL).sum())} |"
+            )
+    lines += [
+        "",
+        f"{len(seeds)} runs (seeds {seeds[0]}–{seeds[-1]}) whose tags are random in X1; X2 step {X2_STEP}, correct "
+        f"logit, the run is the unit. {datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, "
+        f"torch {torch.__version__}; `scripts/null_control.py`.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--runs", type=int, default=12, help="runs to train; fewer than 6 cannot reach p = .05"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/null"))
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
+    given = parser.parse_args()
+    seeds = list(range(FIRST_SEED, FIRST_SEED + given.runs))
+    with ProcessPoolExecutor(given.workers) as pool:
+        running = [pool.submit(one_run, seed, given.out) for seed in seeds]
+        means = [job.result() for job in tqdm(running, unit="run")]
+    joined = dy.results.concat(means, "seed", seeds)
+    text = table(dy.statistics.summarize(joined), seeds)
+    print(text)
+    if given.readme:
+        before, _, rest = README.read_text().partition(BEGIN)
+        _, _, after = rest.partition(END)
+        README.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()
