@@ -94,7 +94,6 @@ def test_a_parameter_in_no_loss_has_no_factor_to_exchange():
     assert (result["effect"] == 0).all()
 
 
-@pytest.mark.xfail(strict=True, reason="positions are ignored: the whole site is exchanged under the label")
 def test_patch_updates_refuses_positions():
     """An update is no sum over positions."""
     with pytest.raises(SiteError, match="position"):

@@ -414,7 +414,7 @@ def test_contrasts_with_the_same_batches_are_run_once_and_each_is_measured_on_it
     for i, alone in enumerate(apart):
         for name in ("patched", "effect", *REFERENCES):
             np.testing.assert_array_equal(together[name].isel(example=[i]).values, alone[name].values)
-    assert len({float(v) for v in together["base"].isel(measure=0).values.flatten()}) == 5
+    assert len({float(v) for v in together["base"].isel(measure=0).values.flatten()}) == 6
 
 
 @pytest.mark.parametrize("verb", [dy.patch_gradients, dy.patch_window])
