@@ -10,11 +10,9 @@ move Dt3 − Df4, (d) do O and V act together, (e) why does the correct logit fa
 from __future__ import annotations
 
 import argparse
-import platform
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import xarray as xr
+from into_readme import interval, stamp
 from torch import nn
 from tqdm import tqdm
 
@@ -162,11 +161,6 @@ def summary_of(found: Found, name: str, **selected: str) -> xr.Dataset:
     return dy.statistics.summarize(over_runs([f[name] for f in found])).sel(
         measure="correct_logit", **selected
     )
-
-
-def interval(values: npt.ArrayLike) -> str:
-    """Mean with its 95 % t interval over the last axis."""
-    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*map(float, dy.statistics.mean_interval(values)))
 
 
 def share(summary: xr.Dataset) -> str:
@@ -326,8 +320,7 @@ def report(found: Found, names: list[str]) -> str:
         f"Runs of {', '.join(names)}, 30 aliases each; X2 step {X2_STEP} where not said. Values are changes of the "
         "correct logit of an alias's own questions. Recovery is a ratio of means with Fieller's 95 % interval over "
         f"{len(found)} runs; other intervals are Student's t over runs, or over all aliases where it says so. A "
-        f"dash: the gap is not distinguishable from zero over runs. {datetime.now(UTC):%Y-%m-%d}, "
-        f"{platform.machine()}, torch {torch.__version__}; `scripts/anatomy.py`."
+        f"dash: the gap is not distinguishable from zero over runs. {stamp(__file__)}"
     )
     lines = [line for title, rows in sections.items() for line in (f"## {title}", "", *rows, "")]
     return "\n".join(["# The anatomy of a definition's step", "", caption, "", *lines])

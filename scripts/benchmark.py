@@ -12,25 +12,20 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
-import platform
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from into_readme import stamp, write
 from lightning.pytorch import Trainer
 
 import dynamics as dy
 from checkpoints import Checkpoint, TrajectoryWriter
 from dynamics.config import StudyConfig
-
-README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- overhead: begin -->", "<!-- overhead: end -->"
 
 
 def bare(task: dy.tasks.AliasTask, first: int, steps: int) -> None:
@@ -128,9 +123,6 @@ def measure(repeats: int, threads: int) -> dict[str, float]:
 
 
 def table(found: dict[str, float]) -> str:
-    machine = (
-        f"{platform.machine()}, {os.cpu_count()} cores, {found['threads']} thread, torch {torch.__version__}"
-    )
     return "\n".join(
         [
             "| | ms a step | ratio | goal |",
@@ -142,7 +134,7 @@ def table(found: dict[str, float]) -> str:
             "of the Trainer | at most 1.15 |",
             "",
             f"Default toy, all {found['steps']} steps of X1, default schedule; medians of {found['repeats']} "
-            f"interleaved repeats. {datetime.now(UTC):%Y-%m-%d}, {machine}; `scripts/benchmark.py`.",
+            f"interleaved repeats. {found['threads']} thread. {stamp(__file__)}",
         ]
     )
 
@@ -164,8 +156,7 @@ def main() -> None:
     text = table(found)
     print(text)
     if given.readme:
-        before, _, rest = README.read_text().partition(BEGIN)
-        README.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+        write("overhead", text)
 
 
 if __name__ == "__main__":

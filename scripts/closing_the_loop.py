@@ -10,17 +10,15 @@ difference erased in them, everywhere, or in random matrices with as many parame
 from __future__ import annotations
 
 import argparse
-import platform
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import torch
+from into_readme import interval, stamp, write
 from tqdm import tqdm
 
 import dynamics as dy
@@ -28,8 +26,6 @@ from checkpoints import Checkpoint, Trajectory
 from dynamics.recipe import Recipe
 from dynamics.sites import Site
 
-README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- loop: begin -->", "<!-- loop: end -->"
 LOOK = 10
 """Steps of X2 that the choice may look at."""
 SHARE = 0.1
@@ -134,11 +130,6 @@ def one_run(folder: Path, n_steps: int, out: Path) -> pd.DataFrame:
     return found
 
 
-def interval(values: npt.ArrayLike) -> str:
-    """Mean with its 95 % t interval."""
-    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*map(float, dy.statistics.mean_interval(values)))
-
-
 def table(found: pd.DataFrame, n_steps: int) -> str:
     """Dt3 − Df4 in each world, and how much of what erasing everywhere takes away is gone."""
     kinds = found.assign(erased=found["erased"].str.replace(r" \d", "", regex=True))
@@ -167,12 +158,11 @@ def table(found: pd.DataFrame, n_steps: int) -> str:
         for column in ("parameters of the chosen", "difference of the chosen")
     ]
     seeds = ", ".join(map(str, sorted(found["seed"].unique())))
-    machine = f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, torch {torch.__version__}"
     lines += [
         "",
         f"Seeds {seeds}; {n_steps} steps of X2, mean over the last quarter; gone = ratio of means, Fieller's 95 % "
         f"interval over seeds. Chosen most often: {most}. Random sets have {spans[0]} times the chosen parameters "
-        f"and {spans[1]} times their ‖Δ‖. {machine}; `scripts/closing_the_loop.py`.",
+        f"and {spans[1]} times their ‖Δ‖. {stamp(__file__)}",
     ]
     return "\n".join(lines)
 
@@ -193,9 +183,7 @@ def main() -> None:
     text = table(pd.concat(parts), given.steps)
     print(text)
     if given.readme:
-        before, _, rest = README.read_text().partition(BEGIN)
-        _, _, after = rest.partition(END)
-        README.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+        write("loop", text)
 
 
 if __name__ == "__main__":

@@ -9,23 +9,20 @@ study does, and counts sites with p ≤ .05 by sign flips over runs. It should b
 from __future__ import annotations
 
 import argparse
-import platform
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import scipy.stats
 import torch
 import xarray as xr
+from into_readme import stamp, write
 from tqdm import tqdm
 
 import dynamics as dy
 from dynamics.config import PatchingConfig, PrimaryConfig, ScheduleConfig, StudyConfig
 
-README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- null: begin -->", "<!-- null: end -->"
 FIRST_SEED = 200
 X2_STEP = 10
 LEVEL = 0.05
@@ -79,8 +76,7 @@ def table(summary: xr.Dataset, seeds: list[int]) -> str:
     lines += [
         "",
         f"{len(seeds)} runs (seeds {seeds[0]}–{seeds[-1]}) whose tags are random in X1; X2 step {X2_STEP}, correct "
-        f"logit, the run is the unit. {datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, "
-        f"torch {torch.__version__}; `scripts/null_control.py`.",
+        f"logit, the run is the unit. {stamp(__file__)}",
     ]
     return "\n".join(lines)
 
@@ -104,9 +100,7 @@ def main() -> None:
     text = table(dy.statistics.summarize(joined), seeds)
     print(text)
     if given.readme:
-        before, _, rest = README.read_text().partition(BEGIN)
-        _, _, after = rest.partition(END)
-        README.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+        write("null", text)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,10 @@ Each method gives every candidate a score from single definitions; it is held ag
 from __future__ import annotations
 
 import argparse
-import platform
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +23,7 @@ import pandas as pd
 import scipy.stats
 import torch
 import xarray as xr
+from into_readme import stamp, write
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,8 +33,6 @@ from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site
 from dynamics.trees import Index
 
-README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- planted: begin -->", "<!-- planted: end -->"
 PLANTS = ("embed", "attn 0", "mlp 0", "attn 1", "L0H0", "L0H2", "L1H1")
 N_DECOYS = 3
 WARM_UP = 10
@@ -301,15 +298,12 @@ def main() -> None:
     text = (
         f"{table(found)}\n\nSeeds {seeds}; plants {', '.join(given.plants)}; mean [95 % t interval over seeds]. "
         f"The plant has the largest true effect in {sum(truth)} of {len(truth)} worlds. "
-        f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, torch {torch.__version__}; "
-        "`scripts/planted_truth.py`."
+        f"{stamp(__file__)}"
     )
     (given.out / "planted.md").write_text(text + "\n")
     print(text)
     if given.readme:
-        before, _, rest = README.read_text().partition(BEGIN)
-        _, _, after = rest.partition(END)
-        README.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+        write("planted", text)
 
 
 if __name__ == "__main__":

@@ -9,24 +9,19 @@ and exchanged, and averaged, which cancels luck in the split. The table goes int
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from into_readme import interval, stamp, write
 from tqdm import tqdm
 
 import dynamics as dy
 from dynamics.config import PatchingConfig, PrimaryConfig, ScheduleConfig, StudyConfig
-
-README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- seeds: begin -->", "<!-- seeds: end -->"
 
 
 def forked(seed: int, train_multipliers: int, out: Path) -> dict[str, float]:
@@ -74,31 +69,15 @@ def table(results: pd.DataFrame) -> str:
         per_seed = " ".join(f"{gap:+.2f}" for gap in rows.sort_values("seed")["strong"])
         lines.append(
             f"| {dial} | {rows['identified'].mean():.0%} | {rows['Dt3'].mean():.2f} | {rows['Df4'].mean():.2f} | "
-            f"{_interval(rows['strong'])} | {per_seed} | {_interval(rows['weak'])} |"
+            f"{interval(rows['strong'])} | {per_seed} | {interval(rows['weak'])} |"
         )
     seeds = ", ".join(str(seed) for seed in sorted(results["seed"].unique()))
-    machine = (
-        f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} cores, "
-        f"torch {torch.__version__}"
-    )
     lines.append("")
     lines.append(
         f"Seeds {seeds}, each the mean of two forks of X2; mean [95 % t interval over seeds]; accuracies are means "
-        f"over the last quarter of the phase. {datetime.now(UTC):%Y-%m-%d}, {machine}; `scripts/seeds.py`."
+        f"over the last quarter of the phase. {stamp(__file__)}"
     )
     return "\n".join(lines)
-
-
-def _interval(values: pd.Series[float]) -> str:
-    mean, low, high = dy.statistics.mean_interval(values.to_numpy())
-    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
-
-
-def write_into_readme(text: str) -> None:
-    """Put the table between its two marks."""
-    before, _, rest = README.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
 def main() -> None:
@@ -120,7 +99,7 @@ def main() -> None:
     text = table(results)
     print(text)
     if given.readme:
-        write_into_readme(text)
+        write("seeds", text)
 
 
 if __name__ == "__main__":
