@@ -24,6 +24,7 @@ FLOORS = [
     {"tasks"},
     {"steps"},
     {"patching", "attribution", "statistics"},
+    {"sweeps"},
     {"training"},
     {"plots"},
     {"studies"},
@@ -37,6 +38,7 @@ ROOMS = {
     "torchmetrics": ("dynamics.training",),
     "matplotlib": ("dynamics.plots",),
     "jsonargparse": ("dynamics.cli",),
+    "distributed": ("dynamics.sweeps",),
 }
 """Libraries that only some modules may know."""
 
@@ -44,6 +46,9 @@ COMPUTED = "a computed name"
 
 LIGHT = {"torch", "numpy", "h5py", "checkpoints", *sys.stdlib_module_names}
 """All that `checkpoints` may import."""
+
+GUESTS = {"checkpoints.imports": {"safetensors", "huggingface_hub"}}
+"""What one of its modules may ask for besides, inside the functions that need it."""
 
 
 def sources() -> dict[str, str]:
@@ -120,15 +125,29 @@ def trespassing(modules: Mapping[str, str]) -> list[str]:
     ]
 
 
+class OutsideFunctions(ast.NodeTransformer):
+    """What of a module runs when it is imported (class bodies included, their methods not)."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.Pass:
+        """In place of a function, nothing."""
+        return ast.Pass()
+
+
 def heavy(modules: Mapping[str, str]) -> list[str]:
-    """Imports of `checkpoints` beyond the standard library, torch, numpy, h5py and itself; its door is lazy."""
-    return [
-        f"{module} imports {target}"
-        for module in modules
-        if module.split(".")[0] == "checkpoints"
-        for target in imports(module, modules)
-        if target.split(".")[0] not in LIGHT and (module, target) != ("checkpoints", COMPUTED)
-    ]
+    """Imports of `checkpoints` beyond the standard library, torch, numpy, h5py and itself; its door is lazy.
+
+    Guests may be asked for inside functions alone.
+    """
+    found = []
+    for module in (name for name in modules if name.split(".")[0] == "checkpoints"):
+        outside = ast.unparse(OutsideFunctions().visit(ast.parse(modules[module])))
+        on_import = imports(module, {**modules, module: outside})
+        for target in imports(module, modules) - ({COMPUTED} if module == "checkpoints" else set()):
+            library = target.split(".")[0]
+            invited = library in GUESTS.get(module, ()) and target not in on_import
+            if library not in LIGHT and not invited:
+                found.append(f"{module} imports {target}")
+    return found
 
 
 def printing(modules: Mapping[str, str]) -> list[str]:
@@ -168,6 +187,23 @@ def test_heavy_libraries_are_imported_in_their_rooms_alone():
 
 def test_checkpoints_knows_the_standard_library_torch_numpy_and_h5py_alone():
     assert heavy(sources()) == []
+
+
+def test_one_module_of_checkpoints_has_guests_and_they_come_when_asked():
+    seen = {
+        (module, target.split(".")[0])
+        for module in sources()
+        if module.split(".")[0] == "checkpoints"
+        for target in imports(module, sources())
+    }
+    foreign = {(module, library) for module, library in seen if library not in LIGHT | {COMPUTED}}
+    assert foreign == {(module, library) for module, guests in GUESTS.items() for library in guests}
+    script = (
+        "import sys, checkpoints.imports, checkpoints.trajectory;"
+        "print(sorted({'safetensors', 'huggingface_hub', 'transformers'} & set(sys.modules)))"
+    )
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert printed.stdout == "[]\n"
 
 
 def test_only_the_package_door_imports_names_that_are_computed():
@@ -282,6 +318,21 @@ def test_a_library_out_of_its_room_is_seen(line):
 )
 def test_a_heavy_import_of_checkpoints_is_seen(line):
     assert len(heavy({**HOUSE, "checkpoints": f"import json, torch, h5py\n{line}"})) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "seen"),
+    [
+        ("checkpoints.imports", "def f():\n    from safetensors.torch import save", 0),
+        ("checkpoints.imports", "import safetensors", 1),
+        ("checkpoints.imports", "if True:\n    import safetensors", 1),
+        ("checkpoints.imports", "def f():\n    import transformers", 1),
+        ("checkpoints.store", "def f():\n    import safetensors", 1),
+        ("checkpoints.imports.more", "def f():\n    import safetensors", 1),
+    ],
+)
+def test_a_guest_at_the_top_or_of_another_module_is_seen(module, line, seen):
+    assert len(heavy({**HOUSE, module: line})) == seen
 
 
 def test_a_print_is_seen_and_the_word_in_a_text_is_not():

@@ -2,7 +2,9 @@
 
 import importlib.util
 import os
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +12,7 @@ import pytest
 import scipy.stats
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))  # where they import from each other
 
 
 def script(name: str):
@@ -37,12 +40,23 @@ def test_the_table_of_seeds_holds_the_mean_over_seeds_with_its_interval():
 
 
 def test_the_readme_is_replaced_between_its_marks_alone(tmp_path, monkeypatch):
-    seeds = script("seeds")
+    into_readme = script("into_readme")
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{seeds.BEGIN}\nold\n{seeds.END}\nafter\n")
-    monkeypatch.setattr(seeds, "README", readme)
-    seeds.write_into_readme("new")
-    assert readme.read_text() == f"before\n{seeds.BEGIN}\nnew\n{seeds.END}\nafter\n"
+    marks = "<!-- seeds: begin -->\n{}\n<!-- seeds: end -->\n"
+    readme.write_text(f"before\n{marks.format('old')}after\n<!-- loop: begin -->\n<!-- loop: end -->\n")
+    monkeypatch.setattr(into_readme, "README", readme)
+    into_readme.write("seeds", "new")
+    assert (
+        readme.read_text()
+        == f"before\n{marks.format('new')}after\n<!-- loop: begin -->\n<!-- loop: end -->\n"
+    )
+
+
+def test_every_mark_that_a_script_writes_between_is_in_the_readme_once():
+    readme = (ROOT / "README.md").read_text()
+    for path in sorted((ROOT / "scripts").glob("*.py")):
+        for name in re.findall(r'write\("(\w+)", text\)', path.read_text()):
+            assert readme.count(f"<!-- {name}: begin -->") == readme.count(f"<!-- {name}: end -->") == 1, path
 
 
 @pytest.mark.parametrize("name", ["setup", "study", "test", "../.ci/run"])

@@ -248,6 +248,16 @@ def filled(model: nn.Module, gradients: Mapping[str, Tensor | None]) -> Gradient
     }
 
 
+def patching(forward: str) -> Callable[..., Any]:
+    """patch_signals with the base's or the source's activation forward."""
+    return lambda *args: dy.patch_signals(*args, forward=forward)
+
+
+def covering(*names: str) -> Site:
+    """Parameters whole, as the site "layer"."""
+    return Site("layer", dict.fromkeys(names, ...))
+
+
 # --- a run read with ordinary hooks -----------------------------------------------------------------------
 
 
@@ -275,6 +285,19 @@ def hooked(model: nn.Module, hooks: Mapping[str, Callable[[Tensor], Tensor]]):
             )
             stack.callback(handle.remove)
         yield
+
+
+def activation(model: nn.Module, loss: Any, batch: Any, name: str) -> tuple[Tensor, Tensor]:
+    """The activation with its graph, and the loss, of one ordinary run."""
+    kept = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor.clone()
+
+    with hooked(model, {name: keep}):
+        value = loss(model, batch)
+    return kept[0], value
 
 
 def read_by_hand(

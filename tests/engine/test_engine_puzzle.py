@@ -184,7 +184,7 @@ def test_adamw_leaves_severed_parameters_as_they_are_to_the_bit_without_decay_or
 
 @every_layer
 def test_forward_only_and_forward_and_backward_are_the_same_row_exactly(task, recipe, layer):
-    for contrast in task.contrasts()[:3]:
+    for contrast in task.contrasts()[::4]:
         forward, both = (hooked_step(recipe, contrast, layer, row)[0] for row in ("forward", "both"))
         assert same(tensors(forward), tensors(both))
         assert measured(forward, contrast) == measured(both, contrast)
@@ -194,7 +194,7 @@ def test_forward_only_and_forward_and_backward_are_the_same_row_exactly(task, re
 def test_backward_only_replaces_the_reliable_signals_by_themselves_and_recovers_exactly_1(
     task, recipe, layer
 ):
-    for contrast in task.contrasts()[:3]:
+    for contrast in task.contrasts()[::4]:
         none, backward = (hooked_step(recipe, contrast, layer, row)[0] for row in ("none", "backward"))
         assert same(tensors(none), tensors(backward))
         known = references(recipe, contrast)
@@ -291,7 +291,7 @@ def test_a_patched_step_moves_what_the_severed_one_leaves(task, recipe, forward)
 
 
 def test_a_patched_step_recovers_otherwise_than_the_severed_one_and_than_no_step(task, recipe):
-    contrasts = task.contrasts()[:3]
+    contrasts = task.contrasts()[:2]
     patched = sites.activations(recipe.model, "blocks.*.hook_resid_pre")
     rows = {
         forward: dy.patch_signals(

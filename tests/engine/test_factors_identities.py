@@ -61,7 +61,7 @@ def test_a_batch_whose_factors_are_exchanged_with_its_own_moves_nothing_to_the_b
     """Also where base and source are equal batches and not the same one."""
     recipe = RECIPES[name]()
     pair = dy.Contrast(batch_of(name, 10), batch_of(name, 10), batch_of(name, 12))
-    checkpoint, patched = begun(recipe, name).last, [*each(recipe)[::2], whole(recipe)]
+    checkpoint, patched = begun(recipe, name).last, [*each(recipe)[::6], whole(recipe)]
     found = factored(recipe, checkpoint, pair, patched)
     assert all(same(found[s.label, factor], found["base"]) for s in patched for factor in FACTORS)
     assert not same(found["untouched"], found["base"])
@@ -83,9 +83,9 @@ def test_the_effect_of_exchanging_a_batch_with_itself_is_zero_through_clipping_a
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_both_factors_of_every_parameter_are_its_gradient_and_of_all_of_them_the_source_step(name):
+def test_both_factors_of_a_parameter_are_its_gradient_and_of_all_of_them_the_source_step(name):
     recipe, pair = RECIPES[name](), contrast_of(name)
-    checkpoint, patched = begun(recipe, name).last, [*each(recipe), whole(recipe)]
+    checkpoint, patched = begun(recipe, name).last, [*each(recipe)[::3], whole(recipe)]
     by_factor = revealed_factors(recipe, checkpoint, pair, patched)
     plain = revealed(dy.patch_gradients, recipe, checkpoint, pair, patched)
     scale = largest(plain["source"])

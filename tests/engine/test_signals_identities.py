@@ -8,12 +8,14 @@ from engine_models import ADAMW, CLIPS, gap, outcomes, same, tokens
 from signal_models import (
     RECIPES,
     TOYS,
+    activation,
     batch_of,
     begun,
     contrast_of,
     hooked,
     largest,
     off,
+    patching,
     revealed,
     tolerance_of,
     toy_recipe,
@@ -41,18 +43,6 @@ def ran(recipe, batch):
     """
     names = [n for n in dy.cache(recipe, None, batch).signals if "[" not in n]
     return [Site(n, {n: ...}) for n in names if type(recipe.model.get_submodule(n)) is not nn.Identity]
-
-
-def patching(forward):
-    return lambda *args: dy.patch_signals(*args, forward=forward)
-
-
-def activation(model, loss, batch, name):
-    """The activation, with its graph, and the loss, of one ordinary run."""
-    kept = []
-    with hooked(model, {name: lambda a: (kept.append(a), a.clone())[1]}):
-        value = loss(model, batch)
-    return kept[0], value
 
 
 # --- nothing, oneself, everything -------------------------------------------------------------------------
@@ -167,7 +157,7 @@ def test_only_the_gradients_of_an_activations_ancestors_change(name):
     recipe, pair = RECIPES[name](), contrast_of(name)
     recipe = dataclasses.replace(recipe, optimizer=ADAMW)
     patched = ran(recipe, pair.base)
-    patched = patched[:: 1 + len(patched) // 12]
+    patched = patched[:: 1 + len(patched) // 10]
     found = outcomes(dy.patch_signals, recipe, None, pair, patched)
     named = {n: p for n, p in recipe.model.named_parameters() if p.requires_grad}
     n_others = 0
@@ -236,95 +226,6 @@ def test_below_a_frozen_embedding_there_is_nothing_to_move():
     assert largest({"λ": dy.cache(recipe, None, pair.base).signals["embed"]}) > 1e-3
 
 
-# --- the source's activation forward ----------------------------------------------------------------------
-
-CUTS = {
-    **dict.fromkeys(TOYS, "blocks.1.hook_resid_pre"),
-    "MLP": "drop",
-    "GPT-2": "transformer.h.0",
-    "GPT-NeoX": "gpt_neox.layers.0",
-    "Llama": "model.layers.0",
-    "LSTM": "lstm",
-}
-
-
-@pytest.mark.parametrize("name", CUTS)
-def test_at_a_full_cut_everything_above_has_the_sources_gradient_and_all_below_its_signal(name):
-    recipe, pair = RECIPES[name](), contrast_of(name)
-    # the loss above the cut reads the targets: the same ones, so that above it the runs are one
-    pair = dataclasses.replace(pair, base=with_targets_of(pair.base, pair.source))
-    site = Site("cut", {CUTS[name]: ...})
-    found = revealed(patching("source"), recipe, None, pair, [site])
-    theirs, loss = activation(recipe.model, recipe.loss, pair.source, CUTS[name])
-    (signal,) = torch.autograd.grad(loss, theirs)
-    ours, _ = activation(recipe.model, recipe.loss, pair.base, CUTS[name])
-    named = dict(recipe.model.named_parameters())
-    pulled = dict(
-        zip(named, torch.autograd.grad(ours, named.values(), signal, allow_unused=True), strict=True)
-    )
-    above = {n: found["source"][n] for n, g in pulled.items() if g is None}
-    below = {n: g for n, g in pulled.items() if g is not None and "wte" not in n}
-    scale = largest(found["source"])
-    assert off({n: found["cut"][n] for n in above}, above, scale) < tolerance_of(name)
-    assert off({n: found["cut"][n] for n in below}, below, scale) < tolerance_of(name)
-    assert off({n: found["base"][n] for n in above}, above, scale) > 1e-2
-    assert off({n: found["source"][n] for n in below}, below, scale) > 1e-2
-
-
-def with_targets_of(base, source):
-    if isinstance(base, tuple):
-        return base[0], source[1]
-    return dataclasses.replace(base, target_pos=source.target_pos, targets=source.targets)
-
-
-@pytest.mark.parametrize("name", TOYS)
-@pytest.mark.parametrize("where", ["everywhere", "at one position", "under a mask"])
-def test_the_activation_that_goes_forward_is_the_sources_to_the_bit_and_elsewhere_the_bases(name, where):
-    recipe, pair = toy_recipe(name), contrast_of(name)
-    hook, reader = "blocks.1.attn.hook_z", "blocks.1.hook_attn_out"
-    shape = dy.cache(recipe, None, pair.base, hook).activations[hook].shape
-    random = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
-    index = {"everywhere": ..., "at one position": (slice(None), 1), "under a mask": random}[where]
-    covered = torch.zeros(shape, dtype=torch.bool)
-    covered[index] = True
-    base, source = (dy.cache(recipe, None, b, hook).activations[hook] for b in (pair.base, pair.source))
-    attention = recipe.model.blocks[1].attn
-
-    def out(z):
-        return torch.einsum("bphe,hed->bpd", z, attention.W_O) + attention.b_O
-
-    seen = []
-    handle = recipe.model.get_submodule(reader).register_forward_hook(
-        lambda _, __, a: seen.append(a.detach())
-    )
-    for forward, expected in (("source", torch.where(covered, source, base)), ("base", base)):
-        seen.clear()
-        dy.patch_signals(
-            recipe, None, [pair], [Site("z", {hook: index})], lambda *_: torch.zeros(()), forward=forward
-        )
-        assert torch.equal(seen[-1], out(expected))
-    handle.remove()
-
-
-@either_forward
-@pytest.mark.parametrize("name", TOYS)
-def test_masked_scores_of_minus_infinity_stay_finite(name, forward):
-    """Also where the exchanged positions are the masked ones alone: those have no signal in either run."""
-    recipe, pair = toy_recipe(name), contrast_of(name)
-    hook = "blocks.0.attn.hook_attn_scores"
-    kept = dy.cache(recipe, None, pair.base, hook)
-    masked = kept.activations[hook] == -torch.inf
-    assert masked.any()
-    assert not kept.signals[hook][masked].any()
-    patched = [Site("all", {hook: ...}), Site("masked", {hook: masked}), Site("seen", {hook: ~masked})]
-    found = revealed(patching(forward), recipe, None, pair, patched)
-    for label in ("all", "masked", "seen"):
-        assert all(torch.isfinite(g).all() for g in found[label].values())
-    assert off(found["masked"], found["base"]) == 0
-    assert off(found["seen"], found["all"]) == 0
-    assert off(found["all"], found["base"]) > 1e-4
-
-
 # --- finite differences -----------------------------------------------------------------------------------
 
 
@@ -378,7 +279,7 @@ def test_sites_and_contrasts_in_one_call_give_the_bits_of_calls_one_by_one():
     checkpoint = begun(recipe).last
     pairs = [dy.Contrast(tokens(i), tokens(i + 1), tokens(i + 2), {"example": f"{i}"}) for i in (2, 5)]
     pairs.append(dataclasses.replace(pairs[0], probe=tokens(9), coords={"example": "another probe"}))
-    patched = sites.activations(recipe.model, "blocks.*.hook_*")
+    patched = sites.activations(recipe.model, "blocks.1.*hook_*")
     patched += sites.activations(
         recipe.model, "blocks.1.attn.hook_z", by=("layer", "head", "pos"), like=pairs[0].base
     )

@@ -188,12 +188,12 @@ def test_where_a_module_runs_twice_every_run_gets_the_signal_of_the_same_run(nam
             assert off(found[patched[0].label], expected) < 1e-12, n
 
 
-@pytest.mark.parametrize("name", ["MLP", *TOYS, "GPT-2", "GPT-NeoX", "Llama"])
+@pytest.mark.parametrize("name", [*TOYS, "GPT-2", "GPT-NeoX", "Llama"])
 def test_sites_on_one_path_are_replaced_one_after_the_other_and_not_added(name):
     """Where a linear term for each would be wrong by the first site's whole effect on the second."""
     bench = Workbench(name)
     on_a_path = [
-        Site(f"{one} and {other}", {one: ..., other: ...}) for one, other in pairwise(bench.ran[::3])
+        Site(f"{one} and {other}", {one: ..., other: ...}) for one, other in pairwise(bench.ran[::5])
     ]
     assert_agrees(bench, on_a_path, [bench.tensor_hooks])
     wrong = [filled(bench.recipe.model, bench.linear_term(site)) for site in on_a_path]
@@ -269,7 +269,7 @@ def assert_measures_agree(bench, start, patched, measures):
 def test_the_step_is_that_of_torchs_clipping_and_optimizer_on_the_patched_gradient(clip, optimizer, start):
     bench = Workbench("LN gelu", optimizer=OPTIMIZERS[optimizer], clip=CLIPS[clip])
     measures = {m.name: m for m in (dy.measures.correct_logit, dy.measures.logit_difference)}
-    assert_measures_agree(bench, start, one_of_each(bench)[::7], measures)
+    assert_measures_agree(bench, start, one_of_each(bench)[::9], measures)
 
 
 @pytest.mark.parametrize("name", ["MLP", "LSTM", "tied", "Llama"])
