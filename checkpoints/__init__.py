@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from checkpoints.optimizer import OptimizerState
     from checkpoints.rng import RngState
     from checkpoints.schedule import every, log_spaced, union, window
-    from checkpoints.trajectory import Trajectory, TrajectoryWriter
+    from checkpoints.trajectory import Trajectory
+    from checkpoints.writer import TrajectoryWriter
 
 __all__ = [
     "Checkpoint",
@@ -30,7 +31,7 @@ _HOMES = {
     "RngState": "rng",
     "Trajectory": "trajectory",
     "TrajectoryError": "errors",
-    "TrajectoryWriter": "trajectory",
+    "TrajectoryWriter": "writer",
     "every": "schedule",
     "log_spaced": "schedule",
     "union": "schedule",

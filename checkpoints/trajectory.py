@@ -1,17 +1,20 @@
-"""The ordered checkpoints of a run: `Trajectory` reads them lazily, `TrajectoryWriter` adds to them."""
+"""The ordered checkpoints of a run, read lazily; those of other formats are converted into one first."""
 
 import bisect
 import os
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from checkpoints import encoding, store, values
+from checkpoints import encoding, imports, store, values
 from checkpoints.checkpoint import Checkpoint
+from checkpoints.conversion import Import, Progress
 from checkpoints.errors import TrajectoryError
+from checkpoints.naming import Naming
+from checkpoints.writer import TrajectoryWriter
 
 
 class Trajectory:
@@ -37,6 +40,127 @@ class Trajectory:
         """
         path = Path(folder)
         return cls(path, store.read_manifest(path))
+
+    @classmethod
+    def from_state_dicts(
+        cls,
+        paths: imports.Paths,
+        out: str | os.PathLike[str],
+        *,
+        step: imports.StepOf = None,
+        key: str | None = None,
+        prefix: str = "",
+        ignore: Sequence[str] = (),
+        model: nn.Module | None = None,
+        config: Mapping[str, Any] | None = None,
+        progress: Progress = iter,
+    ) -> "Trajectory":
+        """Convert files of `torch.save(model.state_dict(), path)` into a run folder, one at a time.
+
+        The checkpoints have no optimizer, scheduler or random number generators: a step taken from one
+        begins with the recipe's optimizer, new. `provenance` says where each came from. Called again after an
+        interruption, it goes on.
+
+        Args:
+            paths: files, folders (their .pt and .pth files) or globs, one or several.
+            out: the run folder.
+            step: the number of the batch that comes next. None reads the last integer before the extension,
+                `model_step_499_.pt` is of step 499; a pattern its first group, in the last match in the path;
+                or a function of the path, such as one that adds 1 where files are named by the step just taken.
+            key: the entry that is the state dict, where a file holds more than that.
+            prefix: taken off every name, such as `module.`; a name without it is an error.
+            ignore: globs of names in the files that are left out.
+            model: whose state dicts these are; it is not changed. It tells buffers from parameters, lends those
+                that are not persistent, knows tied names, and its shapes are checked. Its dtypes are
+                taken where they hold the files' numbers exactly, as float32 does bfloat16. Without it floating
+                tensors are parameters, all others buffers.
+            config: what the run can be rebuilt from, as in `TrajectoryWriter.create`.
+            progress: wraps the sources where they are looked at and where they are converted, such as `tqdm`.
+
+        Raises:
+            TrajectoryError: there are no files, two of one step, some that do not fit each other or the model, or
+                ones that could run code when loaded; or the folder holds anything but this import.
+        """
+        names = Naming(prefix, ignore, model)
+        return _stored(imports.state_dicts(paths, step, key, names, progress), out, config, progress)
+
+    @classmethod
+    def from_lightning(
+        cls,
+        paths: imports.Paths,
+        out: str | os.PathLike[str],
+        *,
+        prefix: str = "",
+        ignore: Sequence[str] = (),
+        model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        config: Mapping[str, Any] | None = None,
+        progress: Progress = iter,
+    ) -> "Trajectory":
+        """Convert a Lightning Trainer's .ckpt files: weights, optimizer, scheduler, and `global_step` as the step.
+
+        A file numbers the optimizer's parameters. Their names are those that torch kept (of an optimizer made
+        of `named_parameters()`), else those in `optimizer`, else, of a single group, the model's in their order.
+
+        Args:
+            optimizer: one over the parameters of `model`, grouped as in training and not stepped, such as
+                `configure_optimizers()` returns; needed for several groups.
+
+        The other arguments, and what is raised, are those of `from_state_dicts`; folders stand for their .ckpt.
+        """
+        names = Naming(prefix, ignore, model, optimizer)
+        return _stored(imports.lightning(paths, names, progress), out, config, progress)
+
+    @classmethod
+    def from_safetensors(
+        cls,
+        paths: imports.Paths,
+        out: str | os.PathLike[str],
+        *,
+        step: imports.StepOf = None,
+        prefix: str = "",
+        ignore: Sequence[str] = (),
+        model: nn.Module | None = None,
+        config: Mapping[str, Any] | None = None,
+        progress: Progress = iter,
+    ) -> "Trajectory":
+        """Convert files of safetensors, each a whole state dict; see `from_state_dicts`."""
+        names = Naming(prefix, ignore, model)
+        return _stored(imports.safetensors(paths, step, names, progress), out, config, progress)
+
+    @classmethod
+    def from_huggingface(
+        cls,
+        repo: str | os.PathLike[str],
+        revisions: Iterable[str],
+        out: str | os.PathLike[str],
+        *,
+        load: imports.Load | None = None,
+        step: imports.StepOf = None,
+        prefix: str = "",
+        ignore: Sequence[str] = (),
+        model: nn.Module | None = None,
+        config: Mapping[str, Any] | None = None,
+        progress: Progress = iter,
+    ) -> "Trajectory":
+        """Convert revisions of a model, as suites like Pythia have them: `step0`, `step1000`.
+
+        Args:
+            repo: a folder with a sub-folder for each revision, as `save_pretrained` writes it, or the name of a
+                repository on Hugging Face, whose revisions are fetched into its cache.
+            revisions: names of sub-folders, branches or tags.
+            load: a function of a revision's folder that gives the model in it, such as
+                `AutoModelForCausalLM.from_pretrained`. Its parameters and buffers are taken as they are, so it
+                decides their dtype, and draws at random what the files lack. Without it the files are read as
+                they are; where a model names its tensors otherwise than its files (GPT-NeoX does, since
+                transformers 5), the names are the files'.
+            step: as in `from_state_dicts`, of a revision's name; None reads its last integer.
+
+        The other arguments, and what is raised, are those of `from_state_dicts`.
+        """
+        names = Naming(prefix, ignore, model)
+        found = imports.huggingface(repo, revisions, step, names, load, progress)
+        return _stored(found, out, config, progress)
 
     def __repr__(self) -> str:
         span = f", steps {self._steps[0]} to {self._steps[-1]}" if self._steps else ""
@@ -137,6 +261,23 @@ class Trajectory:
             self._verified.add(step)
         return encoding.read_tensor(self._path / entry.file, name, kind)
 
+    def export(self, step: int, path: str | os.PathLike[str]) -> None:
+        """Write one checkpoint's parameters and buffers as a state dict, `.pt` or `.safetensors`.
+
+        What was imported goes back as it came, without its prefix: buffers that the model lent are left out, and
+        in a .pt file tied tensors have all their names (in safetensors one, as elsewhere). The optimizer is not
+        written.
+
+        Args:
+            step: a stored step.
+            path: a new file.
+
+        Raises:
+            TrajectoryError: the step is not stored or its file damaged, the file to write is there already,
+                or its kind is unknown or cannot hold the tensors.
+        """
+        imports.write_state_dict(self.at(step), Path(path), self._manifest.provenance.get("imported", {}))
+
     def verify(self) -> list[str]:
         """Read every checkpoint whole and say what is wrong with which; empty when all is well."""
         problems = []
@@ -163,159 +304,22 @@ class Trajectory:
         )
 
 
-class TrajectoryWriter:
-    """Adds checkpoints to a run folder; a context manager that keeps other writers out meanwhile.
-
-    Every change is whole and durable when its call returns: a process killed at any moment, or a full disk,
-    leaves the run as it was after the last finished call.
-    """
-
-    _open: bool
-
-    def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        config: dict[str, Any],
-        provenance: dict[str, Any] | None = None,
-    ) -> None:
-        """Begin a new run; see `create`."""
-        path = self._lock(folder)
-        try:
-            if store.holds_run(path):
-                raise TrajectoryError(
-                    f"{str(path)!r} already holds a run, which is never overwritten. Continue it with "
-                    "TrajectoryWriter.resume(folder), or choose another folder."
-                )
-            (path / store.TRAJECTORY).mkdir(exist_ok=True)
-            self._replace_manifest(store.Manifest(values.copied(config), values.copied(provenance or {}), ()))
-        except BaseException:
-            self._release()
-            raise
-
-    @classmethod
-    def create(
-        cls,
-        folder: str | os.PathLike[str],
-        config: dict[str, Any],
-        provenance: dict[str, Any] | None = None,
-    ) -> "TrajectoryWriter":
-        """Begin a new run in a folder, which is made where there is none and may hold other files.
-
-        Args:
-            folder: the run folder.
-            config: what the run can be rebuilt from: plain values (dicts, lists, tuples, numbers, text).
-            provenance: plain values: versions, commit, command and the like.
-
-        Raises:
-            TrajectoryError: the folder holds a run already, is being written, or config is not plain.
-            OSError: the folder cannot be written.
-        """
-        return cls(folder, config, provenance)
-
-    @classmethod
-    def resume(cls, folder: str | os.PathLike[str]) -> "TrajectoryWriter":
-        """Continue the run in a folder; what a killed writer left half written is removed.
-
-        Raises:
-            TrajectoryError: the folder holds no run, or is being written.
-        """
-        store.read_manifest(
-            Path(folder)
-        )  # before the lock, which would leave a file in a folder that is no run
-        writer = cls.__new__(cls)
-        path = writer._lock(folder)
-        try:
-            store.remove_leftovers(path)
-            (path / store.TRAJECTORY).mkdir(exist_ok=True)
-            writer._manifest = store.read_manifest(path)
-        except BaseException:
-            writer._release()
-            raise
-        return writer
-
-    def __enter__(self) -> "TrajectoryWriter":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    @property
-    def path(self) -> Path:
-        """The run folder."""
-        return self._path
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        """The stored steps in rising order."""
-        return tuple(entry.step for entry in self._manifest.entries)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The run's config (a copy)."""
-        return dict(values.copied(self._manifest.config))
-
-    def append(self, checkpoint: Checkpoint) -> None:
-        """Store a checkpoint; one that is stored already, bit for bit and with its RNG, is left as it is.
-
-        Raises:
-            TrajectoryError: the step is stored with other contents, something in the checkpoint cannot be
-                stored, or the writer is closed.
-            OSError: it could not be written; the run is as it was.
-        """
-        self._check_open()
-        if checkpoint.step in self.steps:
-            self._check_same(checkpoint)
-            return
-        entry = store.write_checkpoint(
-            self._path, checkpoint.step, encoding.encode(checkpoint), checkpoint.begins_optimizer
-        )
-        entries = sorted((*self._manifest.entries, entry), key=lambda each: each.step)
-        self._replace_manifest(replace(self._manifest, entries=tuple(entries)))
-
-    def configure(self, config: dict[str, Any]) -> None:
-        """Replace the run's config.
-
-        Raises:
-            TrajectoryError: config is not plain, or the writer is closed.
-            OSError: it could not be written; the run is as it was.
-        """
-        self._check_open()
-        self._replace_manifest(replace(self._manifest, config=values.copied(config)))
-
-    def close(self) -> None:
-        """Let other writers in. Closing twice is harmless."""
-        if self._open:
-            self._open = False
-            self._release()
-
-    def _lock(self, folder: str | os.PathLike[str]) -> Path:
-        self._path = Path(folder)
-        self._path.mkdir(parents=True, exist_ok=True)
-        self._release = store.lock(self._path)
-        self._open = True
-        return self._path
-
-    def _replace_manifest(self, manifest: store.Manifest) -> None:
-        store.write_manifest(self._path, manifest)
-        self._manifest = manifest
-
-    def _check_open(self) -> None:
-        if not self._open:
+def _stored(
+    found: Import, out: str | os.PathLike[str], config: Mapping[str, Any] | None, progress: Progress
+) -> Trajectory:
+    """The run folder with an import in it: begun, gone on with, or complete already."""
+    path, plain = Path(out), dict(config or {})
+    if store.holds_run(path):
+        there = Trajectory.open(path)
+        if not found.continues(there.provenance.get("imported")) or values.differences(there.config, plain):
             raise TrajectoryError(
-                f"The writer of {str(self._path)!r} is closed; TrajectoryWriter.resume(folder) opens another."
+                f"{str(path)!r} holds another run, or an import of other files or with other settings. Nothing was "
+                "changed: choose another folder, or give the files and settings that import was begun with."
             )
-
-    def _check_same(self, checkpoint: Checkpoint) -> None:
-        stored = Trajectory(self._path, self._manifest).at(checkpoint.step)
-        different = stored.differences(checkpoint) + stored.rng_differences(checkpoint)
-        if different:
-            raise TrajectoryError(
-                f"Step {checkpoint.step} is already stored in {str(self._path)!r} and differs in "
-                f"{len(different)} places, first {', '.join(different[:3])}. Stored checkpoints are never "
-                "overwritten: write to another folder, or append other steps."
-            )
+        writer = TrajectoryWriter.resume(path)
+    else:
+        writer = TrajectoryWriter.create(path, plain, {"imported": found.provenance})
+    with writer:
+        for step in progress([step for step in found.checkpoints if step not in writer.steps]):
+            writer.append(found.checkpoints[step]())
+    return Trajectory.open(path)

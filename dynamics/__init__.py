@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from dynamics.recipe import Contrast as Contrast
     from dynamics.recipe import Recipe as Recipe
     from dynamics.steps.caching import cache as cache
+    from dynamics.sweeps import sweep as sweep
 
 _MODULES = (
     "measures",
@@ -63,6 +64,7 @@ _HOMES = {
     "Contrast": "dynamics.recipe",
     "Recipe": "dynamics.recipe",
     "cache": "dynamics.steps.caching",
+    "sweep": "dynamics.sweeps",
 }
 
 __all__ = [*_MODULES, *_HOMES]

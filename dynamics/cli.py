@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
+from functools import partial
 from importlib.resources import files
+from inspect import signature
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ignore[attr-defined]
 
-from dynamics.config import ConfigError, StudyConfig
+from dynamics.config import ConfigError, Level, MeasureName, OptimizerState, StudyConfig
 
 PRESETS = files("dynamics") / "presets"
+SWEPT = ("patch_gradients", "patch_updates", "patch_factors", "attribute_step")
+"""The verbs whose sites are parameters, which need no more than their label."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
@@ -71,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> ArgumentParser:
     parser = _Parser(
         prog="dynamics",
-        usage="dynamics {study,fit,verify,believe} ...",
+        usage="dynamics {study,fit,verify,believe,sweep,import,export} ...",
         description="Find where training put a behaviour: train, keep a trajectory, replay steps with one "
         "gradient exchanged, and measure what changed.",
     )
@@ -105,7 +110,58 @@ def _parser() -> ArgumentParser:
     believe.add_argument("--optimizer", choices=["fresh", "stored"], default="fresh")
     believe.add_argument("--impulse", type=int, default=30, help="steps trained on after the definition")
     commands.add_subcommand("believe", believe)
+    commands.add_subcommand("sweep", _sweep_parser())
+    imported = _Parser(
+        usage="dynamics import state_dicts|lightning|safetensors PATH [PATH ...] --out RUN [--prefix P] "
+        "[--step PATTERN] [--key NAME] [--ignore GLOB ...]\n"
+        "       dynamics import huggingface FOLDER_OR_REPO REVISION [REVISION ...] --out RUN [...]",
+        description="Convert checkpoints of another format into a run's folder.",
+    )
+    imported.add_argument("kind", choices=["state_dicts", "lightning", "safetensors", "huggingface"])
+    imported.add_argument("paths", type=str, nargs="+", help="files, folders, globs; repository, revisions")
+    imported.add_argument("--out", type=Path, required=True, help="the run's folder; a second call goes on")
+    imported.add_argument("--prefix", type=str, default="", help="taken off every name, such as model.")
+    imported.add_argument("--step", type=str, help="a pattern whose first group is the step in a path")
+    imported.add_argument("--key", type=str, help="the entry of a file that is the state dict")
+    imported.add_argument("--ignore", type=str, nargs="+", default=[], help="globs of names to leave out")
+    commands.add_subcommand("import", imported)
+    export = _Parser(
+        usage="dynamics export RUN --step N --to FILE.safetensors|FILE.pt",
+        description="Write one checkpoint's parameters and buffers as a state dict.",
+    )
+    export.add_argument("run", type=Path, help="the run's folder")
+    export.add_argument("--step", type=int, required=True, help="a stored step")
+    export.add_argument("--to", type=Path, required=True, help="a new file, .safetensors or .pt")
+    commands.add_subcommand("export", export)
     return parser
+
+
+def _sweep_parser() -> ArgumentParser:
+    sweep = _Parser(
+        usage="dynamics sweep RUN [RUN ...] --out FOLDER [--verb NAME] [--steps N ...] [--levels LEVEL ...]\n"
+        "         [--measures NAME ...] [--optimizers stored|fresh ...] [--workers N | --scheduler ADDRESS] [--dry-run]",
+        description="Replay every asked step of runs with each site exchanged, for every held-out alias. What is "
+        "done is kept in FOLDER; the same command goes on from there.",
+    )
+    sweep.add_argument("runs", type=Path, nargs="+", help="folders of runs; several become a dim `seed`")
+    sweep.add_argument("--out", type=Path, required=True, help="where results are kept; sweeps may share it")
+    sweep.add_argument("--verb", choices=SWEPT, default="patch_gradients")
+    sweep.add_argument(
+        "--steps", type=int, nargs="+", help="steps of the run; default: all of X2 that are stored"
+    )
+    for name, known in (("levels", Level), ("measures", MeasureName), ("optimizers", OptimizerState)):
+        sweep.add_argument(
+            f"--{name}",
+            choices=get_args(known),
+            nargs="+",
+            help=f"default: patching.{name} of the run's config",
+        )
+    sweep.add_argument("--workers", type=int, default=0, help="processes to start; 0 works in this one")
+    sweep.add_argument("--scheduler", type=str, help="a running dask cluster: its address or scheduler file")
+    sweep.add_argument(
+        "--dry-run", action="store_true", help="try one unit of work, and say what all will take"
+    )
+    return sweep
 
 
 def _with_config(parser: ArgumentParser) -> ArgumentParser:
@@ -156,6 +212,9 @@ def _verify(given: Namespace) -> None:
     if problems:
         sys.exit(1)
     print(f"{len(trajectory)} files match their checksums.")
+    if "imported" in trajectory.provenance:
+        print("They were imported, so there are no batches to replay.")
+        return
     _set_threads(int(trajectory.last.fingerprint["threads"]))
     for change in studies.environment_changes(trajectory.last):
         print(f"note: {change}; bits are promised only where nothing differs")
@@ -174,10 +233,15 @@ def _verify(given: Namespace) -> None:
 
 
 def _believe(given: Namespace) -> None:
-    from checkpoints import Trajectory
+    from checkpoints import Trajectory, TrajectoryError
     from dynamics import studies
 
     trajectories = [Trajectory.open(folder) for folder in given.runs]
+    for trajectory in trajectories:
+        if "imported" in trajectory.provenance:
+            raise TrajectoryError(
+                f"{trajectory.path} was imported; the checks need a run of dynamics study or fit."
+            )
     _set_threads(int(trajectories[0].last.fingerprint["threads"]))
     unit = "alias, in this run" if len(trajectories) == 1 else f"run, {len(trajectories)} of them"
     print(
@@ -188,11 +252,93 @@ def _believe(given: Namespace) -> None:
         print(f"{check.verdict:>6}  {check.name}\n        {check.figure}")
 
 
+def _import(given: Namespace) -> None:
+    from tqdm.auto import tqdm
+
+    from checkpoints import Trajectory, TrajectoryError
+
+    convert: Callable[..., Trajectory] = getattr(Trajectory, f"from_{given.kind}")
+    settings = {name: given[name] for name in ("prefix", "step", "key", "ignore") if given[name]}
+    for name in settings.keys() - signature(convert).parameters.keys():
+        raise TrajectoryError(f"--{name} has no meaning for {given.kind}: its files say that themselves.")
+    sources: tuple[Any, ...] = (given.paths,)
+    if given.kind == "huggingface":
+        sources = given.paths[0], given.paths[1:]
+        settings["load"] = _hugging_face
+    progress = partial(tqdm, desc="importing", unit="checkpoint", delay=1)
+    trajectory = convert(*sources, given.out, progress=progress, **settings)
+    print(
+        f"{len(trajectory)} checkpoints, steps {trajectory.steps[0]} to {trajectory.steps[-1]}, in {given.out}."
+    )
+
+
+def _hugging_face(folder: Path) -> Any:
+    """The model in a folder, of the class that its config names."""
+    import transformers
+
+    from checkpoints import TrajectoryError
+
+    try:
+        (name,) = transformers.AutoConfig.from_pretrained(folder).architectures or ("AutoModel",)
+        model, told = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
+    except (OSError, ValueError, AttributeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise TrajectoryError(f"transformers builds no model of {folder}: {reason}") from error
+    if missing := sorted(told["missing_keys"]):
+        raise TrajectoryError(f"{folder} has no weights for {', '.join(missing[:5])} of {name}.")
+    return model
+
+
+def _export(given: Namespace) -> None:
+    from checkpoints import Trajectory
+
+    Trajectory.open(given.run).export(given.step, given.to)
+    print(f"Step {given.step} of {given.run} is in {given.to}.")
+
+
+def _sweep(given: Namespace) -> None:
+    from checkpoints import Checkpoint, Trajectory
+    from dynamics import attribution, measures, patching, results, sweeps
+    from dynamics.sites import LEVELS
+
+    runs = [Trajectory.open(folder) for folder in given.runs]
+    config = sweeps.of_config(runs[0]).config
+    levels, optimizers = (given[n] or getattr(config.patching, n) for n in ("levels", "optimizers"))
+    stored = set.intersection(*(set(run.steps) for run in runs))
+    x2 = range(config.phases.starts["x2"], config.phases.starts["end"])
+    states = {"stored": sweeps.as_stored, "fresh": Checkpoint.with_fresh_optimizer}
+    asked = sweeps.plan(
+        getattr(patching, given.verb, None) or getattr(attribution, given.verb),
+        runs[0] if len(runs) == 1 else runs,
+        given.steps or sorted(stored & set(x2)),
+        lambda task, _: task.contrasts(),
+        lambda model: [site for level in levels for site in LEVELS[level](model)],
+        {name: measures.by_name(name) for name in given.measures or config.patching.measures},
+        {name: states[name] for name in optimizers},
+    )
+    if given.dry_run:
+        print(sweeps.estimate(asked, given.out, given.workers))
+        return
+    start = time.monotonic()
+    found = sweeps.run(asked, given.out, given.workers, given.scheduler)
+    path = given.out / f"{asked.name}.h5"
+    if not path.exists():
+        results.save(found, path)
+    shape = ", ".join(f"{size} {dim}" for dim, size in found.sizes.items())
+    print(
+        f"{path}: {shape}. It took {sweeps.duration(time.monotonic() - start)} and "
+        f"{sweeps.peak_megabytes():,.0f} MB in a process."
+    )
+
+
 _COMMANDS: dict[str, Callable[[Namespace], None]] = {
     "study": _study,
     "fit": _fit,
     "verify": _verify,
     "believe": _believe,
+    "sweep": _sweep,
+    "import": _import,
+    "export": _export,
 }
 
 
@@ -206,9 +352,10 @@ def _user_errors() -> tuple[type[Exception], ...]:
     """What is the user's to mend and is shown without a traceback; imported only once something failed."""
     from checkpoints import TrajectoryError
     from dynamics.sites import SiteError
+    from dynamics.sweeps import SweepError
     from dynamics.training import NonFiniteLoss, RunError
 
-    return ConfigError, TrajectoryError, SiteError, NonFiniteLoss, RunError
+    return ConfigError, TrajectoryError, SiteError, SweepError, NonFiniteLoss, RunError
 
 
 def _complain(message: str) -> None:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
+
+from dynamics.calls import call
 
 ITSELF = ""
 """The declaring module: its first argument is read, or its output written."""
@@ -27,7 +28,7 @@ class Projection:
 
     Attributes:
         parameters: names within the declaring module.
-        apply: (parameters by name, x) -> output; linear in the parameters.
+        apply: (parameters and buffers by name, x) -> output; linear in the parameters.
         reads: submodule of the declaring one whose output is x; `ITSELF` for the module's own arguments.
         writes: submodule whose output is the result; `ITSELF` for the module's own output.
     """
@@ -54,11 +55,10 @@ def projections(model: nn.Module) -> list[tuple[str, Projection]]:
 
 
 def _whole(module: nn.Module) -> Callable[..., Any]:
-    """The module itself as a function of its parameters and its arguments; its buffers stay as they are."""
+    """The module's forward as a function of its parameters and buffers; hooks on the module are not called."""
 
-    def apply(parameters: Mapping[str, Tensor], *arguments: Any, **keywords: Any) -> Any:
-        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        return functional_call(module, {**parameters, **buffers}, arguments, keywords)
+    def apply(tensors: Mapping[str, Tensor], *arguments: Any, **keywords: Any) -> Any:
+        return call(lambda m, given: m.forward(*given[0], **given[1]), module, tensors, (arguments, keywords))
 
     return apply
 

@@ -41,7 +41,7 @@ def interactions(
         diagonal.
     """
     pairs = list(combinations(range(len(sites)), 2))
-    unions = [union(recipe.model, [sites[i], sites[j]]) for i, j in pairs]
+    unions = [union(recipe.model, [sites[i], sites[j]], f"coalition {i}, {j}") for i, j in pairs]
     found = verb(recipe, checkpoint, contrasts, [*sites, *unions], measure)
     effect = found["effect"].values
     n = len(sites)
@@ -85,7 +85,10 @@ def shapley_values(
             "joined by sites.union(model, [...])."
         )
     coalitions = [c for size in range(1, n + 1) for c in combinations(range(n), size)]
-    unions = [union(recipe.model, [sites[i] for i in c]) if len(c) > 1 else sites[c[0]] for c in coalitions]
+    unions = [
+        union(recipe.model, [sites[i] for i in c], f"coalition {c}") if len(c) > 1 else sites[c[0]]
+        for c in coalitions
+    ]
     found = verb(recipe, checkpoint, contrasts, unions, measure)
     effect = {c: found["effect"].values[..., place] for place, c in enumerate(coalitions)}
     effect[()] = np.zeros_like(effect[(0,)])

@@ -27,7 +27,8 @@ class Corners:
 
     def __init__(self, runs: Runs, sites: Iterable[Site]) -> None:
         self.runs = runs
-        self.wanted = {name for site in sites for name in site.covers if name in runs.base.gradients}
+        trained = {name for name, p in runs.recipe.model.named_parameters() if p.requires_grad}
+        self.wanted = {name for site in sites for name in site.covers if name in trained}
         self._factors: dict[Run, Factors] = {"base": runs.base_factors, "source": runs.source_factors}
         self._known: dict[tuple[Run, Run, Sequence[int] | None], Mapping[str, Tensor]] = {}
         for run in self._factors.values():
@@ -37,9 +38,12 @@ class Corners:
         """The base gradient with what the positions contribute made of x of one run and δ of another."""
         gradients = dict(self.runs.base.gradients)
         ours, theirs = self._contribution("base", "base", positions), self._contribution(x, delta, positions)
-        for name in self.wanted & theirs.keys():
+        for name in self.wanted & (ours.keys() | theirs.keys()):
             known = gradients[name]
-            gradients[name] = theirs[name] if known is None else known + (theirs[name] - ours[name])
+            if name not in theirs:  # its module did not run
+                gradients[name] = None if known is None or positions is None else known - ours[name]
+            else:
+                gradients[name] = theirs[name] if known is None else known + (theirs[name] - ours[name])
         return gradients
 
     def _contribution(self, x: Run, delta: Run, positions: tuple[int, ...] | None) -> Mapping[str, Tensor]:

@@ -69,8 +69,7 @@ class Runs:
     @cached_property
     def coasting(self) -> StepGradient:
         """The base gradient set to zero: momentum and decay alone move what it would have moved."""
-        zero = {name: None if g is None else torch.zeros_like(g) for name, g in self.base.gradients.items()}
-        return replace(self.base, gradients=zero)
+        return replace(self.base, gradients={n: _zero(g) for n, g in self.base.gradients.items()})
 
     @cached_property
     def base_factors(self) -> Factors:
@@ -81,6 +80,13 @@ class Runs:
     def source_factors(self) -> Factors:
         """The factors of the source batch's gradient."""
         return factors(self.recipe, self.checkpoint, self.contrast.source, self.where[1])
+
+
+def _zero(gradient: Tensor | None) -> Tensor | None:
+    """Zero where there is a gradient; of a sparse one, in the rows it stores."""
+    if gradient is None:
+        return None
+    return gradient * 0 if gradient.is_sparse else torch.zeros_like(gradient)
 
 
 Outcome = Mapping[str, Tensor]
@@ -118,6 +124,11 @@ def experiment(
         raise ValueError(f"{verb} was given no {missing}; it needs at least one.")
     state = starting_point(recipe, checkpoint)
     by_name = measures.named(measure)
+    if not by_name:
+        raise ValueError(f"{verb} was given no measures; it needs at least one.")
+    examples = columns([{"example": f"contrast {i}", **c.coords} for i, c in enumerate(contrasts)])
+    if len(set(examples["example"])) < len(contrasts):
+        raise ValueError("contrasts share a label in coords['example']; give each its own.")
     n_times = 1 if measured_after is None else len(measured_after)
     values = np.full((len(contrasts), 4 + len(patched_sites), n_times, len(by_name)), np.nan)
     with tqdm(total=values[..., 0].size, desc=verb, unit="step", delay=SECONDS_BEFORE_PROGRESS) as bar:

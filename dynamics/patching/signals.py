@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
+from typing import get_args
 
 import xarray as xr
 
@@ -12,7 +13,7 @@ from checkpoints import Checkpoint
 from dynamics.measures import Measure
 from dynamics.patching.experiment import Outcome, Runs, experiment, stepped
 from dynamics.recipe import Contrast, Recipe
-from dynamics.sites import Site, check_outputs
+from dynamics.sites import Site, check_outputs, check_whole
 from dynamics.steps import StepGradient, gradient
 from dynamics.steps.caching import recorded
 from dynamics.steps.taps import Forward, check_covers, exchanging
@@ -53,6 +54,13 @@ def patch_signals(
     Source: the seed's backward-signal patching, done with an autograd function inside the graph.
     """
     check_outputs(sites, recipe.model)
+    check_whole(
+        sites,
+        "patch_signals",
+        "cut the activation instead: sites.activations(model, glob, by=('pos',), like=batch)",
+    )
+    if forward not in get_args(Forward):
+        raise ValueError(f"forward={forward!r}: whose activation goes forward is one of {get_args(Forward)}.")
     outcomes = partial(_outcomes, forward=forward)
     return experiment("patch_signals", recipe, checkpoint, contrasts, sites, measure, outcomes)
 
@@ -66,5 +74,5 @@ def _patched(runs: Runs, sites: Sequence[Site], forward: Forward) -> Iterator[St
     recipe, state, contrast = runs.recipe, runs.checkpoint, runs.contrast
     _, source = recorded(recipe, state, contrast.source, hooks, runs.where[1])
     for site in sites:
-        check_covers(site, source.activations)
+        check_covers(site, source)
         yield gradient(recipe, state, contrast.base, runs.where[0], exchanging(site, source, forward))

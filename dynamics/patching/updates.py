@@ -30,7 +30,7 @@ def patch_updates(
     update does not have.
     """
     check(sites, recipe.model)
-    check_whole(sites, "patch_updates")
+    check_whole(sites, "patch_updates", "a finished update has none; use patch_gradients")
     return experiment("patch_updates", recipe, checkpoint, contrasts, sites, measure, _outcomes)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from operator import index
+from typing import Any, Literal, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -86,12 +87,10 @@ def activations(
                     parts[_HEAD_AXIS[_hook(name)]] = head
                 if pos >= 0:
                     parts[_POS_AXIS.get(_hook(name), 1)] = pos
-                index = (
-                    tuple(parts.get(axis, slice(None)) for axis in range(max(parts) + 1)) if parts else ...
-                )
+                cut = tuple(parts.get(axis, slice(None)) for axis in range(max(parts) + 1)) if parts else ...
                 coords = {**coords_of("activations", component, at, head), **({"pos": pos} if n_pos else {})}
                 site = sites.setdefault(label, Site(label, {}, coords))
-                sites[label] = replace(site, covers={**site.covers, name: index})
+                sites[label] = replace(site, covers={**site.covers, name: cut})
     return list(sites.values())
 
 
@@ -108,7 +107,7 @@ def check_outputs(sites: Sequence[Site], model: nn.Module) -> None:
                 )
 
 
-def at_positions(sites: Sequence[Site], positions: Mapping[str, int | Sequence[int]]) -> list[Site]:
+def at_positions(sites: Sequence[Site], positions: Mapping[str, SupportsIndex | Sequence[int]]) -> list[Site]:
     """Every site once per named position: what that position contributes to the gradient of its parameters.
 
     Args:
@@ -120,11 +119,18 @@ def at_positions(sites: Sequence[Site], positions: Mapping[str, int | Sequence[i
             site,
             label=f"{site.label} @ {name}",
             coords={**site.coords, "position": name},
-            positions=(where,) if isinstance(where, int) else tuple(where),
+            positions=_positions(where),
         )
         for site in sites
         for name, where in positions.items()
     ]
+
+
+def _positions(where: SupportsIndex | Sequence[int]) -> tuple[int, ...]:
+    try:
+        return (index(where),)  # type: ignore[arg-type]
+    except TypeError:
+        return tuple(map(index, where))  # type: ignore[arg-type]
 
 
 def _hook(name: str) -> str:

@@ -65,14 +65,11 @@ def check_labels(sites: Sequence[Site]) -> None:
             raise SiteError(f"Site {site.label!r} covers nothing.")
 
 
-def check_whole(sites: Sequence[Site], verb: str) -> None:
+def check_whole(sites: Sequence[Site], verb: str, instead: str) -> None:
     """Raise a SiteError where a site has positions and the verb exchanges what has none."""
     for site in sites:
         if site.positions is not None:
-            raise SiteError(
-                f"Site {site.label!r} has positions, which {verb} cannot tell apart in a finished update. Use "
-                "patch_gradients or patch_factors, or leave them out."
-            )
+            raise SiteError(f"Site {site.label!r} has positions, which {verb} cannot exchange: {instead}.")
 
 
 def check_index(label: str, name: str, index: Index, tensor: Tensor) -> None:

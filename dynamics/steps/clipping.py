@@ -22,7 +22,8 @@ def clipped(
     """The gradient as the optimizer sees it.
 
     By norm, N² = Σ ‖g‖² is added up in fp64 over the tensors in their order, never by subtraction, so that
-    gradients which share tensors share their terms.
+    gradients which share tensors share their terms. Sparse gradients are scaled by norm; torch has no clamping
+    of them by value.
 
     Args:
         gradients: by parameter name, None where there is none; only the optimizer's own parameters.

@@ -6,8 +6,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count, takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +18,16 @@ from dynamics.recipe import Recipe
 from dynamics.sites import SiteError
 from dynamics.steps.caching import recorded
 from dynamics.steps.gradients import StepGradient
-from dynamics.steps.taps import Cache
+from dynamics.steps.taps import Cache, runs_of
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Arguments and keyword arguments of one run of a module."""
+
+class Call(NamedTuple):
+    """One run of a module: its arguments, the random numbers it began with, and autocast's dtype if it was on."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    rng: Tensor
+    autocast: torch.dtype | None
 
 
 @dataclass(frozen=True)
@@ -32,14 +37,12 @@ class Factors:
     Attributes:
         step: the run's loss and gradient, of which they are factors.
         cache: activations and signals of what projections read and wrote.
-        arguments: module name -> the arguments of each of its runs, detached.
-        autocast: dtype the run computed in under autocast; None without.
+        calls: module name -> each of its runs, its arguments detached.
     """
 
     step: StepGradient
     cache: Cache
-    arguments: Mapping[str, list[Call]]
-    autocast: torch.dtype | None
+    calls: Mapping[str, list[Call]]
 
 
 def factors(recipe: Recipe, checkpoint: Checkpoint, batch: Any, where: str = "the batch") -> Factors:
@@ -47,10 +50,9 @@ def factors(recipe: Recipe, checkpoint: Checkpoint, batch: Any, where: str = "th
     used = projections(recipe.model)
     hooks = {_inner(owner, p.writes) for owner, p in used}
     hooks |= {_inner(owner, p.reads) for owner, p in used if p.reads != ITSELF}
-    owners = {owner for owner, p in used if p.reads == ITSELF}
-    with _arguments_kept(recipe.model, owners) as (arguments, autocast):
+    with _calls_kept(recipe.model, {owner for owner, _ in used}) as calls:
         step, cache = recorded(recipe, checkpoint, batch, sorted(hooks), where)
-    return Factors(step, cache, arguments, next(iter(autocast), None))
+    return Factors(step, cache, calls)
 
 
 def crossed(
@@ -86,7 +88,7 @@ def crossed(
             continue
         reads, signals = (
             _reads(x, owner, projection),
-            _runs(delta.cache.signals, _inner(owner, projection.writes)),
+            runs_of(delta.cache.signals, _inner(owner, projection.writes)),
         )
         if len(reads) != len(signals):
             raise SiteError(
@@ -94,7 +96,8 @@ def crossed(
             )
         for call, signal in zip(reads, signals, strict=True):
             parameters = {n: checkpoint.parameters[c].detach().requires_grad_() for n, c in held.items()}
-            found = _local(owner, projection, parameters, call, signal, positions, x.autocast)
+            buffers = {n: checkpoint.buffers[_inner(owner, n)].clone() for n, _ in module.named_buffers()}
+            found = _local(owner, module, projection, parameters, buffers, call, signal, positions)
             for name, gradient in zip(held.values(), found, strict=True):
                 if gradient is not None and name in wanted:
                     total[name] = total[name] + gradient if name in total else gradient
@@ -104,9 +107,11 @@ def crossed(
 def check_complete(recipe: Recipe, checkpoint: Checkpoint, run: Factors, wanted: Collection[str]) -> None:
     """Raise a SiteError unless a run's factors make up its gradient for the wanted parameters."""
     rebuilt = crossed(recipe, checkpoint, run, run, wanted)
-    present = [g for g in run.step.gradients.values() if g is not None]
-    coarsest = max(torch.finfo(dtype).eps for dtype in (run.autocast, *(g.dtype for g in present)) if dtype)
-    tolerance = 10 * coarsest**0.75 * max((float(g.abs().max()) for g in present), default=0.0)
+    present = [g.to_dense() for g in run.step.gradients.values() if g is not None]
+    lowered = {call.autocast for calls in run.calls.values() for call in calls} - {None}
+    eps = max(torch.finfo(dtype).eps for dtype in (*lowered, *(g.dtype for g in present)) if dtype)
+    share = 10 * eps if lowered else 1000 * eps
+    rounding = eps * max((float(g.norm()) for g in present), default=0.0)
     for name in wanted:
         gradient = run.step.gradients[name]
         if gradient is None:
@@ -117,7 +122,8 @@ def check_complete(recipe: Recipe, checkpoint: Checkpoint, run: Factors, wanted:
                 "parameters beside submodules of its own. Let the module declare them in a method projections() "
                 "(see dynamics.projections)."
             )
-        if float((rebuilt[name] - gradient).abs().max()) > tolerance:
+        dense = gradient.to_dense()
+        if float((rebuilt[name].to_dense() - dense).norm()) > share * float(dense.norm()) + rounding:
             raise SiteError(
                 f"the factors of {name!r} do not make up its gradient: it is used where its module is not called, "
                 "or the loss reads more of its module's output than the first tensor."
@@ -126,23 +132,24 @@ def check_complete(recipe: Recipe, checkpoint: Checkpoint, run: Factors, wanted:
 
 def _local(
     owner: str,
+    module: nn.Module,
     projection: Projection,
     parameters: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
     call: Call,
     signal: Tensor,
     positions: Sequence[int] | None,
-    autocast: torch.dtype | None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of one run of a projection: what is written, pulled back to the parameters."""
-    arguments, keywords = call
+    if positions is not None and isinstance(module, _MIXING):
+        raise SiteError(_MIXES.format(owner))
+    arguments, keywords = call.arguments, call.keywords
     inputs: list[Tensor] = []
     if positions is not None:
         arguments, keywords = tree_map_only(Tensor, lambda t: _leaf(t, inputs), (arguments, keywords))
-    with (
-        torch.enable_grad(),
-        torch.autocast(signal.device.type, dtype=autocast, enabled=autocast is not None),
-    ):
-        written = first_tensor(projection.apply(parameters, *arguments, **keywords))
+    lowered = torch.autocast(signal.device.type, dtype=call.autocast, enabled=call.autocast is not None)
+    with torch.enable_grad(), _drawing_from(call.rng), lowered:
+        written = first_tensor(projection.apply({**parameters, **buffers}, *arguments, **keywords))
     if written.shape != signal.shape:
         raise SiteError(
             f"{owner!r} writes {tuple(written.shape)} in one run and {tuple(signal.shape)} in the other. Factors "
@@ -152,11 +159,26 @@ def _local(
     found = torch.autograd.grad(written, [*parameters.values(), *inputs], kept, allow_unused=True)
     for read in found[len(parameters) :]:
         if read is not None and (read.ndim < 2 or bool(_without(read, positions or ()).any())):
-            raise SiteError(
-                f"{owner!r} mixes positions, so its parameters' gradient is no sum over them. Leave out positions, "
-                "or let the module declare projections() that work on each position by itself."
-            )
+            raise SiteError(_MIXES.format(owner))
     return found[: len(parameters)]
+
+
+_MIXING = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
+_MIXES = (
+    "{!r} mixes positions, so its parameters' gradient is no sum over them. Leave out positions, or let the module "
+    "declare projections() that work on each position by itself."
+)
+
+
+@contextmanager
+def _drawing_from(state: Tensor) -> Iterator[None]:
+    """Torch's CPU generator in the given state inside, and as it was afterwards."""
+    before = torch.get_rng_state()
+    torch.set_rng_state(state)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
 
 
 def _leaf(tensor: Tensor, kept: list[Tensor]) -> Tensor:
@@ -186,37 +208,29 @@ def _inner(owner: str, name: str) -> str:
     return ".".join(part for part in (owner, name) if part)
 
 
-def _runs(kept: Mapping[str, Tensor], name: str) -> list[Tensor]:
-    """What was kept of a submodule, run by run."""
-    keys = (f"{name}[{n}]" if n else name for n in count())
-    return [kept[key] for key in takewhile(kept.__contains__, keys)]
-
-
 def _reads(run: Factors, owner: str, projection: Projection) -> list[Call]:
+    calls = list(run.calls.get(owner, []))
     if projection.reads == ITSELF:
-        return list(run.arguments.get(owner, []))
-    return [
-        ((activation,), {}) for activation in _runs(run.cache.activations, _inner(owner, projection.reads))
-    ]
+        return calls
+    read = runs_of(run.cache.activations, _inner(owner, projection.reads))
+    return [call._replace(arguments=(x,), keywords={}) for call, x in zip(calls, read, strict=True)]
 
 
 @contextmanager
-def _arguments_kept(
-    model: nn.Module, names: Iterable[str]
-) -> Iterator[tuple[dict[str, list[Call]], set[torch.dtype]]]:
-    """Inside, the arguments of each run of the named modules, and the dtypes of autocast, are collected."""
-    arguments: dict[str, list[Call]] = defaultdict(list)
-    autocast: set[torch.dtype] = set()
+def _calls_kept(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[Call]]]:
+    """Inside, the runs of the named modules are collected."""
+    calls: dict[str, list[Call]] = defaultdict(list)
     handles = []
 
     def hook_of(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            arguments[name].append(tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs)))
+            args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs))
             device = next(
-                (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)), torch.empty(0)
-            ).device
-            if torch.is_autocast_enabled(device.type):
-                autocast.add(torch.get_autocast_dtype(device.type))
+                (t.device.type for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)), "cpu"
+            )
+            on = torch.is_autocast_enabled(device)
+            dtype = torch.get_autocast_dtype(device) if on else None
+            calls[name].append(Call(args, kwargs, torch.get_rng_state(), dtype))
 
         return hook
 
@@ -224,7 +238,7 @@ def _arguments_kept(
         for name in sorted(names):
             module = model.get_submodule(name)
             handles.append(module.register_forward_pre_hook(hook_of(name), with_kwargs=True))
-        yield arguments, autocast
+        yield calls
     finally:
         for handle in handles:
             handle.remove()

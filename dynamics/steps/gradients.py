@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from checkpoints import Checkpoint
 from checkpoints.rng import RngState
 from dynamics.calls import call
-from dynamics.recipe import Recipe
+from dynamics.recipe import Recipe, RecipeError
 from dynamics.steps.taps import Taps
 from dynamics.trees import stored
 
@@ -39,7 +39,7 @@ class StepGradient:
     rng: RngState
 
 
-_NO_TAPS = Taps((), lambda _, activation: activation)
+_NO_TAPS = Taps((), lambda name, key, activation: activation)
 
 
 def gradient(
@@ -56,7 +56,9 @@ def gradient(
 
     Raises:
         NonFiniteGradient: the loss or a gradient is NaN or infinite.
+        RecipeError: the forward pass writes into a parameter.
     """
+    loss_of = recipe.require_loss()
     trained = {name for name, p in recipe.model.named_parameters() if p.requires_grad}
     parameters = {
         name: tensor.detach().clone().requires_grad_(name in trained)
@@ -64,10 +66,22 @@ def gradient(
     }
     buffers = {name: tensor.detach().clone() for name, tensor in checkpoint.buffers.items()}
     inputs = {name: p for name, p in parameters.items() if p.requires_grad}
+
+    def passes(model: nn.Module, batch: Any) -> tuple[Tensor, Sequence[Tensor | None], dict[str, Tensor]]:
+        """Forward and backward with the checkpoint's tensors in place: what is recomputed uses them too."""
+        loss = loss_of(model, batch)
+        taps.forward_is_over()
+        after = {name: buffer.detach() for name, buffer in model.named_buffers()}
+        return loss, torch.autograd.grad(loss, [*inputs.values(), *taps.leaves], allow_unused=True), after
+
     with checkpoint.random_state(), torch.enable_grad(), taps.attached(recipe.model):
-        loss, buffers = call(_with_buffers(recipe), recipe.model, {**parameters, **buffers}, batch)
-        found = torch.autograd.grad(loss, [*inputs.values(), *taps.leaves], allow_unused=True)
+        loss, found, buffers = call(passes, recipe.model, {**parameters, **buffers}, batch)
         rng = RngState.capture()
+    if written := [name for name, parameter in parameters.items() if parameter._version]:
+        raise RecipeError(
+            f"the forward pass writes into {', '.join(written)} in place (nn.Embedding(max_norm=) does), so a step "
+            "does not begin at the checkpoint. Such a model cannot be replayed."
+        )
     if not bool(torch.isfinite(loss)):
         raise NonFiniteGradient(f"The loss of {where} at step {checkpoint.step} is {loss.item()}.")
     gradients: dict[str, Tensor | None] = dict.fromkeys(parameters)
@@ -78,14 +92,3 @@ def gradient(
             )
         gradients[name] = g.coalesce() if g is not None and g.is_sparse else g
     return StepGradient(loss.detach(), gradients, buffers, rng)
-
-
-def _with_buffers(recipe: Recipe) -> Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]:
-    """The loss, and the buffers as the forward pass left them: written in place or assigned anew."""
-    loss_of = recipe.require_loss()
-
-    def function(model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = loss_of(model, batch)
-        return loss, {name: buffer.detach() for name, buffer in model.named_buffers()}
-
-    return function

@@ -10,12 +10,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import count, takewhile
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from dynamics.recipe import RecipeError
 from dynamics.sites import Site, SiteError
 from dynamics.sites.site import check_index
 from dynamics.trees import mask
@@ -29,39 +32,56 @@ class Taps:
 
     Args:
         names: submodules by name. A module that runs several times is tapped at each of its runs.
-        change: (key, activation) -> activation. The key is the module's name, with the number of the run
+        change: (name, key, activation) -> activation. The key is the module's name, with the number of the run
             appended from the second on: `lstm`, `lstm[1]`.
+        check: called with the number of runs of each module once the forward pass is over.
 
     Attributes:
         leaves: activations without a graph that were made leaves of one, so that signals reach them.
     """
 
-    def __init__(self, names: Iterable[str], change: Callable[[str, Tensor], Tensor]) -> None:
+    def __init__(
+        self,
+        names: Iterable[str],
+        change: Callable[[str, str, Tensor], Tensor],
+        check: Callable[[Mapping[str, int]], None] = lambda runs: None,
+    ) -> None:
         self.names = list(names)
         self.change = change
+        self.check = check
         self.leaves: list[Tensor] = []
+        self._runs: Counter[str] = Counter()
+        self._forward_is_over = False
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:
         """The model's hooks are as they were on the way out, whatever happens."""
-        runs: Counter[str] = Counter()
+        self._runs.clear()
+        self._forward_is_over = False
         handles = []
-
-        def hook_of(name: str) -> Callable[[nn.Module, Any, Any], Any]:
-            def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-                key = f"{name}[{runs[name]}]" if runs[name] else name
-                runs[name] += 1
-                return _first_changed(output, lambda tensor: self.change(key, tensor))
-
-            return hook
-
         try:
             for name in self.names:
-                handles.append(model.get_submodule(name).register_forward_hook(hook_of(name)))
+                handles.append(model.get_submodule(name).register_forward_hook(partial(self._hook, name)))
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def forward_is_over(self) -> None:
+        """From here on the pass goes backward: a module that runs again is recomputed."""
+        self._forward_is_over = True
+        self.check(self._runs)
+
+    def _hook(self, name: str, module: nn.Module, inputs: Any, output: Any) -> Any:
+        if self._forward_is_over:
+            raise RecipeError(
+                f"{name!r} is recomputed in the backward pass (activation checkpointing), where its signal cannot "
+                "be read or exchanged. Turn it off, as model.gradient_checkpointing_disable() does."
+            )
+        number = self._runs[name]
+        self._runs[name] += 1
+        key = f"{name}[{number}]" if number else name
+        return _first_changed(output, lambda tensor: self.change(name, key, tensor))
 
 
 def _first_changed(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -90,7 +110,7 @@ class Cache:
 def reading(names: Iterable[str], into: Cache) -> Taps:
     """Taps that keep what passes: activations and, in the backward pass, their signals."""
 
-    def change(key: str, activation: Tensor) -> Tensor:
+    def change(name: str, key: str, activation: Tensor) -> Tensor:
         if not activation.requires_grad:
             activation = activation.detach().requires_grad_()
             taps.leaves.append(activation)
@@ -115,12 +135,18 @@ def exchanging(site: Site, source: Cache, forward: Forward) -> Taps:
             straight through: the graph is not severed.
     """
 
-    def change(key: str, activation: Tensor) -> Tensor:
-        name, _, _ = key.partition("[")
+    def check(runs: Mapping[str, int]) -> None:
+        for name in site.covers:
+            n_source = len(runs_of(source.signals, name))
+            if runs[name] != n_source:
+                raise SiteError(
+                    f"Site {site.label!r}: {name!r} runs {runs[name]} times in the base run and {n_source} times "
+                    "in the source run; signals are exchanged run by run."
+                )
+
+    def change(name: str, key: str, activation: Tensor) -> Tensor:
         if key not in source.signals:
-            raise SiteError(
-                f"Site {site.label!r}: {name!r} runs more often in the base run than in the source run."
-            )
+            return activation  # the check after the forward pass tells
         signal = source.signals[key]
         if signal.shape != activation.shape:
             raise SiteError(
@@ -128,21 +154,36 @@ def exchanging(site: Site, source: Cache, forward: Forward) -> Taps:
                 f"{tuple(signal.shape)} in the source run. Give both batches the same shape, or pad them."
             )
         covered = mask(site.covers[name], activation.shape, activation.device)
-        value = activation if forward == "base" else torch.where(covered, source.activations[key], activation)
-        return _Exchange.apply(activation, value.detach(), covered, signal)  # type: ignore[no-any-return, no-untyped-call]
+        value = activation.detach()
+        if forward == "source":
+            value = _laid_out_as(value, torch.where(covered, source.activations[key], value))
+        return _Exchange.apply(activation, value, covered, signal)  # type: ignore[no-any-return, no-untyped-call]
 
-    return Taps(site.covers, change)
+    return Taps(site.covers, change, check)
 
 
-def check_covers(site: Site, shapes: Mapping[str, Tensor]) -> None:
-    """Raise a SiteError unless each index fits the recorded activation."""
+def runs_of(kept: Mapping[str, Tensor], name: str) -> list[Tensor]:
+    """What was kept of a submodule, run by run."""
+    keys = (f"{name}[{n}]" if n else name for n in count())
+    return [kept[key] for key in takewhile(kept.__contains__, keys)]
+
+
+def check_covers(site: Site, source: Cache) -> None:
+    """Raise a SiteError unless each index fits every recorded activation of its module."""
     for name, index in site.covers.items():
-        if name not in shapes:
+        runs = runs_of(source.activations, name)
+        if not runs:
             raise SiteError(
                 f"Site {site.label!r} covers {name!r}, which gave no floating-point tensor in the source run. "
                 "Its module did not run, or not by being called. sites.hooks(model) lists all submodules."
             )
-        check_index(site.label, name, index, shapes[name])
+        for activation in runs:
+            check_index(site.label, name, index, activation)
+
+
+def _laid_out_as(like: Tensor, values: Tensor) -> Tensor:
+    """The values in the memory layout of another tensor: sums over them then round alike."""
+    return torch.empty_like(like).copy_(values)
 
 
 class _Exchange(torch.autograd.Function):
@@ -162,4 +203,4 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, arriving: Tensor) -> tuple[Tensor, None, None, None]:
         covered, signal = ctx.saved_tensors
-        return torch.where(covered, signal, arriving), None, None, None
+        return _laid_out_as(arriving, torch.where(covered, signal, arriving)), None, None, None

@@ -328,7 +328,8 @@ class AliasTask:
             place = int(
                 draw.choice(torch.nonzero(~self._defining(contrast.base, [integer])).flatten().numpy())
             )
-            others = torch.nonzero(~self._defining(rows, [integer])).flatten().numpy()
+            same = (rows.tokens == contrast.base.tokens[place]).all(1)
+            others = torch.nonzero(~self._defining(rows, [integer]) & ~same).flatten().numpy()
             index = torch.arange(1, len(contrast.base) + 1)
             index[place] = 0
             other = rows[torch.tensor([int(draw.choice(others))])]
@@ -340,6 +341,8 @@ class AliasTask:
 
         The batches after it are those of training, the same objects in base and source.
         """
+        if n_steps < 1:
+            raise ValueError(f"n_steps is {n_steps}; a window has at least one step.")
         later = [self.batch(step + n) for n in range(1, n_steps)]
         return [
             replace(contrast, base=[contrast.base, *later], source=[contrast.source, *later])

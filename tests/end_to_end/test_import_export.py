@@ -121,7 +121,7 @@ def test_an_inner_model_is_imported_by_its_prefix(tmp_path):
             self.model = Regression()
 
         def training_step(self, batch, batch_idx):
-            return self.model.training_step(batch, batch_idx)
+            return self.model.head(self.model.body(batch)).square().mean()
 
         def configure_optimizers(self):
             return torch.optim.SGD(self.model.head.parameters(), lr=0.1, momentum=0.9)

@@ -100,7 +100,6 @@ def test_patch_updates_refuses_positions():
         dy.patch_updates(toy_recipe(), None, [contrast_of("LN gelu")], at(0), zero)
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="only Python's int is told from a sequence")
 @pytest.mark.parametrize("where", [torch.tensor(1), points(0)[1].numpy()[0]], ids=["torch", "numpy"])
 def test_a_position_may_be_any_integer_such_as_one_of_target_pos(where):
     assert at(where)[0].positions == (int(where),)

@@ -111,11 +111,6 @@ class UsedBeside(nn.Module):
         pytest.param(
             torch.float32,
             in_bf16,
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="the tolerance under bf16 is 26 % of the largest gradient of any parameter: a quarter of "
-                "this layer's own gradient is missing, and the step with both factors is not the source's",
-            ),
         ),
     ],
     ids=["fp64", "fp32", "bf16"],
@@ -145,9 +140,6 @@ class FullHead(nn.Module):
             return self.head(x.float())
 
 
-@pytest.mark.xfail(
-    strict=True, reason="all layers are run again in the one dtype of autocast that any of them ran in"
-)
 def test_a_layer_that_leaves_autocast_has_its_factors_in_its_own_precision():
     with torch.random.fork_rng():
         torch.manual_seed(0)

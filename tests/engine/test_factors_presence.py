@@ -91,10 +91,6 @@ def test_a_layer_that_runs_in_one_of_the_runs_only_has_no_corners():
         "odd.weight",
         pytest.param(
             "even.weight",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="the source has no gradient there, so nothing is exchanged: the base's stays",
-            ),
         ),
     ],
 )
@@ -108,19 +104,13 @@ def test_patching_all_positions_of_a_layer_that_only_one_run_has_is_patching_wit
 
 # --- frozen parameters ------------------------------------------------------------------------------------
 
-MOVES = pytest.mark.xfail(
-    strict=True, reason="the factors of a frozen parameter are made into a gradient, and the step moves it"
-)
 
-
-@MOVES
 def test_by_factor_a_frozen_parameter_does_not_move():
     recipe, pair = RECIPES["odd"](), contrast_of("odd")
     found = factored(recipe, None, pair, [covering("embed.weight")])
     assert all(same(found["layer", factor], found["base"]) for factor in FACTORS)
 
 
-@MOVES
 def test_at_positions_a_frozen_parameter_does_not_move():
     recipe, pair = RECIPES["odd"](), contrast_of("odd")
     located = sites.at_positions([covering("embed.weight")], {"some": [1, 2]})
@@ -128,7 +118,6 @@ def test_at_positions_a_frozen_parameter_does_not_move():
     assert off(found["layer @ some"], found["base"]) == 0
 
 
-@MOVES
 def test_a_frozen_parameter_in_a_site_leaves_the_clip_norm_alone():
     recipe = dataclasses.replace(RECIPES["odd"](), clip=dy.ByNorm(1e-3))
     pair, head = contrast_of("odd"), ("head.weight", "head.bias")

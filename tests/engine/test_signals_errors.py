@@ -108,7 +108,6 @@ def test_a_module_that_runs_more_often_in_the_base_run_is_refused():
         patch({"layer": ...}, recipe=recipe, pair=dy.Contrast(twice, once, points(3)))
 
 
-@pytest.mark.xfail(strict=True, reason="the source's further runs are dropped without a word")
 def test_a_module_that_runs_more_often_in_the_source_run_is_refused():
     recipe, once, twice = once_and_twice()
     with pytest.raises(SiteError):
@@ -127,24 +126,17 @@ class Shrinking(nn.Module):
         return self.head(self.layer(x)) + self.layer(x[:3]).mean()
 
 
-@pytest.mark.xfail(
-    strict=True, raises=IndexError, reason="only the first run is checked: torch's IndexError comes through"
-)
 def test_an_index_outside_a_later_run_is_refused():
     recipe = classifier_recipe(model=made(Shrinking), optimizer=REVEALING)
     with pytest.raises(SiteError):
         patch({"layer": (5,)}, recipe=recipe, pair=contrast_of("MLP"))
 
 
-@pytest.mark.xfail(strict=True, reason="anything that is not 'base' is taken for 'source'")
 def test_a_forward_that_is_neither_run_is_refused():
     with pytest.raises(ValueError, match="forward"):
         patch(None, forward="sauce")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="positions are ignored: the whole activation is exchanged under the label"
-)
 def test_positions_of_a_parameter_site_are_refused():
     """An activation's own positions are part of its index."""
     recipe = toy_recipe()
@@ -153,7 +145,6 @@ def test_positions_of_a_parameter_site_are_refused():
         dy.patch_signals(recipe, None, [contrast_of("LN gelu")], patched, zero)
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="the name of a run is told by its first bracket")
 def test_a_module_with_a_bracket_in_its_name_is_a_module_like_any_other():
     model = nn.Sequential()
     model.add_module("layer[a]", nn.Linear(5, 3))

@@ -225,9 +225,6 @@ def test_a_site_that_turns_out_to_have_no_factors_leaves_everything_as_it_was(ve
     assert mine.changes() == []
 
 
-@pytest.mark.xfail(
-    strict=True, reason="an LSTM is run again for its factors outside the checkpoint's random state: it draws"
-)
 def test_factors_of_a_layer_that_drops_units_leave_the_callers_generators_where_they_stand():
     model = made(lambda: Lstm(dropout=0.3))
     recipe = dy.Recipe(model, dy.measures.cross_entropy, OPTIMIZERS["AdamW"])
@@ -274,9 +271,6 @@ def test_a_copy_of_the_model_is_as_good_as_the_model():
         "signals",
         pytest.param(
             "factors",
-            marks=pytest.mark.xfail(
-                strict=True, reason="a layer is run again for its factors, and the user's hooks with it"
-            ),
         ),
     ],
 )

@@ -243,18 +243,6 @@ class Remembered(Recomputed):
         return self.upper(hidden + self.activation(self.inner(hidden)).square())
 
 
-ANOTHER_RUN = pytest.mark.xfail(
-    strict=True,
-    reason="the taps count a recomputation as another run of the module; its signal is recorded as zero, and "
-    "that zero is what the recomputed exchange hands to autograd in place of the source's signal",
-)
-
-
-@pytest.mark.xfail(
-    strict=True,
-    reason="the backward pass runs after functional_call has put the model's own parameters back, so what is "
-    "recomputed there is recomputed with those and not with the checkpoint's",
-)
 def test_activation_checkpointing_recomputes_with_the_weights_of_the_checkpoint():
     recipe = classifier_recipe(model=made(Recomputed), optimizer=REVEALING)
     live = begun(recipe, "MLP")
@@ -265,13 +253,12 @@ def test_activation_checkpointing_recomputes_with_the_weights_of_the_checkpoint(
     assert off(found, {n: p.grad for n, p in live.model.named_parameters()}) < 1e-12
 
 
-@ANOTHER_RUN
 def test_activation_checkpointing_is_not_another_run_of_a_module():
     recipe = classifier_recipe(model=made(Recomputed), optimizer=REVEALING)
     assert dy.cache(recipe, None, points(10)).signals.keys() == {"lower", "inner", "upper"}
 
 
-@pytest.mark.parametrize("name", ["lower", pytest.param("inner", marks=ANOTHER_RUN), "upper"])
+@pytest.mark.parametrize("name", ["lower", pytest.param("inner"), "upper"])
 def test_with_the_models_own_weights_activation_checkpointing_changes_no_patched_gradient(name):
     pair = contrast_of("MLP")
     one, other = (

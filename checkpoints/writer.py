@@ -1,0 +1,170 @@
+"""Adding checkpoints to a run folder, one writer at a time."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from checkpoints import encoding, store, values
+from checkpoints.checkpoint import Checkpoint
+from checkpoints.errors import TrajectoryError
+
+
+class TrajectoryWriter:
+    """Adds checkpoints to a run folder; a context manager that keeps other writers out meanwhile.
+
+    Every change is whole and durable when its call returns: a process killed at any moment, or a full disk,
+    leaves the run as it was after the last finished call.
+    """
+
+    _open: bool
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        config: dict[str, Any],
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
+        """Begin a new run; see `create`."""
+        path = self._lock(folder)
+        try:
+            if store.holds_run(path):
+                raise TrajectoryError(
+                    f"{str(path)!r} already holds a run, which is never overwritten. Continue it with "
+                    "TrajectoryWriter.resume(folder), or choose another folder."
+                )
+            (path / store.TRAJECTORY).mkdir(exist_ok=True)
+            self._replace_manifest(store.Manifest(values.copied(config), values.copied(provenance or {}), ()))
+        except BaseException:
+            self._release()
+            raise
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | os.PathLike[str],
+        config: dict[str, Any],
+        provenance: dict[str, Any] | None = None,
+    ) -> "TrajectoryWriter":
+        """Begin a new run in a folder, which is made where there is none and may hold other files.
+
+        Args:
+            folder: the run folder.
+            config: what the run can be rebuilt from: plain values (dicts, lists, tuples, numbers, text).
+            provenance: plain values: versions, commit, command and the like.
+
+        Raises:
+            TrajectoryError: the folder holds a run already, is being written, or config is not plain.
+            OSError: the folder cannot be written.
+        """
+        return cls(folder, config, provenance)
+
+    @classmethod
+    def resume(cls, folder: str | os.PathLike[str]) -> "TrajectoryWriter":
+        """Continue the run in a folder; what a killed writer left half written is removed.
+
+        Raises:
+            TrajectoryError: the folder holds no run, or is being written.
+        """
+        store.read_manifest(
+            Path(folder)
+        )  # before the lock, which would leave a file in a folder that is no run
+        writer = cls.__new__(cls)
+        path = writer._lock(folder)
+        try:
+            store.remove_leftovers(path)
+            (path / store.TRAJECTORY).mkdir(exist_ok=True)
+            writer._manifest = store.read_manifest(path)
+        except BaseException:
+            writer._release()
+            raise
+        return writer
+
+    def __enter__(self) -> "TrajectoryWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def path(self) -> Path:
+        """The run folder."""
+        return self._path
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The stored steps in rising order."""
+        return tuple(entry.step for entry in self._manifest.entries)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The run's config (a copy)."""
+        return dict(values.copied(self._manifest.config))
+
+    def append(self, checkpoint: Checkpoint) -> None:
+        """Store a checkpoint; one that is stored already, bit for bit and with its RNG, is left as it is.
+
+        Raises:
+            TrajectoryError: the step is stored with other contents, something in the checkpoint cannot be
+                stored, or the writer is closed.
+            OSError: it could not be written; the run is as it was.
+        """
+        self._check_open()
+        if checkpoint.step in self.steps:
+            self._check_same(checkpoint)
+            return
+        entry = store.write_checkpoint(
+            self._path, checkpoint.step, encoding.encode(checkpoint), checkpoint.begins_optimizer
+        )
+        entries = sorted((*self._manifest.entries, entry), key=lambda each: each.step)
+        self._replace_manifest(replace(self._manifest, entries=tuple(entries)))
+
+    def configure(self, config: dict[str, Any]) -> None:
+        """Replace the run's config.
+
+        Raises:
+            TrajectoryError: config is not plain, or the writer is closed.
+            OSError: it could not be written; the run is as it was.
+        """
+        self._check_open()
+        self._replace_manifest(replace(self._manifest, config=values.copied(config)))
+
+    def close(self) -> None:
+        """Let other writers in. Closing twice is harmless."""
+        if self._open:
+            self._open = False
+            self._release()
+
+    def _lock(self, folder: str | os.PathLike[str]) -> Path:
+        self._path = Path(folder)
+        self._path.mkdir(parents=True, exist_ok=True)
+        self._release = store.lock(self._path)
+        self._open = True
+        return self._path
+
+    def _replace_manifest(self, manifest: store.Manifest) -> None:
+        store.write_manifest(self._path, manifest)
+        self._manifest = manifest
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise TrajectoryError(
+                f"The writer of {str(self._path)!r} is closed; TrajectoryWriter.resume(folder) opens another."
+            )
+
+    def _check_same(self, checkpoint: Checkpoint) -> None:
+        entry = next(each for each in self._manifest.entries if each.step == checkpoint.step)
+        stored = encoding.decode(store.read_checkpoint(self._path, entry), str(self._path / entry.file))
+        different = stored.differences(checkpoint) + stored.rng_differences(checkpoint)
+        if different:
+            raise TrajectoryError(
+                f"Step {checkpoint.step} is already stored in {str(self._path)!r} and differs in "
+                f"{len(different)} places, first {', '.join(different[:3])}. Stored checkpoints are never "
+                "overwritten: write to another folder, or append other steps."
+            )

@@ -1,0 +1,188 @@
+"""Units of work: one run, one step, one optimizer state, a group of contrasts."""
+
+from __future__ import annotations
+
+import platform
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache, partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import xarray as xr
+
+from checkpoints import Checkpoint, Trajectory, store
+from checkpoints.rng import replayed
+from dynamics import steps
+from dynamics.measures import Measure
+from dynamics.recipe import Contrast, Recipe
+from dynamics.sites import Site
+from dynamics.sweeps.digests import digest, sources
+from dynamics.sweeps.errors import SweepError
+
+Verb = Callable[..., xr.Dataset]
+State = Callable[[Checkpoint], Checkpoint]
+
+
+class Task(Protocol):
+    """What a sweep must know of a run beside its checkpoints."""
+
+    def recipe(self) -> Recipe:
+        """How a step of the run is taken."""
+
+    def batch(self, step: int) -> Any:
+        """The training batch of a step; asked only for steps that lie between stored checkpoints."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of one run, at whatever step.
+
+    Attributes:
+        key: tells this question from others in the process; all else follows from it.
+        verb, sites, measure: as `sweep` was called.
+        run: its folder is an absolute path.
+        task_of: run -> task; called again wherever the question is worked on.
+        dims: what the sweep's Dataset has and no verb's result may have.
+        threads: how many to compute with where a checkpoint does not say with how many it was trained.
+    """
+
+    key: str
+    verb: Verb = field(compare=False)
+    run: Trajectory = field(compare=False)
+    task_of: Callable[[Trajectory], Task] = field(compare=False)
+    sites: tuple[Site, ...] = field(compare=False)
+    measure: Measure | Mapping[str, Measure] = field(compare=False)
+    dims: frozenset[str] = field(compare=False)
+    threads: int = field(compare=False)
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of all that the numbers depend on beside checkpoint and contrasts; not of where the run lies."""
+        with replayed(None):
+            recipe = self.task_of(self.run).recipe()
+        model = recipe.model
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        return digest(
+            self.verb,
+            self.task_of,
+            self.run.config,
+            self.sites,
+            self.measure,
+            (recipe.loss, recipe.optimizer, recipe.scheduler, recipe.clip),
+            (
+                repr(model),
+                [type(module) for module in model.modules()],
+                [_settings(m) for m in model.modules()],
+            ),
+            [(name, t.shape, t.dtype) for name, t in tensors],
+            [sources(), torch.__version__, np.__version__, platform.python_version()],
+        )
+
+    def expect(self, found: xr.Dataset) -> xr.Dataset:
+        """What the verb returned, or a SweepError where it would not fit into the sweep."""
+        dims = set(map(str, found.dims))
+        if "example" not in dims:
+            raise SweepError(f"{in_words(self.verb)} returned the dims {sorted(dims)}; expected 'example'.")
+        if taken := sorted(self.dims & dims):
+            raise SweepError(
+                f"{in_words(self.verb)} has a dim '{taken[0]}' of its own, so it cannot be swept along another. "
+                f"Give one {taken[0]} by itself, not in a list."
+            )
+        return found
+
+    @cached_property
+    def files(self) -> dict[int, str]:
+        """The checksum of each stored checkpoint, by step."""
+        return {entry.step: entry.sha256 for entry in store.read_manifest(self.run.path).entries}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One question at one step and in one optimizer state, of a group of contrasts.
+
+    Attributes:
+        question: what is asked.
+        step: where.
+        state: what is made of the checkpoint before the verb is called.
+        contrasts: which.
+    """
+
+    question: Question
+    step: int
+    state: State
+    contrasts: tuple[Contrast, ...]
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of everything the unit's numbers depend on."""
+        start = max(step for step in self.question.files if step <= self.step)
+        return digest(
+            self.question.identity, self.question.files[start], self.step, self.state, self.contrasts
+        )
+
+    @property
+    def replays(self) -> int:
+        """Contrasts times sites."""
+        return len(self.contrasts) * len(self.question.sites)
+
+    def compute(self) -> xr.Dataset:
+        """What the verb returns, with as many threads as the run was trained with; one unit at a time in a process.
+
+        Verbs exchange the global random numbers while they work, so two at once would draw each other's.
+        """
+        with _ALONE:
+            try:
+                recipe, checkpoint = reached(self.question, self.step)
+                with _threads(self.question, checkpoint):
+                    found = self.question.verb(
+                        recipe,
+                        self.state(checkpoint),
+                        list(self.contrasts),
+                        list(self.question.sites),
+                        self.question.measure,
+                    )
+                return self.question.expect(found)
+            except Exception as error:
+                error.add_note(f"This was at step {self.step} of {self.question.run.path}.")
+                raise
+
+
+@lru_cache(maxsize=1)
+def reached(question: Question, step: int) -> tuple[Recipe, Checkpoint]:
+    """The run's recipe and its checkpoint at a step, kept until another is asked for."""
+    start = question.run.before(step)
+    with start.random_state(), _threads(question, start):
+        task = question.task_of(question.run)
+        recipe = task.recipe()
+        return recipe, steps.advance(recipe, start, step, lambda n: task.batch(n))
+
+
+_ALONE = threading.Lock()
+
+
+@contextmanager
+def _threads(question: Question, checkpoint: Checkpoint) -> Iterator[None]:
+    """As many threads as the checkpoint was recorded with, which is when bits are promised."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(int(checkpoint.fingerprint.get("threads", question.threads)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _settings(module: torch.nn.Module) -> dict[str, Any]:
+    """A module's own plain attributes, such as whether it trains."""
+    return {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)}
+
+
+def in_words(value: Any) -> str:
+    """A function by its name and settings, anything else as it is written."""
+    if isinstance(value, partial):
+        settings = [*map(in_words, value.args), *(f"{k}={in_words(v)}" for k, v in value.keywords.items())]
+        return f"{in_words(value.func)}({', '.join(settings)})"
+    return str(getattr(value, "__name__", repr(value)))

@@ -1,0 +1,114 @@
+"""Ways to get units of work done: here one after another, or by a dask cluster's workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xarray as xr
+
+from dynamics.sweeps.errors import SweepError
+from dynamics.sweeps.shards import keep
+from dynamics.sweeps.units import Unit
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+Job = tuple[int, Unit, Path | None]
+"""A unit, its number in the sweep, and the file that keeps its result; None to return it."""
+
+Done = tuple[int, xr.Dataset | None]
+
+AHEAD = 2
+"""Tasks sent for each worker: one to work on and one to go on with."""
+
+CHECKPOINTS_A_WORKER = 4
+"""With so many checkpoints for each worker, all units of one go to one worker, which loads it once."""
+
+
+def work(jobs: Sequence[Job]) -> list[Done]:
+    """Compute units and keep or return what they give; a file that is there is not computed again."""
+    done: list[Done] = []
+    for number, unit, path in jobs:
+        if path is None:
+            done.append((number, unit.compute()))
+            continue
+        if not path.exists():
+            keep(unit.compute(), path)
+        done.append((number, None))
+    return done
+
+
+def serially(jobs: Iterable[Job]) -> Iterator[Done]:
+    """One unit after another in this process."""
+    for job in jobs:
+        yield from work([job])
+
+
+def by_workers(jobs: Sequence[Job], client: Client) -> Iterator[Done]:
+    """Units as a cluster's workers finish them; a task whose worker dies is given to another.
+
+    Only a few tasks are under way at a time, so that little is lost when the caller stops.
+    """
+    tasks = iter(_tasks(jobs, _n_workers(client)))
+
+    def sent(n: int) -> list[Any]:
+        return [client.submit(work, task, pure=False) for task in islice(tasks, max(0, n))]
+
+    running = _dask().as_completed(sent(AHEAD * _n_workers(client)))
+    for future in running:
+        yield from future.result()
+        running.update(sent(AHEAD * _n_workers(client) - running.count()))
+
+
+def _tasks(jobs: Sequence[Job], n_workers: int) -> list[list[Job]]:
+    """Units that a worker does one after another: all those of a checkpoint, or one where that leaves some idle."""
+    by_checkpoint = [list(same) for _, same in groupby(jobs, lambda job: (job[1].question, job[1].step))]
+    if len(by_checkpoint) >= CHECKPOINTS_A_WORKER * n_workers:
+        return by_checkpoint
+    return [[job] for job in jobs]
+
+
+def _n_workers(client: Client) -> int:
+    return max(1, len(client.scheduler_info()["workers"]))
+
+
+@contextmanager
+def local(workers: int) -> Iterator[Client]:
+    """That many processes on this machine, of one thread each, for as long as they are needed."""
+    dask = _dask()
+    with (
+        dask.LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=True,
+            memory_limit=None,
+            dashboard_address=None,
+            env={"TQDM_DISABLE": "1"},
+        ) as cluster,
+        dask.Client(cluster) as client,
+    ):
+        yield client
+
+
+@contextmanager
+def connected(scheduler: Any) -> Iterator[Client]:
+    """A cluster that is running: by its address, its scheduler file (.json), or a dask cluster object."""
+    dask = _dask()
+    by_file = isinstance(scheduler, str | Path) and str(scheduler).endswith(".json")
+    with dask.Client(scheduler_file=str(scheduler)) if by_file else dask.Client(scheduler) as client:
+        yield client
+
+
+def _dask() -> Any:
+    """dask.distributed, or an error that says how to get it."""
+    try:
+        import distributed as dask
+    except ModuleNotFoundError as error:
+        raise SweepError(
+            "workers need dask, which is not installed: pip install 'training-dynamics[dask]'."
+        ) from error
+    return dask
