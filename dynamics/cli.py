@@ -139,7 +139,8 @@ def _parser() -> ArgumentParser:
 def _sweep_parser() -> ArgumentParser:
     sweep = _Parser(
         usage="dynamics sweep RUN [RUN ...] --out FOLDER [--verb NAME] [--steps N ...] [--levels LEVEL ...]\n"
-        "         [--measures NAME ...] [--optimizers stored|fresh ...] [--workers N | --scheduler ADDRESS] [--dry-run]",
+        "         [--measures NAME ...] [--optimizers stored|fresh ...] [--workers N | --scheduler ADDRESS] "
+        "[--dry-run]",
         description="Replay every asked step of runs with each site exchanged, for every held-out alias. What is "
         "done is kept in FOLDER; the same command goes on from there.",
     )

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +17,8 @@ from checkpoints import Checkpoint
 from dynamics.projections import ITSELF, Projection, first_tensor, projections
 from dynamics.recipe import Recipe
 from dynamics.sites import SiteError
-from dynamics.steps.caching import recorded
-from dynamics.steps.gradients import StepGradient
-from dynamics.steps.taps import Cache, runs_of
+from dynamics.steps.gradients import StepGradient, gradient
+from dynamics.steps.taps import Cache, reading, runs_of
 
 
 class Call(NamedTuple):
@@ -36,23 +36,26 @@ class Factors:
 
     Attributes:
         step: the run's loss and gradient, of which they are factors.
-        cache: activations and signals of what projections read and wrote.
+        written: activations and signals of what projections wrote, before hooks of the user's change it.
+        read: submodule name -> its output at each of its runs, for those whose output a projection reads.
         calls: module name -> each of its runs, its arguments detached.
     """
 
     step: StepGradient
-    cache: Cache
+    written: Cache
+    read: Mapping[str, list[Tensor]]
     calls: Mapping[str, list[Call]]
 
 
 def factors(recipe: Recipe, checkpoint: Checkpoint, batch: Any, where: str = "the batch") -> Factors:
     """Gradient of a batch at a checkpoint, and the factors it is made of."""
     used = projections(recipe.model)
-    hooks = {_inner(owner, p.writes) for owner, p in used}
-    hooks |= {_inner(owner, p.reads) for owner, p in used if p.reads != ITSELF}
-    with _calls_kept(recipe.model, {owner for owner, _ in used}) as calls:
-        step, cache = recorded(recipe, checkpoint, batch, sorted(hooks), where)
-    return Factors(step, cache, calls)
+    written = Cache()
+    taps = reading(sorted({_inner(owner, p.writes) for owner, p in used}), written, raw=True)
+    inner = {_inner(owner, p.reads) for owner, p in used if p.reads != ITSELF}
+    with _kept(recipe.model, {owner for owner, _ in used}, inner) as (calls, read):
+        step = gradient(recipe, checkpoint, batch, where, taps)
+    return Factors(step, written, read, calls)
 
 
 def crossed(
@@ -88,7 +91,7 @@ def crossed(
             continue
         reads, signals = (
             _reads(x, owner, projection),
-            runs_of(delta.cache.signals, _inner(owner, projection.writes)),
+            runs_of(delta.written.signals, _inner(owner, projection.writes)),
         )
         if len(reads) != len(signals):
             raise SiteError(
@@ -98,9 +101,9 @@ def crossed(
             parameters = {n: checkpoint.parameters[c].detach().requires_grad_() for n, c in held.items()}
             buffers = {n: checkpoint.buffers[_inner(owner, n)].clone() for n, _ in module.named_buffers()}
             found = _local(owner, module, projection, parameters, buffers, call, signal, positions)
-            for name, gradient in zip(held.values(), found, strict=True):
-                if gradient is not None and name in wanted:
-                    total[name] = total[name] + gradient if name in total else gradient
+            for name, share in zip(held.values(), found, strict=True):
+                if share is not None and name in wanted:
+                    total[name] = total[name] + share if name in total else share
     return total
 
 
@@ -212,33 +215,35 @@ def _reads(run: Factors, owner: str, projection: Projection) -> list[Call]:
     calls = list(run.calls.get(owner, []))
     if projection.reads == ITSELF:
         return calls
-    read = runs_of(run.cache.activations, _inner(owner, projection.reads))
+    read = run.read.get(_inner(owner, projection.reads), [])
     return [call._replace(arguments=(x,), keywords={}) for call, x in zip(calls, read, strict=True)]
 
 
 @contextmanager
-def _calls_kept(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[Call]]]:
-    """Inside, the runs of the named modules are collected."""
+def _kept(
+    model: nn.Module, owners: Iterable[str], inner: Iterable[str]
+) -> Iterator[tuple[dict[str, list[Call]], dict[str, list[Tensor]]]]:
+    """Inside, the runs of the named owners and the outputs of the inner modules are collected."""
     calls: dict[str, list[Call]] = defaultdict(list)
+    read: dict[str, list[Tensor]] = defaultdict(list)
+
+    def keep_call(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs))
+        device = next((t.device.type for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)), "cpu")
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        calls[name].append(Call(args, kwargs, torch.get_rng_state(), dtype))
+
+    def keep_output(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        read[name].append(first_tensor(output).detach().clone())
+
     handles = []
-
-    def hook_of(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs))
-            device = next(
-                (t.device.type for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)), "cpu"
-            )
-            on = torch.is_autocast_enabled(device)
-            dtype = torch.get_autocast_dtype(device) if on else None
-            calls[name].append(Call(args, kwargs, torch.get_rng_state(), dtype))
-
-        return hook
-
     try:
-        for name in sorted(names):
-            module = model.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(hook_of(name), with_kwargs=True))
-        yield calls
+        for name in owners:
+            hook = partial(keep_call, name)
+            handles.append(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
+        for name in inner:
+            handles.append(model.get_submodule(name).register_forward_hook(partial(keep_output, name)))
+        yield calls, read
     finally:
         for handle in handles:
             handle.remove()

@@ -35,6 +35,7 @@ class Taps:
         change: (name, key, activation) -> activation. The key is the module's name, with the number of the run
             appended from the second on: `lstm`, `lstm[1]`.
         check: called with the number of runs of each module once the forward pass is over.
+        raw: tap what the module's forward gives, before other hooks on the module change it; otherwise after.
 
     Attributes:
         leaves: activations without a graph that were made leaves of one, so that signals reach them.
@@ -45,8 +46,10 @@ class Taps:
         names: Iterable[str],
         change: Callable[[str, str, Tensor], Tensor],
         check: Callable[[Mapping[str, int]], None] = lambda runs: None,
+        raw: bool = False,
     ) -> None:
         self.names = list(names)
+        self.raw = raw
         self.change = change
         self.check = check
         self.leaves: list[Tensor] = []
@@ -61,7 +64,8 @@ class Taps:
         handles = []
         try:
             for name in self.names:
-                handles.append(model.get_submodule(name).register_forward_hook(partial(self._hook, name)))
+                module, hook = model.get_submodule(name), partial(self._hook, name)
+                handles.append(module.register_forward_hook(hook, prepend=self.raw))
             yield
         finally:
             for handle in handles:
@@ -107,8 +111,8 @@ class Cache:
     signals: dict[str, Tensor] = field(default_factory=dict)
 
 
-def reading(names: Iterable[str], into: Cache) -> Taps:
-    """Taps that keep what passes: activations and, in the backward pass, their signals."""
+def reading(names: Iterable[str], into: Cache, raw: bool = False) -> Taps:
+    """Taps that keep what passes: activations and, in the backward pass, their signals; `raw` as in `Taps`."""
 
     def change(name: str, key: str, activation: Tensor) -> Tensor:
         if not activation.requires_grad:
@@ -121,7 +125,7 @@ def reading(names: Iterable[str], into: Cache) -> Taps:
             passed.register_hook(lambda signal: into.signals.__setitem__(key, signal.detach().clone()))  # type: ignore[no-untyped-call]
         return passed
 
-    taps = Taps(names, change)
+    taps = Taps(names, change, raw=raw)
     return taps
 
 

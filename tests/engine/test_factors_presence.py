@@ -1,6 +1,6 @@
 """Factors of layers that run twice, run in one of the runs only, or are frozen."""
 
-import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from engine_models import (
 )
 from signal_models import (
     RECIPES,
+    REVEALING,
     contrast_of,
     covering,
     factored,
@@ -85,20 +86,13 @@ def test_a_layer_that_runs_in_one_of_the_runs_only_has_no_corners():
             dy.patch_factors(recipe, None, [contrast], [covering("even.weight")], zero)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "odd.weight",
-        pytest.param(
-            "even.weight",
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", ["odd.weight", "even.weight"])
 def test_patching_all_positions_of_a_layer_that_only_one_run_has_is_patching_without_any(name):
-    """A parameter whose gradient the source has not is skipped, as in patch_gradients."""
+    """In SGD, where a parameter whose gradient is zero stays as one that has none; others would let it coast."""
     recipe, pair = experts()
     patched = [covering(name), *sites.at_positions([covering(name)], {"all": range(4)})]
-    found = revealed(dy.patch_gradients, recipe, None, pair, patched)
+    plain = replace(recipe, optimizer=REVEALING)
+    found = revealed(dy.patch_gradients, plain, None, pair, patched)
     assert off(found["layer @ all"], found["layer"]) < 1e-12
 
 
@@ -119,7 +113,7 @@ def test_at_positions_a_frozen_parameter_does_not_move():
 
 
 def test_a_frozen_parameter_in_a_site_leaves_the_clip_norm_alone():
-    recipe = dataclasses.replace(RECIPES["odd"](), clip=dy.ByNorm(1e-3))
+    recipe = replace(RECIPES["odd"](), clip=dy.ByNorm(1e-3))
     pair, head = contrast_of("odd"), ("head.weight", "head.bias")
     one, other = (
         revealed_factors(recipe, None, pair, [covering(*names)]) for names in (head, (*head, "embed.weight"))

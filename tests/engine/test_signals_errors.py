@@ -104,7 +104,7 @@ def once_and_twice():
 
 def test_a_module_that_runs_more_often_in_the_base_run_is_refused():
     recipe, once, twice = once_and_twice()
-    with pytest.raises(SiteError, match=r"'layer' runs more often in the base run than in the source run"):
+    with pytest.raises(SiteError, match=r"'layer' runs 2 times in the base run and 1 times"):
         patch({"layer": ...}, recipe=recipe, pair=dy.Contrast(twice, once, points(3)))
 
 
