@@ -29,7 +29,7 @@ from dynamics.sites import Site
 LOOK = 10
 """Steps of X2 that the choice may look at."""
 SHARE = 0.1
-N_RANDOM = 3
+N_RANDOM = 2
 MEASURES = {"accuracy": dy.measures.accuracy, "correct_logit": dy.measures.correct_logit}
 
 

@@ -47,9 +47,7 @@ def one_run(seed: int, out: Path) -> xr.Dataset:
     task = dy.tasks.load(run.config)
     recipe = task.recipe()
     state = dy.steps.reach(recipe, run, config.phases.starts["x2"] + X2_STEP, task.batch)
-    chosen = [
-        s for level in ("components", "heads", "matrices") for s in dy.sites.LEVELS[level](recipe.model)
-    ]
+    chosen = [s for level in ("components", "heads") for s in dy.sites.LEVELS[level](recipe.model)]
     parts = [
         dy.patch_gradients(recipe, at, task.contrasts(), chosen, dy.measures.correct_logit)
         for at in (state.with_fresh_optimizer(), state)

@@ -38,6 +38,7 @@ ROOMS = {
     "torchmetrics": ("dynamics.training",),
     "matplotlib": ("dynamics.plots",),
     "jsonargparse": ("dynamics.cli",),
+    "dask": ("dynamics.sweeps",),
     "distributed": ("dynamics.sweeps",),
 }
 """Libraries that only some modules may know."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from operator import index
 from typing import Any, Literal, SupportsIndex
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from checkpoints.rng import replayed
 from dynamics.batch import Batch
 from dynamics.calls import call, evaluating
 from dynamics.sites.site import Site, SiteError, check_labels, coords_of, some
@@ -72,8 +75,9 @@ def activations(
         raise SiteError(f"by={sorted(unknown)}: an activation can be cut by layer, head and pos.")
     shapes = _shapes(model, names, like) if {"head", "pos"} & set(by) else {}
     sites: dict[str, Site] = {}
+    places = _places(names)
     for name in names:
-        layer, component = _place(name)
+        layer, component = places[name]
         n_heads = _size(name, shapes, _HEAD_AXIS.get(_hook(name)), "head") if "head" in by else 0
         n_pos = _size(name, shapes, _POS_AXIS.get(_hook(name), 1), "pos") if "pos" in by else 0
         for head in range(n_heads) or [-1]:
@@ -134,15 +138,32 @@ def _positions(where: SupportsIndex | Sequence[int]) -> tuple[int, ...]:
 
 
 def _hook(name: str) -> str:
-    return name.rpartition(".")[2].removeprefix("hook_")
+    """What TransformerLens's hook is called, without its prefix; "" for any other module."""
+    last = name.rpartition(".")[2]
+    return last.removeprefix("hook_") if last.startswith("hook_") else ""
 
 
-def _place(name: str) -> tuple[int, str]:
-    """Layer (−1 if none) and what the module is within it: "blocks.0.attn.hook_z" is (0, "attn.z")."""
-    parts = name.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    within = parts if number is None else parts[number + 1 :] or parts[:number]
-    return -1 if number is None else int(parts[number]), ".".join(p.removeprefix("hook_") for p in within)
+def _places(names: Sequence[str]) -> dict[str, tuple[int, str]]:
+    """Layer (−1 if none) and component of each module: "blocks.0.attn.hook_z" is (0, "attn.z").
+
+    The layer is the first number in the name. Components that would mean several modules of one layer are
+    written out, with a star for the layer: "encoder.*.up" and "decoder.*.up".
+    """
+    found: dict[str, tuple[int, str, str]] = {}
+    for name in names:
+        parts = name.split(".")
+        number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        if number is None or len(parts) == 1:  # "0" of a bare nn.Sequential is its own name
+            found[name] = (-1, ".".join(part.removeprefix("hook_") for part in parts), name)
+            continue
+        within = parts[number + 1 :] or parts[:number]
+        short = ".".join(part.removeprefix("hook_") for part in within)
+        found[name] = (int(parts[number]), short, ".".join([*parts[:number], "*", *parts[number + 1 :]]))
+    meant = Counter({(short, out) for _, short, out in found.values()})
+    ambiguous = Counter(short for short, _ in meant)
+    return {
+        name: (layer, short if ambiguous[short] == 1 else out) for name, (layer, short, out) in found.items()
+    }
 
 
 def _shapes(model: nn.Module, names: Sequence[str], like: Any) -> dict[str, torch.Size]:
@@ -154,18 +175,17 @@ def _shapes(model: nn.Module, names: Sequence[str], like: Any) -> dict[str, torc
         )
     shapes: dict[str, torch.Size] = {}
 
-    def keep(name: str, output: Any) -> None:
+    def keep(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         found = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
         if found:
             shapes.setdefault(name, found[0].shape)
 
-    handles = [
-        model.get_submodule(name).register_forward_hook(lambda _, __, out, name=name: keep(name, out))
-        for name in names
-    ]
-    tensors = {n: t.detach().clone() for n, t in (*model.named_parameters(), *model.named_buffers())}
+    handles = []
     try:
-        with torch.no_grad(), evaluating(model):
+        tensors = {n: t.detach().clone() for n, t in (*model.named_parameters(), *model.named_buffers())}
+        for name in names:
+            handles.append(model.get_submodule(name).register_forward_hook(partial(keep, name)))
+        with torch.no_grad(), evaluating(model), replayed(None):
             call(_called, model, tensors, like)
     except Exception as error:
         raise SiteError(

@@ -7,7 +7,7 @@ from types import EllipsisType
 
 from torch import nn
 
-from dynamics.sites.site import Site, SiteError, check, coords_of
+from dynamics.sites.site import Site, SiteError, check, check_whole, coords_of
 from dynamics.trees import Index, mask
 
 
@@ -41,7 +41,12 @@ def union(model: nn.Module, sites: Sequence[Site], label: str | None = None) -> 
 
 
 def complement(model: nn.Module, site: Site) -> Site:
-    """All parameters that a site does not cover."""
+    """All parameters that a site does not cover.
+
+    Raises:
+        SiteError: the site has positions, or does not fit the model.
+    """
+    check_whole([site], "complement", "leave them out")
     check([site], model)
     covers: dict[str, Index] = {}
     for name, parameter in model.named_parameters():

@@ -28,6 +28,9 @@ AHEAD = 2
 CHECKPOINTS_A_WORKER = 4
 """With so many checkpoints for each worker, all units of one go to one worker, which loads it once."""
 
+DEAF = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+"""What local workers begin with: Ctrl-C is for the process that started them, which then ends them."""
+
 
 def work(jobs: Sequence[Job]) -> list[Done]:
     """Compute units and keep or return what they give; a file that is there is not computed again."""
@@ -40,6 +43,14 @@ def work(jobs: Sequence[Job]) -> list[Done]:
             keep(unit.compute(), path)
         done.append((number, None))
     return done
+
+
+def _work_there(jobs: Sequence[Job]) -> list[Done]:
+    """The same in a cluster's worker; xarray would otherwise lock each file it writes across the cluster."""
+    import dask
+
+    with dask.config.set(scheduler="synchronous"):
+        return work(jobs)
 
 
 def serially(jobs: Iterable[Job]) -> Iterator[Done]:
@@ -56,7 +67,7 @@ def by_workers(jobs: Sequence[Job], client: Client) -> Iterator[Done]:
     tasks = iter(_tasks(jobs, _n_workers(client)))
 
     def sent(n: int) -> list[Any]:
-        return [client.submit(work, task, pure=False) for task in islice(tasks, max(0, n))]
+        return [client.submit(_work_there, task, pure=False) for task in islice(tasks, max(0, n))]
 
     running = _dask().as_completed(sent(AHEAD * _n_workers(client)))
     for future in running:
@@ -88,6 +99,7 @@ def local(workers: int) -> Iterator[Client]:
             memory_limit=None,
             dashboard_address=None,
             env={"TQDM_DISABLE": "1"},
+            preload=[DEAF],
         ) as cluster,
         dask.Client(cluster) as client,
     ):
