@@ -177,7 +177,7 @@ def test_half_of_the_sum_of_squares_has_a_placebo_and_more_than_half_has_none():
     assert [int(elements(p).sum()) for p in sites.placebo(half, ones(), n=3)] == [32] * 3
     more = Site("more", {**half.covers, "scale": ...})
     assert sites.placebo(more, ones(), n=3) == []
-    assert sites.placebo(Site("all", {name: ... for name in SHAPES}), ones()) == []
+    assert sites.placebo(Site("all", dict.fromkeys(SHAPES, ...)), ones()) == []
 
 
 def test_a_site_that_does_not_differ_has_no_placebo():

@@ -1,4 +1,4 @@
-"""Sites of outputs, positions, neurons and rows; unions and complements: what they cover, and the model unharmed."""
+"""Sites of outputs, positions, neurons and rows; unions and complements: what they cover, the model unharmed."""
 
 import itertools
 import random
