@@ -71,6 +71,10 @@ def table(summary: xr.Dataset, seeds: list[int]) -> str:
                 f"| {level} | {state} | {found} of {n} | {found / n:.3f} [{bounds.low:.3f}, {bounds.high:.3f}] "
                 f"| {int((chosen['q'].values <= LEVEL).sum())} |"
             )
+    called = summary["p"].values <= LEVEL
+    n, found = called.size, int(called.sum())
+    bounds = scipy.stats.binomtest(found, n).proportion_ci(method="exact")
+    lines.append(f"| all | both | {found} of {n} | {found / n:.3f} [{bounds.low:.3f}, {bounds.high:.3f}] | |")
     lines += [
         "",
         f"{len(seeds)} runs (seeds {seeds[0]}–{seeds[-1]}) whose tags are random in X1; X2 step {X2_STEP}, correct "

@@ -89,7 +89,7 @@ def baselines(
 ) -> dict[str, np.ndarray]:
     """Scores that replay nothing: norms and cosines of the two gradients, the size of the update."""
     rows: dict[str, list[list[float]]] = {
-        n: [] for n in ("gradient norm", "|Δθ|", "1 − gradient cosine", "‖g_R − g_U‖")
+        n: [] for n in ("gradient norm", "‖Δθ‖", "1 − gradient cosine", "‖g_R − g_U‖")
     }
     for c in contrasts:
         base, source = (dy.steps.gradient(recipe, state, b).gradients for b in (c.base, c.source))
@@ -97,7 +97,7 @@ def baselines(
         moved = {name: after[name] - p for name, p in state.parameters.items()}
         pairs = [(covered(base, s), covered(source, s)) for s in sites]
         rows["gradient norm"].append([float(r.norm()) for _, r in pairs])
-        rows["|Δθ|"].append([float(covered(moved, s).norm()) for s in sites])
+        rows["‖Δθ‖"].append([float(covered(moved, s).norm()) for s in sites])
         rows["1 − gradient cosine"].append(
             [1 - float(torch.cosine_similarity(u, r, dim=0)) for u, r in pairs]
         )

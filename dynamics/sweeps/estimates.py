@@ -66,8 +66,7 @@ def estimate(asked: Plan, out: str | os.PathLike[str] | None = None, workers: in
     if workers and todo:
         seconds = seconds / workers + _seconds_to_start()
     replays = sum(unit.replays for unit in todo)
-    kept = sum(unit.replays for unit in asked.units) - replays
-    return Estimate(replays, kept, seconds, peak_megabytes(), workers)
+    return Estimate(replays, asked.replays - replays, seconds, peak_megabytes(), workers)
 
 
 def duration(seconds: float) -> str:

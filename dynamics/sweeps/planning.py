@@ -74,6 +74,11 @@ class Plan:
         return tuple(unit for cell in self.cells.values() for unit in cell)
 
     @property
+    def replays(self) -> int:
+        """Examples times sites, over all steps, states and runs."""
+        return sum(unit.replays for unit in self.units)
+
+    @property
     def verb(self) -> str:
         """The verb in words, with its settings."""
         return in_words(self._question.verb)

@@ -110,10 +110,9 @@ def run(
 
 
 def _progress(asked: Plan, todo: Sequence[working.Job]) -> tqdm[NoReturn]:
-    total = sum(unit.replays for unit in asked.units)
     return tqdm(
-        total=total,
-        initial=total - sum(unit.replays for _, unit, _ in todo),
+        total=asked.replays,
+        initial=asked.replays - sum(unit.replays for _, unit, _ in todo),
         desc=f"sweep {asked.verb}",
         unit="replay",
         delay=SECONDS_BEFORE_PROGRESS,
