@@ -650,21 +650,22 @@ def test_a_site_of_more_than_half_of_all_change_has_no_placebo_and_stays_open(ru
 
 @pytest.mark.parametrize(
     ("own", "verdict"),
-    [([2.0], "holds"), ([0.5], "fails"), ([2.0, 2.0], "holds"), ([2.0, 0.5], "fails"),
-     ([2.0, 2.0, 0.5], "holds"), ([-2.0, -3.0], "holds")],
+    [([19.5], "holds"), ([19.0], "fails"), ([30.0, 30.0], "holds"), ([30.0, 0.5], "fails"),
+     ([30.0, 30.0, 0.5], "holds"), ([-30.0, -20.0], "holds")],
 )  # fmt: skip
 def test_more_than_half_of_the_runs_must_exceed_their_placebos_in_size(runs, own, verdict, monkeypatch):
-    """Twenty placebos of ± 1 beside a site of a size of our choosing."""
+    """Placebos of −1, 2, −3 ... 20 beside a site of a size of our choosing."""
     given = iter(own)
 
     def pretended(recipe, state, contrasts, patched, measure):
-        values = np.array([next(given), *np.resize([1.0, -1.0], len(patched) - 1)])
+        n = np.arange(1, len(patched))
+        values = np.array([next(given), *(n * (-1.0) ** n)])
         return xr.Dataset({"effect": (("example", "site"), np.tile(values, (2, 1)))})
 
     monkeypatch.setattr(belief, "patch_updates", pretended)
     check = belief._placebo([made(runs[0]) for _ in own])
     assert check.verdict == verdict
-    assert check.figure.startswith(f"|effect| {np.mean(np.abs(own)):.3f} against 1.000 logit")
+    assert check.figure == f"|effect| {np.mean(np.abs(own)):.3f} against 19.050 logit, 20 placebos"
 
 
 # --- 8: the impulse response ------------------------------------------------------------------------------
@@ -739,14 +740,15 @@ def test_exactly_those_rows_carry_all_of_their_own_effect(runs):
     assert belief._unseen_rows([run]).figure.startswith("carry 100% of the site's effect; ")
 
 
-def test_all_other_rows_leave_what_they_carry_to_those(runs):
-    """Of the site's effect: rows that are never asked about carry none of the correct logit."""
-    run = made(runs[0], "W_E")
+@pytest.mark.parametrize("label", ["W_E", "+ block 0"])
+def test_what_those_rows_carry_of_a_sites_effect_is_the_ratio_of_mean_effects(runs, label):
+    run = made(runs[0], label)
     check = belief._unseen_rows([run])
     contrasts = run.task.contrasts()
     own = np.mean([sufficiency(run, c, run.site.covers) for c in contrasts])
     rows = np.mean([sufficiency(run, c, {"embed.W_E": (unseen(run),)}) for c in contrasts])
     assert check.figure.startswith(f"carry {rows / own:.0%} of the site's effect")
+    assert (f"{rows / own:.0%}" == "100%") == (label == "W_E")  # no other row is asked about
     moments = run.stored.optimizer.state["embed.W_E"]["exp_avg_sq"]
     others = [i for i in range(len(moments)) if i not in unseen(run).tolist()]
     ratio = moments[unseen(run)].mean() / moments[others].mean()

@@ -20,6 +20,7 @@ import xarray as xr
 import dynamics as dy
 from checkpoints import Checkpoint, Trajectory, TrajectoryError, TrajectoryWriter
 from dynamics import measures, results, sites, steps, sweeps, tasks
+from dynamics.attribution import attribute_step
 from dynamics.config import (
     AliasConfig,
     PatchingConfig,
@@ -29,7 +30,14 @@ from dynamics.config import (
     StudyConfig,
     ToyConfig,
 )
-from dynamics.patching import both_directions, patch_gradients, patch_signals, patch_updates, patch_window
+from dynamics.patching import (
+    both_directions,
+    interactions,
+    patch_gradients,
+    patch_signals,
+    patch_updates,
+    patch_window,
+)
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sweeps import SweepError, planning, units
 from dynamics.sweeps.digests import digest
@@ -95,6 +103,11 @@ def counted(recipe, checkpoint, contrasts, sites, measure, calls: Path, verb=pat
     return verb(recipe, checkpoint, contrasts, sites, measure)
 
 
+def patch_signals_at(recipe, checkpoint, contrasts, sites, measure, forward) -> xr.Dataset:
+    places = dy.sites.activations(recipe.model, "blocks.*.hook_resid_pre")
+    return patch_signals(recipe, checkpoint, contrasts, places, measure, forward)
+
+
 def lines(calls: Path) -> int:
     return len(calls.read_text().splitlines()) if calls.exists() else 0
 
@@ -107,7 +120,17 @@ def swept(verb, run, steps=STEPS, **settings: Any) -> xr.Dataset:
 
 
 @pytest.mark.usefixtures("small_units")
-@pytest.mark.parametrize("verb", [patch_gradients, patch_updates, partial(both_directions, patch_gradients)])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        patch_gradients,
+        partial(both_directions, patch_updates),
+        partial(patch_signals_at, forward="source"),
+        interactions,
+        attribute_step,
+    ],
+    ids=lambda verb: units.in_words(verb),
+)
 def test_every_step_is_what_the_verb_itself_gives_there(run, verb):
     task = tasks.load(run.config)
     recipe = task.recipe()
@@ -196,6 +219,26 @@ def test_examples_that_lack_a_coordinate_are_labelled_as_the_verb_would(run, sma
     by_hand = patch_gradients(task.recipe(), run.at(8), given, where, measures.correct_logit)
     xr.testing.assert_equal(found, by_hand)
     assert found["rank"].values.tolist() == [-1, -1, 3, -1]
+
+
+class Watched(AliasTask):
+    """A task that leaves word of every batch it is asked for."""
+
+    def __init__(self, run: Trajectory, calls: Path) -> None:
+        super().__init__(StudyConfig.from_dict(run.config))
+        self.calls = calls
+
+    def batch(self, step: int) -> Any:
+        with self.calls.open("a") as file:
+            file.write(f"{step}\n")
+        return super().batch(step)
+
+
+@pytest.mark.usefixtures("small_units")
+def test_a_checkpoint_is_reached_once_for_all_its_units_and_states(run, tmp_path):
+    states = {"stored": planning.as_stored, "fresh": Checkpoint.with_fresh_optimizer}
+    swept(patch_gradients, run, state=states, task_of=partial(Watched, calls=tmp_path / "calls"))
+    assert (tmp_path / "calls").read_text().split() == ["8"]
 
 
 class OfAnotherModel:
@@ -397,16 +440,12 @@ def test_beside_the_shards_stands_what_they_are(runs, tmp_path):
     assert {(shard["run"], shard["step"]) for shard in written["shards"].values()} == {("0", 8), ("1", 8)}
 
 
-def patch_signals_at(recipe, checkpoint, contrasts, sites, measure, forward) -> xr.Dataset:
-    places = dy.sites.activations(recipe.model, "blocks.*.hook_resid_pre")
-    return patch_signals(recipe, checkpoint, contrasts, places, measure, forward)
-
-
 def test_a_sweeps_dataset_says_where_it_comes_from_and_not_when(runs):
     facts = json.loads(swept(patch_gradients, runs).attrs["provenance"])
     assert facts["verb"] == "patch_gradients"
     assert facts["steps"] == STEPS
     assert facts["configs"]["1"]["seed"] == 1
+    assert json.loads(swept(patch_gradients, runs[0], 8).attrs["provenance"])["config"]["seed"] == 0
     assert facts["measures"] == ["correct_logit"]
     assert "versions" in facts
     assert "date" not in facts
@@ -439,6 +478,13 @@ def keys(run, **changes: Any) -> set[str]:
         "measure": measures.correct_logit,
     }
     return {unit.identity for unit in sweeps.plan(**{**given, **changes}).units}
+
+
+def test_another_measure_of_the_same_name_is_computed_anew(run, tmp_path):
+    where = {"verb": patch_gradients, "runs": run, "steps": 8, "contrasts": alone, "sites": sites.heads}
+    one, two = (dy.sweep(**where, measure=scaled(factor), out=tmp_path) for factor in (1.0, 2.0))
+    torch.testing.assert_close(torch.tensor(two["base"].values), 2 * torch.tensor(one["base"].values))
+    assert len(list((tmp_path / "shards").iterdir())) == 2
 
 
 def only_first(model):
@@ -555,8 +601,6 @@ def test_values_are_told_apart_by_what_they_hold():
         assert digest(one) == digest(one)
     assert digest({1, 2, 3}) == digest({3, 2, 1})
     assert digest(Cached(1.0)) == digest(Cached(1.0))
-    loop: list[Any] = []
-    loop.append(loop)
     with pytest.raises(SweepError, match="generator cannot be told from others of its kind"):
         digest(i for i in range(3))
 

@@ -106,9 +106,10 @@ class Plan:
     @cached_property
     def provenance(self) -> str:
         """Where all of it comes from; without a date, so that the same sweep is the same Dataset."""
-        configs = {str(seed): question.run.config for seed, question in self.questions.items()}
+        by_seed = {str(seed): question.run.config for seed, question in self.questions.items()}
+        config = {"configs": by_seed} if "seed" in self.dims else {"config": self._question.run.config}
         shown = {key: value for key, value in self.words.items() if key not in ("sites", "examples")}
-        facts = json.loads(results.provenance(**shown, configs=configs))
+        facts = json.loads(results.provenance(**shown, **config))
         return json.dumps({key: fact for key, fact in facts.items() if key != "date"}, sort_keys=True)
 
     @property
