@@ -34,6 +34,9 @@ REFERENCES = {
 SITE_COORDS: dict[str, int | str] = {"layer": -1, "head": -1, "component": "", "level": ""}
 """The coordinates every site has, and their values where a site has none."""
 
+PLACEBO = "placebo"
+"""The level of sites that only show what a site's size would do by itself."""
+
 _MISSING: dict[str, tuple[type, Any]] = {
     "i": (np.int64, -1),
     "u": (np.int64, -1),

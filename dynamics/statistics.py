@@ -14,7 +14,7 @@ import scipy.stats
 import xarray as xr
 
 from dynamics import results
-from dynamics.sites import PLACEBO
+from dynamics.results import PLACEBO
 
 Array = npt.NDArray[np.float64]
 
@@ -249,7 +249,9 @@ def _placebo_quantile(placebos: xr.DataArray, effect: xr.DataArray) -> xr.DataAr
         else np.nan * placebos.isel(site=0, drop=True)
         for label in effect["site"].values
     ]
-    return xr.concat(columns, effect["site"], coords="minimal", compat="override").drop_vars("quantile")
+    joined = xr.concat(columns, effect["site"], coords="minimal", compat="override")
+    kept = [dim for dim in effect.dims if dim in joined.dims]
+    return joined.drop_vars("quantile", errors="ignore").transpose(*kept)
 
 
 def table(summary: xr.Dataset, n: int | None = None) -> str:

@@ -377,23 +377,16 @@ def test_fresh_is_a_new_optimizer_at_the_same_parameters_and_stored_the_runs_own
     assert not np.allclose(texts.calls[0][0], texts.calls[2][0])
 
 
-@pytest.mark.xfail(strict=True, reason="any word but 'fresh' is taken for 'stored'")
 def test_another_kind_of_optimizer_state_is_refused(runs):
     with pytest.raises(ValueError, match="fresh"):
         next(battery(runs[:1], "embed", x2_step=STEP, optimizer="frehs"))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a step before X2's start is reached in X1, where aliases mean nothing yet"
-)
 def test_a_step_before_x2_is_refused(runs):
     with pytest.raises(ValueError, match="-1"):
         next(battery(runs[:1], "embed", x2_step=-1))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the window is only looked at by the eighth check, after minutes of others"
-)
 def test_an_impulse_that_outlasts_the_run_is_refused_before_anything_is_computed(runs):
     with pytest.raises(ValueError, match="impulse"):
         next(battery(runs[:1], "embed", x2_step=STEP, impulse=1000))
@@ -492,11 +485,6 @@ def test_in_one_run_nothing_moves_its_own_questions_more_by_chance_in_one_of_twe
     assert held_by_chance(1) < 0.05 * 200 + 3 * np.sqrt(0.05 * 0.95 * 200)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="each run's difference takes the sign of its own mean, which lifts every run's above zero: it 'holds' "
-    "in half of the populations of 12 runs in which nothing moves",
-)
 def test_over_runs_nothing_moves_its_own_questions_more_by_chance_in_one_of_twenty_at_most():
     assert held_by_chance(12) < 0.05 * 200 + 3 * np.sqrt(0.05 * 0.95 * 200)
 

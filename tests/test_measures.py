@@ -146,5 +146,5 @@ def test_names_lead_to_measures_with_units_and_an_unknown_one_lists_them():
         "probability": "probability",
         "logit_difference": "logit",
     }
-    with pytest.raises(ValueError, match=r"no measure 'loss'; there are centred_logit, .*, probability\."):
+    with pytest.raises(ValueError, match=r"no measure 'loss'; there are accuracy, .*, probability\."):
         measures.by_name("loss")

@@ -208,7 +208,7 @@ def test_a_placebo_says_whose_it_is_and_which_draw():
     assert [p.coords for p in found] == [
         {"level": "placebo", "component": "a row", "layer": -1, "head": -1, "draw": i} for i in range(3)
     ]
-    assert sites.PLACEBO == "placebo"
+    assert results.PLACEBO == "placebo"
     assert all(p.positions is None for p in found)
     assert len(sites.placebo(site("a row"), ones())) == 20
 
@@ -392,17 +392,12 @@ def test_a_summary_with_placebos_survives_its_file_and_makes_a_table(tmp_path):
     assert "placebo 0" not in statistics.table(summary)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="placebos whose site is not among the sites: _placebo_quantile drops a coordinate that no column has",
-)
 def test_placebos_without_their_site_say_nothing_of_the_others():
     summary = statistics.summarize(dataset().drop_sel(site=list(OF)))
     assert summary["site"].values.tolist() == ["attn 0"]
     assert np.isnan(summary["placebo"]).all()
 
 
-@pytest.mark.xfail(strict=True, reason="_placebo_quantile puts site first, before measure and optimizer")
 def test_a_placebos_dims_stand_in_the_order_of_the_effects():
     summary = statistics.summarize(dataset(n_measures=2))
     assert summary["placebo"].dims == summary["effect"].dims

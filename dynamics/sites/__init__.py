@@ -12,7 +12,6 @@ from dynamics.sites.outputs import activations as activations
 from dynamics.sites.outputs import at_positions as at_positions
 from dynamics.sites.outputs import check_outputs as check_outputs
 from dynamics.sites.outputs import hooks as hooks
-from dynamics.sites.placebos import PLACEBO as PLACEBO
 from dynamics.sites.placebos import placebo as placebo
 from dynamics.sites.site import Site as Site
 from dynamics.sites.site import SiteError as SiteError

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from dynamics.randomness import generator
+from dynamics.results import PLACEBO
 from dynamics.sites.site import Site, coords_of
 from dynamics.trees import mask, squared_norm
-
-PLACEBO = "placebo"
-"""The level of placebo sites; their `component` is the label of the site they stand beside."""
 
 
 def placebo(site: Site, difference: Mapping[str, Tensor], n: int = 20, seed: int = 0) -> list[Site]:

@@ -15,6 +15,7 @@ import xarray as xr
 from checkpoints import Checkpoint, Trajectory
 from dynamics import measures, sites, statistics, steps, tasks
 from dynamics.batch import Batch
+from dynamics.config import ConfigError
 from dynamics.measures import Measure
 from dynamics.patching import both_directions, patch_gradients, patch_updates, patch_window
 from dynamics.recipe import Contrast, Recipe
@@ -102,7 +103,13 @@ def battery(
 
     Raises:
         SiteError: there is no such site; the message lists all.
+        ConfigError: another optimizer state, a step outside X2, or no steps after the definition.
     """
+    if optimizer not in ("fresh", "stored") or x2_step < 0 or impulse < 1:
+        raise ConfigError(
+            f"found optimizer={optimizer!r}, x2_step={x2_step}, impulse={impulse}; expected fresh or stored, a step "
+            "of X2 (0 or more), and at least one step after the definition."
+        )
     runs = [_Run(trajectory, site, x2_step, optimizer, impulse) for trajectory in trajectories]
     for check in (
         _directions,
@@ -152,13 +159,14 @@ def _directions(runs: Sequence[_Run]) -> Check:
 
 
 def _own_questions(runs: Sequence[_Run]) -> Check:
-    def difference(run: _Run) -> Units:
+    def both(run: _Run) -> tuple[Units, Units]:
         contrasts = run.task.contrasts()
         others = [replace(c, probe=contrasts[i - 1].probe) for i, c in enumerate(contrasts)]
-        own, other = (run.patched(which)["effect"].values for which in (contrasts, others))
-        return np.asarray(np.sign(own.mean()) * (own - other))
+        return run.patched(contrasts)["effect"].values, run.patched(others)["effect"].values
 
-    values = _gathered(runs, difference)
+    found = {id(run): both(run) for run in runs}
+    own, other = (_gathered(runs, lambda run, i=i: found[id(run)][i]) for i in (0, 1))  # type: ignore[misc]
+    values = np.sign(own.mean()) * (own - other)
     return Check(
         "moves the alias's own questions more than another's", f"by {_text(values)} logit", _above(values)
     )

@@ -94,7 +94,7 @@ def _tasks(jobs: Sequence[Job], n_workers: int) -> list[list[Job]]:
 
 
 def _n_workers(client: Client) -> int:
-    return max(1, len(client.nthreads()))
+    return max(1, len(client.nthreads()))  # type: ignore[no-untyped-call]
 
 
 @contextmanager
