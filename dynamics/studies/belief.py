@@ -105,11 +105,15 @@ def battery(
         SiteError: there is no such site; the message lists all.
         ConfigError: another optimizer state, a step outside X2, or no steps after the definition.
     """
-    if optimizer not in ("fresh", "stored") or x2_step < 0 or impulse < 1:
-        raise ConfigError(
-            f"found optimizer={optimizer!r}, x2_step={x2_step}, impulse={impulse}; expected fresh or stored, a step "
-            "of X2 (0 or more), and at least one step after the definition."
-        )
+    if optimizer not in ("fresh", "stored"):
+        raise ConfigError(f"found optimizer={optimizer!r}; expected fresh or stored.")
+    for trajectory in trajectories:
+        phases = tasks.load(trajectory.config).config.phases
+        if x2_step < 0 or impulse < 1 or x2_step + impulse >= phases.x2.steps:
+            raise ConfigError(
+                f"found x2_step={x2_step} and impulse={impulse}; expected a step of X2 and at least one after "
+                f"it, together below its {phases.x2.steps} steps."
+            )
     runs = [_Run(trajectory, site, x2_step, optimizer, impulse) for trajectory in trajectories]
     for check in (
         _directions,
