@@ -19,7 +19,7 @@ import yaml
 
 import dynamics as dy
 from dynamics import measures, sites, statistics, steps
-from dynamics.config import StudyConfig
+from dynamics.config import ConfigError, StudyConfig
 from dynamics.sites import LEVELS, Site, SiteError
 from dynamics.steps.states import revived
 from dynamics.studies import Check, battery, belief
@@ -239,13 +239,13 @@ def test_the_battery_is_made_one_check_at_a_time(runs, monkeypatch):
 
     monkeypatch.setattr(belief, "patch_window", refused)
     monkeypatch.setattr(belief, "patch_updates", refused)
-    assert next(battery(runs[:1], "embed", x2_step=STEP)).name == NAMES[0]
+    assert next(battery(runs[:1], "embed", STEP, impulse=IMPULSE)).name == NAMES[0]
 
 
 @pytest.mark.slow
 def test_the_battery_moves_no_generator_and_changes_no_run(runs, batteries):
     before, state = [t.verify() for t in runs], torch.get_rng_state()
-    for _ in zip(battery(runs[:1], "L0H0", x2_step=STEP), range(2), strict=False):
+    for _ in zip(battery(runs[:1], "L0H0", STEP, impulse=IMPULSE), range(2), strict=False):
         pass
     assert torch.equal(torch.get_rng_state(), state)
     assert [t.verify() for t in runs] == before == [[], []]
@@ -338,7 +338,7 @@ def test_a_site_of_any_level_is_found_by_its_label(runs, level, texts):
     expected = next(s for s in LEVELS[level](run.recipe.model) if s.label == OF_LEVEL[level])
     assert run.site.covers.keys() == expected.covers.keys()
     assert run.site.coords == expected.coords
-    check = next(battery(runs[:1], OF_LEVEL[level], x2_step=STEP))
+    check = next(battery(runs[:1], OF_LEVEL[level], STEP, impulse=IMPULSE))
     assert check.name == NAMES[0]
     found = dy.patch_gradients(
         run.recipe, run.state, run.task.contrasts(), [expected], measures.correct_logit
@@ -350,7 +350,7 @@ def test_a_site_of_any_level_is_found_by_its_label(runs, level, texts):
 def test_an_unknown_site_is_refused_and_every_label_of_every_level_is_listed(runs):
     run = made(runs[0])
     with pytest.raises(SiteError, match=r"no site 'attn 7'; there are block 0, ") as error:
-        next(battery(runs[:1], "attn 7", x2_step=STEP))
+        next(battery(runs[:1], "attn 7", STEP, impulse=IMPULSE))
     listed = str(error.value).partition("there are ")[2].rstrip(".").split(", ")
     labels = [s.label for level in LEVELS.values() for s in level(run.recipe.model)]
     assert listed == [part for label in labels for part in label.split(", ")]
@@ -379,19 +379,28 @@ def test_fresh_is_a_new_optimizer_at_the_same_parameters_and_stored_the_runs_own
     assert not np.allclose(texts.calls[0][0], texts.calls[2][0])
 
 
-def test_another_kind_of_optimizer_state_is_refused(runs):
-    with pytest.raises(ValueError, match="fresh"):
-        next(battery(runs[:1], "embed", x2_step=STEP, optimizer="frehs"))
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"optimizer": "frehs"}, "found optimizer='frehs'; expected fresh or stored"),
+        ({"x2_step": -1}, "found x2_step=-1"),
+        ({"x2_step": 20}, "found x2_step=20 .* below its 20 steps"),
+        ({"impulse": 0}, "found x2_step=4 and impulse=0"),
+        ({"impulse": 16}, "found x2_step=4 and impulse=16"),
+    ],
+)
+def test_settings_that_do_not_fit_the_run_are_refused_before_anything_is_computed(
+    runs, settings, said, monkeypatch
+):
+    for verb in ("both_directions", "patch_gradients", "patch_updates", "patch_window"):
+        monkeypatch.setattr(belief, verb, None)
+    with pytest.raises(ConfigError, match=said):
+        next(battery(runs[:1], **{"site": "embed", "x2_step": STEP, "impulse": IMPULSE, **settings}))
 
 
-def test_a_step_before_x2_is_refused(runs):
-    with pytest.raises(ValueError, match="-1"):
-        next(battery(runs[:1], "embed", x2_step=-1))
-
-
-def test_an_impulse_that_outlasts_the_run_is_refused_before_anything_is_computed(runs):
-    with pytest.raises(ValueError, match="impulse"):
-        next(battery(runs[:1], "embed", x2_step=STEP, impulse=1000))
+def test_the_longest_impulse_ends_with_the_run(runs):
+    assert belief._impulse([made(runs[0], impulse=15)]).verdict in ("holds", "fails", "open")
+    assert next(battery(runs[:1], "L0H0", STEP, impulse=15)).name == NAMES[0]
 
 
 # --- 1: both directions -----------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def test_the_command_prints_what_the_battery_says_of_several_runs(runs):
 
 
 def test_an_unknown_site_is_one_line_that_lists_the_sites(runs):
-    done = dynamics("believe", runs[0], "--site", "attn 9")
+    done = dynamics("believe", runs[0], "--site", "attn 9", *IMPULSE)
     line = complaint(done)
     assert line.startswith("SiteError: no site 'attn 9'; there are block 0, block 1, embed, ")
     assert all(f" {label}" in line for label in ("attn 1", "L1H1", "QK L0H0", "W_U", "+ block 0"))
@@ -102,19 +102,19 @@ def test_a_folder_that_is_no_run_is_one_line(tmp_path):
     assert "is no run" in complaint(dynamics("believe", tmp_path / "nothing", "--site", "attn 0"))
 
 
-def test_a_step_after_the_runs_end_is_one_line(runs):
-    line = complaint(dynamics("believe", runs[0], "--site", "attn 0", "--x2_step", "500"))
-    assert line.startswith("ConfigError: step ")
-    assert "outside the run's steps 0..59" in line
-
-
-def test_an_impulse_that_outlasts_the_run_is_one_line(runs):
-    line = complaint(dynamics("believe", runs[0], "--site", "L0H0", "--x2_step", "18", "--impulse", "5"))
-    assert "60 lies outside the run's steps 0..59" in line
-
-
-def test_no_impulse_at_all_is_one_line(runs):
-    complaint(dynamics("believe", runs[0], "--site", "L0H0", "--impulse", "0"))
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--x2_step", "500"], "found x2_step=500 "),
+        (["--x2_step", "-1", *IMPULSE], "found x2_step=-1 "),
+        (["--x2_step", "18", *IMPULSE], "found x2_step=18 and impulse=2; "),
+        (["--impulse", "0"], "found x2_step=10 and impulse=0; "),
+    ],
+)
+def test_a_step_or_an_impulse_that_does_not_fit_the_run_is_one_line_at_once(runs, wrong, said):
+    done = dynamics("believe", runs[0], "--site", "attn 0", *wrong)
+    assert complaint(done).startswith(f"ConfigError: {said}")
+    assert not any(CHECK.match(line) for line in done.stdout.splitlines())
 
 
 @pytest.mark.parametrize(
