@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import xarray as xr
-from into_readme import interval, stamp
+from into_readme import interval, run_key, stamp
 from torch import nn
 from tqdm import tqdm
 
@@ -128,7 +128,7 @@ def one_run(folder: Path, out: Path) -> dict[str, xr.Dataset]:
 
     found = {}
     for name, compute in tqdm(work.items(), desc=str(folder), unit="question"):
-        path = out / f"seed-{task.config.seed}" / f"{name}.h5"
+        path = out / run_key(run) / f"{name}.h5"
         if not path.exists():
             dy.results.save(compute(), path)
         found[name] = dy.results.load(path)
@@ -316,9 +316,11 @@ def report(found: Found, names: list[str]) -> str:
         "The definition inside the real batch of its step": recoveries_table(found, "in-batch", components),
         "Noise floor: another row of that batch exchanged": recoveries_table(found, "noise", components),
     }
+    n_aliases = ", ".join(dict.fromkeys(str(f["signals"].sizes["example"]) for f in found))
     caption = (
-        f"Runs of {', '.join(names)}, 30 aliases each; X2 step {X2_STEP} where not said. Values are changes of the "
-        "correct logit of an alias's own questions. Recovery is a ratio of means with Fieller's 95 % interval over "
+        f"Runs of {', '.join(names)}, {n_aliases} aliases each; X2 step {X2_STEP} where not said. "
+        "Values are changes of the correct logit of an alias's own questions. Recovery is a ratio of means with "
+        "Fieller's 95 % interval over "
         f"{len(found)} runs; other intervals are Student's t over runs, or over all aliases where it says so. A "
         f"dash: the gap is not distinguishable from zero over runs. {stamp(__file__)}"
     )

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from into_readme import interval, stamp, write
+from into_readme import interval, run_key, stamp, write
 from tqdm import tqdm
 
 import dynamics as dy
@@ -100,7 +100,7 @@ def one_run(folder: Path, n_steps: int, out: Path) -> pd.DataFrame:
     warnings.filterwarnings("error")
     run = Trajectory.open(folder)
     seed = int(run.config["seed"])
-    path = out / f"seed-{seed}-{n_steps}.csv"
+    path = out / f"{run_key(run)}-{n_steps}.csv"
     if path.exists():
         return pd.read_csv(path)
     task = dy.tasks.load(run.config)

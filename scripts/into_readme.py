@@ -1,9 +1,11 @@
-"""What the scripts that measure have in common: tables between two marks of the README, and their last line."""
+"""What the scripts that measure have in common: names of results, tables in the README, and their last line."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import zlib
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 import dynamics as dy
+from checkpoints import Trajectory
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -21,6 +24,11 @@ def write(name: str, text: str) -> None:
     before, _, rest = README.read_text().partition(begin)
     _, _, after = rest.partition(end)
     README.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+
+
+def run_key(run: Trajectory) -> str:
+    """A name for what is found in a run: its seed and a checksum of its whole configuration."""
+    return f"seed-{run.config['seed']}-{zlib.crc32(json.dumps(run.config, sort_keys=True).encode()):08x}"
 
 
 def interval(values: npt.ArrayLike) -> str:

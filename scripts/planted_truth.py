@@ -23,7 +23,7 @@ import pandas as pd
 import scipy.stats
 import torch
 import xarray as xr
-from into_readme import stamp, write
+from into_readme import run_key, stamp, write
 from torch import Tensor
 from tqdm import tqdm
 
@@ -188,12 +188,16 @@ def one_plant(folder: Path, label: str, out: Path) -> pd.DataFrame:
     run = Trajectory.open(folder)
     task = dy.tasks.load(run.config)
     seed = int(run.config["seed"])
-    path = out / f"seed-{seed}-{label.replace(' ', '-')}.csv"
+    path = out / f"{run_key(run)}-{label.replace(' ', '-')}.csv"
     if path.exists():
         return pd.read_csv(path)
     plain = task.recipe()
     sites = (dy.sites.heads if label.startswith("L") else dy.sites.components)(plain.model)
-    plant = next(site for site in sites if site.label == label)
+    plant = next((site for site in sites if site.label == label), None)
+    if plant is None:
+        raise dy.sites.SiteError(
+            f"no site {label!r} to plant in; there are {', '.join(s.label for s in sites)}."
+        )
     others = [site for site in sites if site.label != label]
     drawn = np.random.default_rng([seed, PLANTS.index(label)]).permutation(len(others))[:N_DECOYS]
     decoys = [others[i] for i in drawn]
