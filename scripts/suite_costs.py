@@ -92,7 +92,8 @@ def table(efficiency: float) -> str:
             "",
             f"{CHECKPOINTS} checkpoints x {CONTRASTS} contrasts, definitions of {BATCH_TOKENS} tokens, probes of "
             f"{PROBE_TOKENS}; one A100 80 GB in fp32 at {100 * efficiency:.0f} % of its data sheet, the share "
-            f"reached here on a CPU. Arithmetic, not a measurement; loading checkpoints is left out. {stamp(__file__)}",
+            "reached here on a CPU. Arithmetic, not a measurement; loading checkpoints is left out. "
+            f"{stamp(__file__)}",
         ]
     )
 
