@@ -1,0 +1,222 @@
+"""Gradient alignment: does learning a definition by itself help to answer questions?
+
+The quantity of implicit meta-learning: where reliable definitions' gradients point towards the questions' more than
+unreliable ones' do, an optimizer that only ever sees definitions internalises the reliable ones better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from checkpoints import Checkpoint
+from dynamics import measures, results
+from dynamics.calls import evaluating
+from dynamics.comparison.tables import Array, Products, cosine, presented, site_coords
+from dynamics.measures import Measure
+from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS, columns
+from dynamics.recipe import Contrast, Recipe
+from dynamics.sites import Site, check, check_whole
+from dynamics.steps import gradient
+from dynamics.steps.states import starting_point
+
+GRAM_ELEMENTS = 2**24
+"""Elements of a parameter multiplied at once for all examples, in fp64: 128 MB a side."""
+
+
+def align_gradients(
+    recipe: Recipe,
+    checkpoint: Checkpoint | None,
+    contrasts: Sequence[Contrast],
+    sites: Sequence[Site],
+    measure: Measure | Mapping[str, Measure] = measures.correct_log_prob,
+) -> xr.Dataset:
+    """Cosine between the way down a training batch's loss and the way up the measure of its probe.
+
+        alignment_s = cos(−∇_s L(batch), ∇_s M(probe))
+
+    With the measure `correct_log_prob` it is the cosine between the gradients of the loss on a definition and on
+    that alias's questions. It has a verb's signature, so `sweep` calls it too.
+
+    Args:
+        recipe: model and loss; nothing of it is changed. The loss runs in the model's mode, measures in eval mode.
+        checkpoint: whose parameters; None takes the model as it stands. Its optimizer does not matter.
+        contrasts: `base` and `source` (definitions under two tags), `probe` (questions), length n_examples.
+        sites: parts of the parameters, length n_sites.
+        measure: of the probe, differentiable; rows are averaged.
+
+    Returns:
+        [(measure,) example, site]: `base` and `source`, the alignment of each batch, and `effect`, source − base.
+        NaN where a gradient is zero on a site.
+
+    Raises:
+        SiteError: a site covers what the model does not have, or positions.
+        NonFiniteGradient: names the contrast. ValueError: nothing to align.
+
+    Source: Krasheninnikov et al. 2023 (arXiv 2310.15047), gradient alignment.
+    """
+    state, by_name = _begun(recipe, checkpoint, contrasts, sites, measure, "align_gradients")
+    products = Products(sites, state.parameters)
+    values = np.full((2, len(by_name), len(contrasts), len(sites)), np.nan)
+    bar = tqdm(contrasts, desc="align_gradients", unit="contrast", delay=SECONDS_BEFORE_PROGRESS)
+    for i, contrast in enumerate(bar):
+        name = _name(contrast, i)
+        downs = [
+            _down(recipe, state, batch, f"the {side} batch of {name}")
+            for side, batch in (("base", contrast.base), ("source", contrast.source))
+        ]
+        for m, function in enumerate(by_name.values()):
+            up = _up(recipe, state, function, contrast.probe, f"the probe of {name}")
+            square = products(up, up)
+            for side, down in enumerate(downs):
+                values[side, m, i] = cosine(products(down, up), products(down, down), square)
+    several = isinstance(measure, Mapping)
+    base, source = values if several else values[:, 0]
+    dims = ("measure", "example", "site") if several else ("example", "site")
+    coords = _coords(contrasts, "example") | results.coordinates(site_coords(sites), "site")
+    if several:
+        coords |= results.coordinates({"measure": list(by_name)}, "measure")
+    variables = {
+        "effect": (dims, source - base, {"long_name": "alignment, source − base", "units": "1"}),
+        "base": (dims, base, {"long_name": "alignment of the base batch", "units": "1"}),
+        "source": (dims, source, {"long_name": "alignment of the source batch", "units": "1"}),
+    }
+    facts = results.provenance(verb="align_gradients", step=state.step, measure=list(by_name))
+    return xr.Dataset(variables, coords=coords, attrs={"provenance": facts})
+
+
+def align_groups(
+    recipe: Recipe,
+    checkpoint: Checkpoint | None,
+    contrasts: Sequence[Contrast],
+    sites: Sequence[Site],
+    measure: Measure = measures.correct_log_prob,
+) -> xr.Dataset:
+    """The same cosine between every contrast's base batch and every contrast's probe.
+
+    Args:
+        recipe, checkpoint, sites: as `align_gradients`.
+        contrasts: as `align_gradients`; their `source` is not used. All gradients are held at once: two models for
+            each contrast.
+        measure: one.
+
+    Returns:
+        `alignment` [example, other, site]: of example's batch with other's probe; the coordinates of `other` are those
+        of `example`, with `other_` before their names. `relations` averages it within and across groups.
+
+    Raises:
+        As `align_gradients`.
+    """
+    state, by_name = _begun(recipe, checkpoint, contrasts, sites, measure, "align_groups")
+    (function,) = by_name.values()
+    downs, ups = [], []
+    bar = tqdm(contrasts, desc="align_groups", unit="contrast", delay=SECONDS_BEFORE_PROGRESS)
+    for i, contrast in enumerate(bar):
+        name = _name(contrast, i)
+        downs.append(_down(recipe, state, contrast.base, f"the base batch of {name}"))
+        ups.append(_up(recipe, state, function, contrast.probe, f"the probe of {name}"))
+    values = np.stack([_grams(downs, ups, site) for site in sites], -1)
+    coords = _coords(contrasts, "example") | results.coordinates(site_coords(sites), "site")
+    for name, (_, column) in _coords(contrasts, "example").items():
+        coords["other" if name == "example" else f"other_{name}"] = ("other", column)
+    words = {"long_name": "cosine of −∇L(batch) and ∇M(probe)", "units": "1"}
+    facts = results.provenance(quantity="align_groups", step=state.step, measure=list(by_name))
+    found = {"alignment": (("example", "other", "site"), values, words)}
+    return xr.Dataset(found, coords=coords, attrs={"provenance": facts})
+
+
+def relations(aligned: xr.Dataset, group: str = "set") -> xr.Dataset:
+    """Each example's alignment with its own probe, with others of its group, and with those of other groups.
+
+    Args:
+        aligned: from `align_groups`.
+        group: the coordinate that says which group an example is of.
+
+    Returns:
+        [example, site] and any further dims: `own`, `within` (mean over the others of its group; NaN where it is
+        alone in it), `across` (mean over all of other groups; NaN where there is none).
+
+    Raises:
+        ValueError: there is no such coordinate.
+    """
+    if group not in aligned.coords:
+        raise ValueError(f"no coordinate {group!r}; expected one of {sorted(map(str, aligned.coords))}")
+    values = aligned["alignment"]
+    same = aligned["example"].values[:, None] == aligned["other"].values
+    alike = aligned[group].values[:, None] == aligned[f"other_{group}"].values
+    chosen = {"own": same, "within": alike & ~same, "across": ~alike}
+    words = {"own": "its own probe", "within": f"others of its {group}", "across": f"those of another {group}"}
+    found = {}
+    for name, mask in chosen.items():
+        mean = values.where(xr.DataArray(mask, dims=("example", "other"))).mean("other")
+        found[name] = mean.assign_attrs(long_name=f"alignment with {words[name]}", units="1")
+    kept = [n for n, c in aligned.coords.items() if "other" not in c.dims]
+    return xr.Dataset(found, attrs=aligned.attrs)[[*found, *kept]]
+
+
+def _begun(
+    recipe: Recipe,
+    checkpoint: Checkpoint | None,
+    contrasts: Sequence[Contrast],
+    sites: Sequence[Site],
+    measure: Measure | Mapping[str, Measure],
+    what: str,
+) -> tuple[Checkpoint, dict[str, Measure]]:
+    """The state and the measures by name, once all is checked."""
+    by_name = measures.named(measure)
+    if not contrasts or not sites or not by_name:
+        missing = "contrasts" if not contrasts else "measures" if sites else "sites"
+        raise ValueError(f"{what} was given no {missing}; it needs at least one.")
+    check(sites, recipe.model)
+    check_whole(sites, what, "leave them out, as sites.heads(model) does")
+    return starting_point(recipe, checkpoint), by_name
+
+
+def _down(recipe: Recipe, state: Checkpoint, batch: Any, where: str) -> dict[str, Tensor]:
+    """−∇L of a batch."""
+    found = presented(gradient(recipe, state, batch, where).gradients, state.parameters)
+    return {name: -g for name, g in found.items()}
+
+
+def _up(recipe: Recipe, state: Checkpoint, measure: Measure, probe: Any, where: str) -> dict[str, Tensor]:
+    """∇M of a probe, rows averaged."""
+
+    def mean(model: nn.Module, batch: Any) -> Tensor:
+        return measure(model, batch).mean()
+
+    with evaluating(recipe.model):
+        found = gradient(replace(recipe, loss=mean), state, probe, where)
+    return presented(found.gradients, state.parameters)
+
+
+def _grams(downs: Sequence[Mapping[str, Tensor]], ups: Sequence[Mapping[str, Tensor]], site: Site) -> Array:
+    """Cosines of all pairs on one site: [n_downs, n_ups], summed over its tensors in fp64."""
+    n = len(downs)
+    products, squares = np.zeros((n, len(ups))), [np.zeros(n), np.zeros(len(ups))]
+    for name, index in site.covers.items():
+        if name not in downs[0]:
+            continue
+        size = max(1, GRAM_ELEMENTS // n)
+        sides = [[g[name].to_dense()[index].reshape(-1) for g in gs] for gs in (downs, ups)]
+        for start in range(0, sides[0][0].numel(), size):
+            a, b = (torch.stack([g[start : start + size] for g in side]).double() for side in sides)
+            products += (a @ b.T).numpy(force=True)
+            for square, part in zip(squares, (a, b), strict=True):
+                square += part.square().sum(-1).numpy(force=True)
+    return cosine(products, squares[0][:, None], squares[1][None, :])
+
+
+def _coords(contrasts: Sequence[Contrast], dim: str) -> dict[str, Any]:
+    rows = [{"example": _name(contrast, i), **contrast.coords} for i, contrast in enumerate(contrasts)]
+    return dict(results.coordinates(columns(rows), dim))
+
+
+def _name(contrast: Contrast, i: int) -> str:
+    return str(contrast.coords.get("example", f"contrast {i}"))
