@@ -72,7 +72,9 @@ def main() -> None:
     )
     parser.add_argument("runs", type=Path, nargs="+", help="run folders, one per seed; at least two")
     parser.add_argument("--out", type=Path, default=Path("runs/alignment"))
-    parser.add_argument("--readme", action="store_true", help="write the table and the figure into the README")
+    parser.add_argument(
+        "--readme", action="store_true", help="write the table and the figure into the README"
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("error")

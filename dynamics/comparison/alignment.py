@@ -152,7 +152,11 @@ def relations(aligned: xr.Dataset, group: str = "set") -> xr.Dataset:
     same = aligned["example"].values[:, None] == aligned["other"].values
     alike = aligned[group].values[:, None] == aligned[f"other_{group}"].values
     chosen = {"own": same, "within": alike & ~same, "across": ~alike}
-    words = {"own": "its own probe", "within": f"others of its {group}", "across": f"those of another {group}"}
+    words = {
+        "own": "its own probe",
+        "within": f"others of its {group}",
+        "across": f"those of another {group}",
+    }
     found = {}
     for name, mask in chosen.items():
         mean = values.where(xr.DataArray(mask, dims=("example", "other"))).mean("other")

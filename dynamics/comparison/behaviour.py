@@ -25,7 +25,8 @@ Batches = Mapping[str, Batch]
 Coords = Mapping[str, Sequence[Any]]
 
 
-def score(recipe: Recipe, checkpoint: Checkpoint | None, batches: Batches, coords: Coords | None = None
+def score(
+    recipe: Recipe, checkpoint: Checkpoint | None, batches: Batches, coords: Coords | None = None
 ) -> xr.Dataset:
     """Accuracy, loss and correct logit of each batch: a set of questions, or one alias's.
 

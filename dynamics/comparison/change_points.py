@@ -87,9 +87,7 @@ def bend(x: npt.ArrayLike, y: npt.ArrayLike) -> Changes:
     """
     x, y = _points(x, y)
     line = _least_squares(np.stack([np.ones_like(x), x], 1), y)
-    fits = [
-        (_least_squares(np.stack([np.ones_like(x), x, np.maximum(0, x - t)], 1), y), t) for t in x[2:-2]
-    ]
+    fits = [(_least_squares(np.stack([np.ones_like(x), x, np.maximum(0, x - t)], 1), y), t) for t in x[2:-2]]
     if not fits:
         return Changes(np.array([]), line, 0.0)
     bent, t = min(fits, key=lambda fit: float(((y - fit[0]) ** 2).sum()))
@@ -131,7 +129,10 @@ def when(curves: xr.DataArray, fit: Fit = level_changes, confidence: float = 0.9
     )
     dataset = xr.Dataset(dict(zip(("at", "change", "gain"), parts, strict=True)))
     dataset["at"].attrs = {"long_name": "first change", "units": "step"}
-    dataset["change"].attrs = {"long_name": "mean after − mean before", "units": curves.attrs.get("units", "")}
+    dataset["change"].attrs = {
+        "long_name": "mean after − mean before",
+        "units": curves.attrs.get("units", ""),
+    }
     dataset["gain"].attrs = {"long_name": "BIC without a change − BIC", "units": "1"}
     if "seed" not in curves.dims:
         return dataset
@@ -183,7 +184,9 @@ def _points(x: npt.ArrayLike, y: npt.ArrayLike) -> tuple[Array, Array]:
     """
     across, up = np.asarray(x, float), np.asarray(y, float)
     if across.shape != up.shape or across.ndim != 1 or (np.diff(across) <= 0).any():
-        raise ValueError(f"found x of shape {across.shape} and y of {up.shape}; expected one y for each rising x")
+        raise ValueError(
+            f"found x of shape {across.shape} and y of {up.shape}; expected one y for each rising x"
+        )
     present = ~np.isnan(up)
     if not present.any():
         raise ValueError("no point of the curve has a number")

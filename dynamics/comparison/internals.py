@@ -168,7 +168,9 @@ def _activations(recipe: Recipe, state: Checkpoint, batch: Any, sites: Sequence[
     """What each site covers of one forward pass in eval mode, in fp64."""
     check_outputs(sites, recipe.model)
     if many := [site.label for site in sites if len(site.covers) > 1]:
-        raise SiteError(f"Site {many[0]!r} covers several outputs; give each a site of its own, with by='layer'.")
+        raise SiteError(
+            f"Site {many[0]!r} covers several outputs; give each a site of its own, with by='layer'."
+        )
     kept: dict[str, Tensor] = {}
 
     def keep(name: str, key: str, activation: Tensor) -> Tensor:
@@ -183,7 +185,9 @@ def _activations(recipe: Recipe, state: Checkpoint, batch: Any, sites: Sequence[
     for site in sites:
         ((name, index),) = site.covers.items()
         if name not in kept:
-            raise SiteError(f"Site {site.label!r}: {name!r} gave no floating-point tensor when the model ran.")
+            raise SiteError(
+                f"Site {site.label!r}: {name!r} gave no floating-point tensor when the model ran."
+            )
         found.append(kept[name][index])
     return found
 

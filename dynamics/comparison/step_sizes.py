@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,9 @@ from dynamics.steps.states import revived, starting_point
 from dynamics.trees import squared_norm
 
 
-def step_sizes(recipe: Recipe, checkpoint: Checkpoint | None, batch: Any, sites: Sequence[Site]) -> xr.Dataset:
+def step_sizes(
+    recipe: Recipe, checkpoint: Checkpoint | None, batch: Any, sites: Sequence[Site]
+) -> xr.Dataset:
     """Sizes of the step that a batch would take from a checkpoint, with its own optimizer state.
 
     Args:
@@ -39,8 +41,9 @@ def step_sizes(recipe: Recipe, checkpoint: Checkpoint | None, batch: Any, sites:
     Returns:
         [site]: `gradient_norm` before clipping; `share`, the site's share of the whole squared norm that clipping
         by norm compares with its limit; `update_norm` ‖Δθ‖, decay included; `relative_update` ‖Δθ‖ / ‖θ‖;
-        `effective_step`, the mean over the site's elements of η / (√v̂ + ε), Adam's own learning rate for each
-        (NaN without its second moments: a new optimizer, or another kind).
+        `effective_step`, Adam's own learning rate η / (√v̂ + ε) as its geometric mean over the site's elements (an
+        element that never had a gradient has η / ε, which would make up any other mean; NaN without second moments:
+        a new optimizer, or another kind).
         Without a dim: `total_norm` of the optimizer's gradient and `clip`, the factor min(1, τ / N) it is scaled by
         (1 where nothing is clipped by norm).
 
@@ -65,7 +68,7 @@ def step_sizes(recipe: Recipe, checkpoint: Checkpoint | None, batch: Any, sites:
     total = sum(squared_norm(g) for name, g in step.gradients.items() if name in held)
     moved = np.sqrt(products(update, update))
     rates = {name: torch.full_like(w, float("nan"), dtype=torch.float64) for name, w in weights.items()}
-    rates |= _effective(state, {**optimizer.defaults})
+    rates |= {name: rate.log() for name, rate in _effective(state, optimizer.defaults).items()}
     ones = {name: torch.ones_like(w, dtype=torch.float64) for name, w in weights.items()}
     variables: dict[str, tuple[Any, str, str]] = {
         "gradient_norm": (np.sqrt(squares), "‖g‖ before clipping", "1"),
@@ -76,7 +79,11 @@ def step_sizes(recipe: Recipe, checkpoint: Checkpoint | None, batch: Any, sites:
             "‖Δθ‖ / ‖θ‖",
             "1",
         ),
-        "effective_step": (products(rates, ones) / products(ones, ones), "mean of η / (√v̂ + ε)", "1"),
+        "effective_step": (
+            np.exp(products(rates, ones) / products(ones, ones)),
+            "geometric mean of η / (√v̂ + ε)",
+            "1",
+        ),
         "total_norm": (total**0.5, "‖g‖ of all parameters", "1"),
         "clip": (
             coefficient(total, recipe.clip.max_norm) if isinstance(recipe.clip, ByNorm) else 1.0,
@@ -84,10 +91,12 @@ def step_sizes(recipe: Recipe, checkpoint: Checkpoint | None, batch: Any, sites:
             "1",
         ),
     }
-    return labelled("site", site_coords(sites), variables, results.provenance(quantity="step", step=state.step))
+    return labelled(
+        "site", site_coords(sites), variables, results.provenance(quantity="step", step=state.step)
+    )
 
 
-def _effective(state: Checkpoint, defaults: dict[str, Any]) -> dict[str, Tensor]:
+def _effective(state: Checkpoint, defaults: Mapping[str, Any]) -> dict[str, Tensor]:
     """η / (√v̂ + ε) of every element, by name, of the parameters that have Adam's second moments."""
     found: dict[str, Tensor] = {}
     if state.optimizer is None:

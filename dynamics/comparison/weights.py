@@ -15,7 +15,9 @@ from dynamics.sites import Site, check, check_whole
 from dynamics.steps.states import starting_point
 
 
-def compare_weights(before: Checkpoint, after: Checkpoint, recipe: Recipe, sites: Sequence[Site]) -> xr.Dataset:
+def compare_weights(
+    before: Checkpoint, after: Checkpoint, recipe: Recipe, sites: Sequence[Site]
+) -> xr.Dataset:
     """How far each site's parameters lie from what they were.
 
     Args:
@@ -73,7 +75,9 @@ def compare_updates(
     Raises:
         As `compare_weights`.
     """
-    a, b, c = (_parameters(each, recipe, sites, "compare_updates").parameters for each in (start, middle, end))
+    a, b, c = (
+        _parameters(each, recipe, sites, "compare_updates").parameters for each in (start, middle, end)
+    )
     products = Products(sites, a)
     first, second = differences(b, a), differences(c, b)
     squares = products(first, first), products(second, second)
