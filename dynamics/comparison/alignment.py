@@ -108,8 +108,8 @@ def align_groups(
         measure: one.
 
     Returns:
-        `alignment` [example, other, site]: of example's batch with other's probe; the coordinates of `other` are those
-        of `example`, with `other_` before their names. `relations` averages it within and across groups.
+        `alignment` [example, other, site]: of the batch of `example` with the probe of `other`, whose coordinates
+        have `other_` before their names. `relations` averages it within and across groups.
 
     Raises:
         As `align_gradients`.

@@ -141,7 +141,7 @@ def _logits(recipe: Recipe, state: Checkpoint, batches: Batches) -> dict[str, Te
         plain = [replace(batches[name], distractors=None, example_ids=None) for name in names]
         with torch.no_grad(), evaluating(recipe.model), state.random_state():
             logits = call(target_logits, recipe.model, tensors, concatenate(plain)).double()
-        found |= dict(zip(names, logits.split([len(batch) for batch in plain]), strict=True))
+        found |= dict(zip(names, torch.split(logits, [len(batch) for batch in plain]), strict=True))
     return {name: found[name] for name in batches}
 
 

@@ -7,7 +7,7 @@ meant: log-spaced steps where early training matters as much as late.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -37,9 +37,9 @@ class Changes(NamedTuple):
 def level_changes(x: npt.ArrayLike, y: npt.ArrayLike, most: int = 1) -> Changes:
     """A piecewise-constant fit with as many changes as BIC asks for, by exact segmentation.
 
-    Every division into segments of two points or more is considered, by dynamic programming. A change is placed at the
-    first point of its new level. With k changes BIC = n ln(RSS / n) + (2k + 1) ln n: a level for each segment, a
-    place for each change. Neighbouring points of a training curve are not independent, so a slow drift is called a
+    Every division into segments of two points or more is considered, by dynamic programming. A change is placed at
+    the first point of its new level. With k changes BIC = n ln(RSS / n) + (2k + 1) ln n: a level for each segment
+    and a place for each change. Neighbouring points of a training curve are not independent, so a slow drift is called a
     change too: the gain says how much it explains, not how sure it is.
 
     Args:
@@ -67,7 +67,7 @@ def level_changes(x: npt.ArrayLike, y: npt.ArrayLike, most: int = 1) -> Changes:
         end = int(back[k, end])
         bounds.append(end)
     edges = [0, *sorted(bounds)]
-    fitted = np.concatenate([np.full(b - a, y[a:b].mean()) for a, b in zip(edges, edges[1:], strict=False)])
+    fitted = np.concatenate([np.full(b - a, y[a:b].mean()) for a, b in pairwise(edges)])
     gain = float(scores[0] - min(scores)) if scores else 0.0
     return Changes(x[edges[1:-1]], fitted, gain)
 
@@ -77,8 +77,9 @@ def bend(x: npt.ArrayLike, y: npt.ArrayLike) -> Changes:
 
         y = a + b x + c max(0, x − t)
 
-    The bend t is the point (neither of the first nor of the last two) with the least RSS; it counts where BIC, with two
-    parameters more than a line's, is below the line's. Distances along x count: give log steps where they are meant.
+    The bend t is the point (none of the first two or last two) with the least RSS; it counts where BIC, with two
+    parameters more than a line's, is below the line's. Distances along x count: give log steps where they are
+    meant.
 
     Args:
         x, y: as `level_changes`.

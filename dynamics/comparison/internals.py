@@ -136,7 +136,7 @@ def head_roles(
     if not roles:
         raise ValueError("there are no roles; give at least one, as {name: (batch, positions)}.")
     state = starting_point(recipe, checkpoint)
-    columns = []
+    columns: list[list[float]] = []
     for batch, positions in roles.values():
         rows = torch.arange(len(batch))
         columns.append([])

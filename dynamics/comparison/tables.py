@@ -61,7 +61,7 @@ def presented(gradients: Mapping[str, Tensor | None], like: Tensors) -> dict[str
     }
 
 
-def site_coords(sites: Sequence[Site]) -> dict[str, Sequence[Any]]:
+def site_coords(sites: Sequence[Site]) -> Mapping[str, Sequence[Any]]:
     """The columns along `site`."""
     return columns([{"site": s.label, **s.coords} for s in sites])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import xarray as xr
@@ -51,11 +52,7 @@ def over_training(
         TrajectoryError: a checkpoint cannot be read, or nothing is stored before the first step.
     """
     chosen = [int(step) for step in steps]
-    if (
-        n_neighbours < 1
-        or len(chosen) < n_neighbours
-        or any(b <= a for a, b in zip(chosen, chosen[1:], strict=False))
-    ):
+    if n_neighbours < 1 or len(chosen) < n_neighbours or any(b <= a for a, b in pairwise(chosen)):
         raise ValueError(
             f"found steps {chosen[:8]} for n_neighbours={n_neighbours}; expected rising steps, at least so many."
         )

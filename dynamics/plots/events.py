@@ -25,9 +25,9 @@ def event_curves(columns: Mapping[str, Sequence[Panel]]) -> Figure:
 
     Args:
         columns: title -> panels from the top down, as many in every column; steps counted from where the column
-            begins. A panel's curves are [(seed,) step]; the panel is labelled by its Dataset's attribute `long_name`.
-            Variables named as the four sets have their colours. Of an event `mean`, `low` and `high` are drawn, of one
-            without seeds `at`.
+            begins. A panel's curves are [(seed,) step]; its label is its Dataset's attribute `long_name`.
+            Variables named as the four sets have their colours. Of an event `mean`, `low` and `high` are drawn,
+            of one without seeds `at`.
 
     Raises:
         ValueError: columns differ in their number of panels, or a curve has other dims.
@@ -65,8 +65,8 @@ def _panel(axes: Axes, curves: xr.Dataset, marks: Mapping[str, xr.Dataset]) -> N
         if np.isfinite(at):
             axes.axvline(at, color=figures.BLACK, linestyle=style, linewidth=1.0, label=name)
         if "low" in mark and np.isfinite(float(mark["low"])):
-            low, high = max(0.0, float(mark["low"])), float(mark["high"])
-            axes.axvspan(low, high, color=figures.GREY, alpha=0.15, linewidth=0)
+            first, end = max(0.0, float(mark["low"])), float(mark["high"])
+            axes.axvspan(first, end, color=figures.GREY, alpha=0.15, linewidth=0)
     last = float(max(curve["step"].values.max() for curve in curves.data_vars.values()))
     axes.set_xscale("symlog", linthresh=1.0, linscale=0.4)
     axes.set_xlim(0, last)
@@ -116,7 +116,7 @@ def map_under_accuracies(dataset: xr.Dataset, value: str, scores: xr.Dataset) ->
         above.plot(np.arange(len(steps)), values, label=label, color=color, linestyle=line, linewidth=1.4)
     above.spines[["top", "right"]].set_visible(False)
     above.set(ylabel="accuracy", ylim=(0.0, 1.0))
-    above.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.05))
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=7.5)
     below.set_facecolor("#dddddd")
     image = below.imshow(
         np.ma.masked_invalid(cells),

@@ -1,4 +1,4 @@
-"""Checkpoints of an alias run side by side: two of them, or every one with its neighbour; tables, figures, Datasets."""
+"""Checkpoints of an alias run side by side: two of them, or every one with its neighbour."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def compare_pair(run: Trajectory, before: int, after: int) -> Compared:
 def compare_every(run: Trajectory, chosen: Sequence[int] | None = None) -> Compared:
     """Every checkpoint of a run: curves over training, and each with its neighbour.
 
-    Writes RUN/results/compare-every-N-HASH/*.h5 (the hash is of the steps) and figures of the same name. Datasets that
-    are there are read, not computed again.
+    Writes RUN/results/compare-every-N-HASH/*.h5 (the hash is of the steps) and figures beside them as
+    `compare_pair` does. Datasets that are there are read, not computed again.
 
     Args:
         run: the run.
@@ -174,8 +174,8 @@ def _along(parts: _Parts, taken: Sequence[int]) -> Found:
     def sizes(state: Checkpoint) -> Found:
         return {"sizes": step_sizes(recipe, state, task.batch(state.step), components)}
 
-    def updates(*three: Checkpoint) -> Found:
-        return {"updates": compare_updates(*three, recipe, parts.weights)}
+    def updates(start: Checkpoint, middle: Checkpoint, end: Checkpoint) -> Found:
+        return {"updates": compare_updates(start, middle, end, recipe, parts.weights)}
 
     trained = [step for step in taken if step < task.config.phases.starts["end"]]
     return {
@@ -235,7 +235,7 @@ def _maps(task: AliasTask, found: Found) -> dict[str, Figure]:
 
 
 def _log10(values: xr.DataArray) -> xr.DataArray:
-    found: xr.DataArray = np.log10(values)
+    found: xr.DataArray = xr.apply_ufunc(np.log10, values)
     return found.assign_attrs(long_name=f"log10 of the {values.attrs['long_name']}")
 
 

@@ -1,4 +1,4 @@
-"""What of the alias task is compared between checkpoints: questions by alias, definitions as trained, heads' roles."""
+"""What is compared between checkpoints of the alias task: questions, definitions as trained, roles of heads."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def alias_questions(
 ) -> tuple[dict[str, Batch], dict[str, list[Any]]]:
     """Every alias's questions that are never trained, both orders: batches by label, and coordinates.
 
-    The coordinates are those of `AliasTask.contrasts`: `integer` and `set`. Sets whose questions are all trained have
-    none to ask and are left out.
+    The coordinates are those of `AliasTask.contrasts`: `integer` and `set`. Sets whose questions are all trained
+    have none to ask and are left out.
     """
     asked = [(i, name) for name in sets for i in task.sets[name] if task.test_multipliers(i)]
     batches = {f"alias {i}": replace(task.questions(i), example_ids=None) for i, _ in asked}
@@ -61,8 +61,8 @@ def as_trained(task: AliasTask, sets: Sequence[SetName] = SETS) -> list[Contrast
 def head_roles(task: AliasTask) -> dict[str, tuple[Batch, Tensor]]:
     """Where a head may look from the scored position, for `dynamics.comparison.head_roles`.
 
-    "previous token" on held-out table rows `x y =`; "to alias" on all aliases' questions, in both orders; "to tag" on
-    their definitions, where the tag is the token before the alias as well.
+    "previous token" on held-out table rows `x y =`; "to alias" on all aliases' questions, in both orders; "to tag"
+    on their definitions, where the tag is the token before the alias as well.
     """
     batches, _ = alias_questions(task)
     questions = concatenate(list(batches.values()))
