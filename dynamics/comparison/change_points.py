@@ -39,8 +39,8 @@ def level_changes(x: npt.ArrayLike, y: npt.ArrayLike, most: int = 1) -> Changes:
 
     Every division into segments of two points or more is considered, by dynamic programming. A change is placed at
     the first point of its new level. With k changes BIC = n ln(RSS / n) + (2k + 1) ln n: a level for each segment
-    and a place for each change. Neighbouring points of a training curve are not independent, so a slow drift is called a
-    change too: the gain says how much it explains, not how sure it is.
+    and a place for each change. Neighbouring points of a training curve are not independent, so a slow drift is
+    called a change too: the gain says how much it explains, not how sure it is.
 
     Args:
         x, y: [n_points], x rising; points whose y is NaN are left out.
@@ -212,7 +212,7 @@ def _least_squares(columns: Array, y: Array) -> Array:
 
 
 def _bic(rss: float, y: Array, n_parameters: int) -> float:
-    """n ln(RSS / n) + p ln n; an RSS of rounding counts as that of rounding."""
+    """n ln(RSS / n) + p ln n; an RSS of less than a few roundings of each point counts as that."""
     n = y.size
-    rounding = n * (np.finfo(float).eps * max(float(np.abs(y).max()), np.finfo(float).tiny)) ** 2
+    rounding = n * (100 * np.finfo(float).eps * max(float(np.abs(y).max()), np.finfo(float).tiny)) ** 2
     return n * float(np.log(max(float(rss), rounding) / n)) + n_parameters * float(np.log(n))

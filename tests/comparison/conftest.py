@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from comparison_models import jittered, questions, short_run, small_recipe
 
