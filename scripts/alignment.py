@@ -1,8 +1,8 @@
 """When do reliable and unreliable definitions part, in gradient alignment and in accuracy?
 
 The cosine between the gradient of each alias's definition, as training gives it and under the other tag, and that of
-its questions, at log-spaced steps of X1 and X2 of several runs; beside it the accuracy of the four sets. A curve's
-change point is that of a piecewise-constant fit along the log-spaced steps.
+its questions, at log-spaced steps of X1 and X2 of several runs; beside it the accuracy of the four sets and where heads
+look. An event is the change point of a curve's piecewise-constant fit along the log-spaced steps.
 
     .venv/bin/python scripts/alignment.py runs/seeds-fresh/train-5-seed-*/drawn --out runs/alignment --readme
 """
@@ -27,39 +27,35 @@ POINTS = 22
 
 def steps_of(task: dy.tasks.AliasTask, phase: str) -> list[int]:
     """The steps of a phase that are measured, from its first to the one after its last."""
-    starts = list(task.config.phases.starts.items())
-    (first, last) = next(
-        (start, following)
-        for (name, start), (_, following) in zip(starts, starts[1:], strict=False)
-        if name == phase
-    )
+    starts = task.config.phases.starts
+    first, last = starts[phase], starts["x2" if phase == "x1" else "end"]
     spaced = np.unique(np.round(np.geomspace(1, last - first, POINTS)).astype(int))
     return [first, *(first + int(n) for n in spaced)]
 
 
 def one_run(folder: Path, out: Path) -> dict[str, xr.Dataset]:
-    """Alignment and scores of one run along its steps; kept under `out` and taken from there when they exist."""
+    """Alignment, scores and roles of one run along its steps; kept under `out`, taken from there when they exist."""
     run = Trajectory.open(folder)
-    names = ("scores", "trained", "exchanged")
+    names = ("scores", "roles", "trained", "exchanged")
     paths = {name: out / run_key(run) / f"{name}.h5" for name in names}
     if not all(path.exists() for path in paths.values()):
         task = dy.tasks.load(run.config)
         recipe = task.recipe()
         sites = [dy.sites.everything(recipe.model), *dy.sites.components(recipe.model)]
-        contrasts = dy.tasks.as_trained(task)
-        exchanged = [contrast.reversed() for contrast in contrasts]
+        contrasts, roles = dy.tasks.as_trained(task), dy.tasks.head_roles(task)
+        heads = dy.sites.activations(recipe.model, "*hook_pattern", ("layer", "head"), contrasts[0].probe)
 
         def quantities(state: Checkpoint) -> dict[str, xr.Dataset]:
+            aligned = dy.comparison.align_groups(recipe, state, contrasts, sites)
             return {
                 "scores": dy.comparison.score(recipe, state, task.evaluation),
-                **{
-                    name: dy.comparison.relations(dy.comparison.align_groups(recipe, state, which, sites))
-                    for name, which in (("trained", contrasts), ("exchanged", exchanged))
-                },
+                "roles": dy.comparison.head_roles(recipe, state, roles, heads),
+                "trained": dy.comparison.relations(aligned),
+                "exchanged": dy.comparison.relations(aligned, "source"),
             }
 
         steps = sorted({*steps_of(task, "x1"), *steps_of(task, "x2")})
-        found = dy.comparison.over_training(quantities, run, steps, recipe, task.batch)
+        found = dy.comparison.over_training({1: quantities}, run, steps, recipe, task.batch)
         for name, dataset in found.items():
             paths[name].unlink(missing_ok=True)
             dy.results.save(dataset, paths[name])

@@ -19,7 +19,7 @@ from dynamics.comparison.internals import compare_patterns as compare_patterns
 from dynamics.comparison.internals import head_roles as head_roles
 from dynamics.comparison.internals import linear_cka as linear_cka
 from dynamics.comparison.pairs import compare as compare
-from dynamics.comparison.step_sizes import step_sizes as step_sizes
+from dynamics.comparison.sizes import step_sizes as step_sizes
 from dynamics.comparison.trajectories import over_training as over_training
 from dynamics.comparison.weights import compare_updates as compare_updates
 from dynamics.comparison.weights import compare_weights as compare_weights

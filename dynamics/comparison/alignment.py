@@ -26,6 +26,7 @@ from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, check, check_whole
 from dynamics.steps import gradient
 from dynamics.steps.states import starting_point
+from dynamics.trees import Index
 
 GRAM_ELEMENTS = 2**24
 """Elements of a parameter multiplied at once for all examples, in fp64: 128 MB a side."""
@@ -99,44 +100,48 @@ def align_groups(
     sites: Sequence[Site],
     measure: Measure = measures.correct_log_prob,
 ) -> xr.Dataset:
-    """The same cosine between every contrast's base batch and every contrast's probe.
+    """The same cosine between every contrast's batches and every contrast's probe.
 
     Args:
         recipe, checkpoint, sites: as `align_gradients`.
-        contrasts: as `align_gradients`; their `source` is not used. All gradients are held at once: two models for
-            each contrast.
+        contrasts: as `align_gradients`. All gradients are held at once: three models for each contrast.
         measure: one.
 
     Returns:
-        `alignment` [example, other, site]: of the batch of `example` with the probe of `other`, whose coordinates
-        have `other_` before their names. `relations` averages it within and across groups.
+        `base` and `source` [example, other, site]: of that batch of `example` with the probe of `other`, whose
+        coordinates have `other_` before their names. `relations` averages one of them within and across groups.
 
     Raises:
         As `align_gradients`.
     """
     state, by_name = _begun(recipe, checkpoint, contrasts, sites, measure, "align_groups")
     (function,) = by_name.values()
-    downs, ups = [], []
+    bases, sources, ups = [], [], []
     bar = tqdm(contrasts, desc="align_groups", unit="contrast", delay=SECONDS_BEFORE_PROGRESS)
     for i, contrast in enumerate(bar):
         name = _name(contrast, i)
-        downs.append(_down(recipe, state, contrast.base, f"the base batch of {name}"))
+        bases.append(_down(recipe, state, contrast.base, f"the base batch of {name}"))
+        sources.append(_down(recipe, state, contrast.source, f"the source batch of {name}"))
         ups.append(_up(recipe, state, function, contrast.probe, f"the probe of {name}"))
-    values = np.stack([_grams(downs, ups, site) for site in sites], -1)
+    base, source = np.split(_cosines([*bases, *sources], ups, sites), 2)
     coords = _coords(contrasts, "example") | results.coordinates(site_coords(sites), "site")
     for name, (_, column) in _coords(contrasts, "example").items():
         coords["other" if name == "example" else f"other_{name}"] = ("other", column)
-    words = {"long_name": "cosine of −∇L(batch) and ∇M(probe)", "units": "1"}
+    dims, units = ("example", "other", "site"), {"units": "1"}
+    found = {
+        "base": (dims, base, {"long_name": "alignment of the base batch", **units}),
+        "source": (dims, source, {"long_name": "alignment of the source batch", **units}),
+    }
     facts = results.provenance(quantity="align_groups", step=state.step, measure=list(by_name))
-    found = {"alignment": (("example", "other", "site"), values, words)}
     return xr.Dataset(found, coords=coords, attrs={"provenance": facts})
 
 
-def relations(aligned: xr.Dataset, group: str = "set") -> xr.Dataset:
+def relations(aligned: xr.Dataset, side: str = "base", group: str = "set") -> xr.Dataset:
     """Each example's alignment with its own probe, with others of its group, and with those of other groups.
 
     Args:
         aligned: from `align_groups`.
+        side: which batch of each example, "base" or "source".
         group: the coordinate that says which group an example is of.
 
     Returns:
@@ -144,25 +149,23 @@ def relations(aligned: xr.Dataset, group: str = "set") -> xr.Dataset:
         alone in it), `across` (mean over all of other groups; NaN where there is none).
 
     Raises:
-        ValueError: there is no such coordinate.
+        ValueError: there is no such coordinate. KeyError: there is no such side.
     """
     if group not in aligned.coords:
         raise ValueError(f"no coordinate {group!r}; expected one of {sorted(map(str, aligned.coords))}")
-    values = aligned["alignment"]
+    values = aligned[side]
     same = aligned["example"].values[:, None] == aligned["other"].values
     alike = aligned[group].values[:, None] == aligned[f"other_{group}"].values
-    chosen = {"own": same, "within": alike & ~same, "across": ~alike}
-    words = {
-        "own": "its own probe",
-        "within": f"others of its {group}",
-        "across": f"those of another {group}",
+    masks = {
+        "own": (same, "its own probe"),
+        "within": (alike & ~same, f"others of its {group}"),
+        "across": (~alike, f"those of another {group}"),
     }
     found = {}
-    for name, mask in chosen.items():
+    for name, (mask, words) in masks.items():
         mean = values.where(xr.DataArray(mask, dims=("example", "other"))).mean("other")
-        found[name] = mean.assign_attrs(long_name=f"alignment with {words[name]}", units="1")
-    kept = [n for n, c in aligned.coords.items() if "other" not in c.dims]
-    return xr.Dataset(found, attrs=aligned.attrs)[[*found, *kept]]
+        found[name] = mean.assign_attrs(long_name=f"alignment with {words}", units="1")
+    return xr.Dataset(found, attrs=aligned.attrs)
 
 
 def _begun(
@@ -200,21 +203,46 @@ def _up(recipe: Recipe, state: Checkpoint, measure: Measure, probe: Any, where: 
     return presented(found.gradients, state.parameters)
 
 
-def _grams(downs: Sequence[Mapping[str, Tensor]], ups: Sequence[Mapping[str, Tensor]], site: Site) -> Array:
-    """Cosines of all pairs on one site: [n_downs, n_ups], summed over its tensors in fp64."""
-    n = len(downs)
-    products, squares = np.zeros((n, len(ups))), [np.zeros(n), np.zeros(len(ups))]
-    for name, index in site.covers.items():
-        if name not in downs[0]:
-            continue
-        size = max(1, GRAM_ELEMENTS // n)
-        sides = [[g[name].to_dense()[index].reshape(-1) for g in gs] for gs in (downs, ups)]
-        for start in range(0, sides[0][0].numel(), size):
-            a, b = (torch.stack([g[start : start + size] for g in side]).double() for side in sides)
-            products += (a @ b.T).numpy(force=True)
-            for square, part in zip(squares, (a, b), strict=True):
-                square += part.square().sum(-1).numpy(force=True)
-    return cosine(products, squares[0][:, None], squares[1][None, :])
+def _cosines(
+    downs: Sequence[Mapping[str, Tensor]], ups: Sequence[Mapping[str, Tensor]], sites: Sequence[Site]
+) -> Array:
+    """Cosines of all pairs on every site: [n_downs, n_ups, n_sites]. A whole tensor is multiplied once for all."""
+    whole: dict[str, _Gram] = {}
+
+    def gram(name: str, index: Index) -> _Gram:
+        if index is not ...:
+            return _gram(downs, ups, name, index)
+        if name not in whole:
+            whole[name] = _gram(downs, ups, name, index)
+        return whole[name]
+
+    found = []
+    for site in sites:
+        products, first, second = np.zeros((len(downs), len(ups))), np.zeros(len(downs)), np.zeros(len(ups))
+        for name in site.covers.keys() & downs[0].keys():
+            for total, part in zip((products, first, second), gram(name, site.covers[name]), strict=True):
+                total += part
+        found.append(cosine(products, first[:, None], second[None, :]))
+    return np.stack(found, -1)
+
+
+_Gram = tuple[Array, Array, Array]
+"""Products [n_downs, n_ups] and squared norms [n_downs], [n_ups] over a part of one tensor."""
+
+
+def _gram(
+    downs: Sequence[Mapping[str, Tensor]], ups: Sequence[Mapping[str, Tensor]], name: str, index: Index
+) -> _Gram:
+    """In fp64, so many elements at a time that they fit."""
+    sides = [[g[name].to_dense()[index].reshape(-1) for g in gs] for gs in (downs, ups)]
+    size = max(1, GRAM_ELEMENTS // len(downs))
+    products, squares = np.zeros((len(downs), len(ups))), (np.zeros(len(downs)), np.zeros(len(ups)))
+    for start in range(0, sides[0][0].numel(), size):
+        a, b = (torch.stack([g[start : start + size] for g in side]).double() for side in sides)
+        products += (a @ b.T).numpy(force=True)
+        for square, part in zip(squares, (a, b), strict=True):
+            square += torch.linalg.vector_norm(part, dim=-1).square().numpy(force=True)
+    return products, *squares
 
 
 def _coords(contrasts: Sequence[Contrast], dim: str) -> dict[str, Any]:

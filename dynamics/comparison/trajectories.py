@@ -17,59 +17,66 @@ from dynamics.recipe import Recipe
 from dynamics.steps import advance
 
 Quantity = Callable[..., Mapping[str, xr.Dataset]]
+"""Checkpoints -> {name: Dataset}."""
 
 
 def over_training(
-    quantity: Quantity,
+    quantities: Mapping[int, Quantity],
     run: Trajectory,
     steps: Sequence[int],
     recipe: Recipe,
     batch_of: Callable[[int], Any],
-    n_neighbours: int = 1,
 ) -> dict[str, xr.Dataset]:
     """Ask the same of every checkpoint, or of every few neighbours, and put the answers along `step`.
 
-    Checkpoints are read one after another and only `n_neighbours` are held; a step between stored ones is reached
-    by training on from the last. `sweep` asks a verb the same way, of many runs and by many workers.
+    Checkpoints are read once, one after another, and only as many are held as a quantity takes; a step between
+    stored ones is reached by training on from the last. `sweep` asks a verb the same way, of many runs and by many
+    workers.
 
     Args:
-        quantity: checkpoints -> {name: Dataset}. Of one checkpoint (`n_neighbours=1`) a curve, such as
+        quantities: by how many checkpoints in a row each is given. 1: a curve, such as
             `lambda c: {"score": score(recipe, c, sets)}`, or a distance from a fixed one, such as
-            `lambda c: dy.compare(first, c, recipe, sets)`; of two a comparison of neighbours, such as
-            `lambda a, b: dy.compare(a, b, recipe, sets)`; of three that of their updates.
+            `lambda c: dy.compare(first, c, recipe, sets, sites)`; 2: a comparison of neighbours, such as
+            `lambda a, b: dy.compare(a, b, recipe, sets, sites)`; 3: that of their updates. A name that is not
+            always among its answers has only the steps where it is.
         run: its stored checkpoints.
-        steps: rising, at least `n_neighbours` of them.
+        steps: rising, at least as many as a quantity takes.
         recipe: how the run was trained.
         batch_of: the training batch of a step, such as `task.batch`; asked only for steps that are not stored.
-        n_neighbours: how many checkpoints a quantity is given.
 
     Returns:
         By name, each Dataset with a dim `step`: that of the last checkpoint given. Of several neighbours a
         coordinate `previous` says the step of the first.
 
     Raises:
-        ValueError: steps do not rise, or are too few.
+        ValueError: steps do not rise, or are too few; two quantities give the same name.
         TrajectoryError: a checkpoint cannot be read, or nothing is stored before the first step.
     """
-    chosen = [int(step) for step in steps]
-    if n_neighbours < 1 or len(chosen) < n_neighbours or any(b <= a for a, b in pairwise(chosen)):
+    chosen, most = [int(step) for step in steps], max(quantities, default=0)
+    if min(quantities, default=0) < 1 or len(chosen) < most or any(b <= a for a, b in pairwise(chosen)):
         raise ValueError(
-            f"found steps {chosen[:8]} for n_neighbours={n_neighbours}; expected rising steps, at least so many."
+            f"found steps {chosen[:8]} for quantities of {sorted(quantities)} checkpoints; expected rising steps, at "
+            "least as many as each takes."
         )
-    held: deque[Checkpoint] = deque(maxlen=n_neighbours)
-    found: dict[str, list[xr.Dataset]] = {}
+    held: deque[Checkpoint] = deque(maxlen=most)
+    answers: dict[str, tuple[int, dict[int, xr.Dataset]]] = {}
     bar = tqdm(chosen, desc="over training", unit="step", delay=SECONDS_BEFORE_PROGRESS)
     for state in _reached(recipe, run, bar, batch_of):
         held.append(state)
-        if len(held) == n_neighbours:
-            for name, dataset in quantity(*held).items():
-                found.setdefault(name, []).append(dataset)
-    last = chosen[n_neighbours - 1 :]
-    joined = {name: results.concat(parts, "step", last) for name, parts in found.items()}
-    if n_neighbours == 1:
-        return joined
-    first = chosen[: len(last)]
-    return {name: dataset.assign_coords(previous=("step", first)) for name, dataset in joined.items()}
+        for n, quantity in quantities.items():
+            if len(held) < n:
+                continue
+            for name, dataset in quantity(*list(held)[-n:]).items():
+                given, at = answers.setdefault(name, (n, {}))
+                if given != n:
+                    raise ValueError(f"quantities of {given} and of {n} checkpoints both give {name!r}.")
+                at[state.step] = dataset
+    found = {}
+    for name, (n, at) in answers.items():
+        joined = results.concat(at.values(), "step", list(at))
+        first = [chosen[chosen.index(step) - n + 1] for step in at]
+        found[name] = joined if n == 1 else joined.assign_coords(previous=("step", first))
+    return found
 
 
 def _reached(

@@ -75,47 +75,49 @@ def test_alignment_foretells_what_a_small_step_down_does_to_the_measure(recipe, 
 
 def test_groups_hold_every_pair_and_their_diagonal_is_ones_own(recipe, pair, contrasts):
     chosen = [sites.everything(recipe.model), *sites.matrices(recipe.model)]
-    matrix = align_groups(recipe, pair[0], contrasts, chosen)
+    found = align_groups(recipe, pair[0], contrasts, chosen)
     own = align_gradients(recipe, pair[0], contrasts, chosen)
-    reverse = align_groups(recipe, pair[0], [c.reversed() for c in contrasts], chosen)
-    for i, contrast in enumerate(contrasts):
-        name = contrast.coords["example"]
-        here = matrix["alignment"].sel(example=name)
-        np.testing.assert_allclose(here.sel(other=name), own["base"][i], **EXACT)
-        np.testing.assert_allclose(
-            reverse["alignment"].sel(example=name, other=name), own["source"][i], **EXACT
-        )
-    down = gradient(recipe, pair[0], cross_entropy, contrasts[0].base)
+    for side in ("base", "source"):
+        diagonal = np.stack([found[side].values[i, i] for i in range(len(contrasts))])
+        np.testing.assert_allclose(diagonal, own[side], **EXACT)
     up = gradient(recipe, pair[0], measures.correct_log_prob, contrasts[3].probe)
-    for site in chosen:
-        one = matrix["alignment"].sel(example="a", other="d", site=site.label)
-        np.testing.assert_allclose(one, cosine(down, up, site), **EXACT)
-    assert matrix["other_set"].values.tolist() == ["x", "x", "y", "y", "y"]
+    for side, batch in (("base", contrasts[0].base), ("source", contrasts[0].source)):
+        down = gradient(recipe, pair[0], cross_entropy, batch)
+        for site in chosen:
+            one = found[side].sel(example="a", other="d", site=site.label)
+            np.testing.assert_allclose(one, cosine(down, up, site), **EXACT)
+    assert found["other_set"].values.tolist() == ["x", "x", "y", "y", "y"]
 
 
-def test_pieces_of_a_parameter_add_up_to_the_whole(recipe, pair, contrasts, monkeypatch):
-    chosen = sites.components(recipe.model)
+def test_a_tensor_in_pieces_and_under_several_sites_adds_up_to_the_same(recipe, pair, contrasts, monkeypatch):
+    chosen = [sites.everything(recipe.model), *sites.components(recipe.model)]
     whole = align_groups(recipe, pair[0], contrasts, chosen)
     monkeypatch.setattr("dynamics.comparison.alignment.GRAM_ELEMENTS", 35)
-    np.testing.assert_allclose(
-        align_groups(recipe, pair[0], contrasts, chosen)["alignment"], whole["alignment"], **EXACT
-    )
+    for alone in chosen:
+        piecewise = align_groups(recipe, pair[0], contrasts, [alone])
+        np.testing.assert_allclose(
+            piecewise["base"].isel(site=0), whole["base"].sel(site=alone.label), **EXACT
+        )
 
 
 def test_relations_are_means_over_the_right_pairs(recipe, pair, contrasts):
     matrix = align_groups(recipe, pair[0], contrasts, sites.components(recipe.model))
     found = relations(matrix)
-    values = matrix["alignment"].values
+    values = matrix["base"].values
     for i, group in enumerate("xxyyy"):
         within = [values[i, j] for j, other in enumerate("xxyyy") if other == group and j != i]
         across = [values[i, j] for j, other in enumerate("xxyyy") if other != group]
         np.testing.assert_allclose(found["own"][i], values[i, i], **EXACT)
         np.testing.assert_allclose(found["within"][i], np.mean(within, 0), **EXACT)
         np.testing.assert_allclose(found["across"][i], np.mean(across, 0), **EXACT)
+    assert set(found.coords) >= {"example", "set", "site", "component"}
+    assert not [name for name, coord in found.coords.items() if "other" in coord.dims]
+    np.testing.assert_array_equal(relations(matrix, "source")["own"][0], matrix["source"].values[0, 0])
+    assert found.attrs == matrix.attrs
     alone = relations(matrix.isel(example=[0], other=[0, 2]))
     assert np.isnan(alone["within"]).all()
     with pytest.raises(ValueError, match="no coordinate 'colour'"):
-        relations(matrix, "colour")
+        relations(matrix, group="colour")
 
 
 def test_a_gradient_that_is_zero_has_no_direction(recipe, pair, contrasts):

@@ -1,5 +1,7 @@
 """Sizes of a step against torch's own clipping and optimizers, and quantities along a run."""
 
+import gc
+import weakref
 from dataclasses import replace
 from functools import partial
 
@@ -10,7 +12,7 @@ from comparison_models import living, questions
 from torch.optim import SGD, Adam, AdamW
 
 import dynamics as dy
-from checkpoints import Checkpoint
+from checkpoints import Checkpoint, Trajectory
 from dynamics import sites, tasks
 from dynamics.comparison import compare_updates, compare_weights, over_training, score, step_sizes
 from dynamics.measures import cross_entropy
@@ -108,75 +110,87 @@ def test_what_the_optimizer_does_not_hold_is_no_part_of_the_norm(recipe):
 # --- along a run ------------------------------------------------------------------------------------------
 
 
-def test_a_curve_is_its_quantity_at_every_step_stored_or_reached(run):
-    task = tasks.load(run.config)
+@pytest.fixture
+def task(run):
+    return tasks.load(run.config)
+
+
+def test_a_curve_is_its_quantity_at_every_step_stored_or_reached(run, task):
     recipe = task.recipe()
-    found = over_training(
-        lambda c: {"score": score(recipe, c, task.evaluation)}, run, [1, 2, 7, 12], recipe, task.batch
-    )["score"]
+    quantities = {1: lambda c: {"score": score(recipe, c, task.evaluation)}}
+    found = over_training(quantities, run, [1, 2, 7, 12], recipe, task.batch)["score"]
     assert found["step"].values.tolist() == [1, 2, 7, 12]
+    assert "previous" not in found.coords
     for step in (1, 2, 7, 12):
-        state = dy.steps.reach(recipe, run, step, task.batch)
-        np.testing.assert_array_equal(
-            found["loss"].sel(step=step), score(recipe, state, task.evaluation)["loss"]
-        )
+        alone = score(recipe, dy.steps.reach(recipe, run, step, task.batch), task.evaluation)
+        np.testing.assert_array_equal(found["loss"].sel(step=step), alone["loss"])
 
 
-def test_neighbours_are_compared_pair_by_pair_and_updates_by_three(run):
-    task = tasks.load(run.config)
+def test_neighbours_are_compared_pair_by_pair_and_updates_by_three(run, task):
     recipe = task.recipe()
     chosen = sites.layers(recipe.model)
-    pairs = over_training(
-        lambda a, b: {"weights": compare_weights(a, b, recipe, chosen)}, run, run.steps, recipe, task.batch, 2
-    )["weights"]
+    quantities = {
+        2: lambda a, b: {"weights": compare_weights(a, b, recipe, chosen)},
+        3: lambda a, b, c: {"updates": compare_updates(a, b, c, recipe, chosen)},
+    }
+    found = over_training(quantities, run, run.steps, recipe, task.batch)
+    pairs, threes = found["weights"], found["updates"]
     assert pairs["step"].values.tolist() == list(run.steps[1:])
     assert pairs["previous"].values.tolist() == list(run.steps[:-1])
     alone = compare_weights(run.at(4), run.at(6), recipe, chosen)
     np.testing.assert_array_equal(pairs["distance"].sel(step=6), alone["distance"])
-    threes = over_training(
-        lambda a, b, c: {"updates": compare_updates(a, b, c, recipe, chosen)},
-        run,
-        run.steps,
-        recipe,
-        task.batch,
-        3,
-    )["updates"]
     assert threes["previous"].values.tolist() == list(run.steps[:-2])
     expected = compare_updates(run.at(8), run.at(10), run.at(12), recipe, chosen)
     np.testing.assert_array_equal(threes["cosine"].sel(step=12), expected["cosine"])
 
 
-def test_all_against_one_is_a_curve_of_distances(run):
-    task = tasks.load(run.config)
+def test_all_against_one_is_a_curve_of_distances(run, task):
     recipe = task.recipe()
     chosen, first = sites.layers(recipe.model), run.at(0)
-    found = over_training(
-        lambda c: {"weights": compare_weights(first, c, recipe, chosen)}, run, run.steps, recipe, task.batch
-    )["weights"]
+    quantities = {1: lambda c: {"weights": compare_weights(first, c, recipe, chosen)}}
+    found = over_training(quantities, run, run.steps, recipe, task.batch)["weights"]
     assert float(found["distance"].sel(step=0).max()) == 0
-    assert (found["distance"].diff("step").sel(step=slice(2, None)).sum("step") > 0).all()
+    last = compare_weights(first, run.last, recipe, chosen)
+    np.testing.assert_array_equal(found["distance"].sel(step=12), last["distance"])
 
 
-def test_only_the_neighbours_are_held(run, monkeypatch):
-    import gc
-    import weakref
-
-    task = tasks.load(run.config)
+def test_an_answer_that_is_not_always_there_has_the_steps_where_it_is(run, task):
     recipe = task.recipe()
-    seen = []
 
-    def quantity(a, b):
-        seen.append(weakref.ref(b))
+    def sometimes(*states):
+        return {} if states[-1].step == 6 else {"score": score(recipe, states[-1], task.evaluation)}
+
+    found = over_training({2: sometimes}, run, run.steps, recipe, task.batch)["score"]
+    assert found["step"].values.tolist() == [2, 4, 8, 10, 12]
+    assert found["previous"].values.tolist() == [0, 2, 6, 8, 10]
+
+
+def test_checkpoints_are_read_once_and_only_the_neighbours_are_held(run, task, monkeypatch):
+    recipe = task.recipe()
+    seen, read = [], []
+    at = Trajectory.at
+    monkeypatch.setattr(Trajectory, "at", lambda self, step: read.append(step) or at(self, step))
+
+    def quantity(*states):
+        seen.append(weakref.ref(states[-1]))
         gc.collect()
-        assert sum(ref() is not None for ref in seen) <= 2
-        return {"weights": compare_weights(a, b, recipe, sites.layers(recipe.model))}
+        assert len({id(ref()) for ref in seen if ref() is not None}) <= 2
+        return {str(len(states)): compare_weights(states[0], states[-1], recipe, sites.layers(recipe.model))}
 
-    over_training(quantity, run, run.steps, recipe, task.batch, 2)
-    assert len(seen) == len(run.steps) - 1
+    over_training({1: quantity, 2: quantity}, run, run.steps, recipe, task.batch)
+    assert read == list(run.steps)
+    assert len(seen) == 2 * len(run.steps) - 1
 
 
 @pytest.mark.parametrize(("steps", "n"), [([], 1), ([2], 2), ([4, 2], 1), ([2, 2], 1), ([2, 4], 0)])
-def test_steps_that_do_not_rise_or_are_too_few_are_refused(run, steps, n):
-    task = tasks.load(run.config)
+def test_steps_that_do_not_rise_or_are_too_few_are_refused(run, task, steps, n):
     with pytest.raises(ValueError, match="expected rising steps"):
-        over_training(lambda *c: {}, run, steps, task.recipe(), task.batch, n)
+        over_training({n: lambda *c: {}}, run, steps, task.recipe(), task.batch)
+
+
+def test_two_quantities_of_one_name_are_refused(run, task):
+    def score_of(*states):
+        return {"score": score(task.recipe(), states[-1], task.evaluation)}
+
+    with pytest.raises(ValueError, match="1 and of 2 checkpoints both give 'score'"):
+        over_training({1: score_of, 2: score_of}, run, run.steps, task.recipe(), task.batch)
