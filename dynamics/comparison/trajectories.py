@@ -55,8 +55,8 @@ def over_training(
     chosen, most = [int(step) for step in steps], max(quantities, default=0)
     if min(quantities, default=0) < 1 or len(chosen) < most or any(b <= a for a, b in pairwise(chosen)):
         raise ValueError(
-            f"found steps {chosen[:8]} for quantities of {sorted(quantities)} checkpoints; expected rising steps, at "
-            "least as many as each takes."
+            f"found steps {chosen[:8]} for quantities of {sorted(quantities)} checkpoints; expected rising steps, "
+            "at least as many as each takes."
         )
     held: deque[Checkpoint] = deque(maxlen=most)
     answers: dict[str, tuple[int, dict[int, xr.Dataset]]] = {}

@@ -20,6 +20,8 @@ SETS = {
     "DfQ2": ("unreliable, with questions (DfQ2)", figures.ORANGE, "--"),
     "Df4": ("unreliable, defined only (Df4)", figures.VERMILLION, "-"),
     "heldout": ("held out", figures.BLACK, "-."),
+    "reliable": ("reliable tag", figures.BLUE, "-"),
+    "unreliable": ("unreliable tag", figures.VERMILLION, "-"),
 }
 OTHERS = (figures.GREEN, figures.PURPLE, figures.GREY)
 

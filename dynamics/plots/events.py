@@ -13,6 +13,9 @@ from dynamics import statistics
 from dynamics.plots import figures
 from dynamics.plots.curves import OTHERS, SETS
 
+Figures = Mapping[str, Figure]
+"""Figures by name."""
+
 Panel = tuple[xr.Dataset, Mapping[str, xr.Dataset]]
 """Curves, one variable each, and by name the events marked in them, from `comparison.when`."""
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import xarray as xr
-from matplotlib.figure import Figure
 
 from checkpoints import Checkpoint, Trajectory, TrajectoryError
 from dynamics import plots, results, sites, steps, tasks
@@ -28,12 +27,10 @@ from dynamics.comparison import (
 )
 from dynamics.recipe import Recipe
 from dynamics.sites import Site
+from dynamics.studies.comparison_tables import PAIRS, at_level, by_set, every_table, pair_table
 from dynamics.sweeps.digests import digest
 from dynamics.tasks import AliasTask
 from dynamics.tasks.probes import ORDERS
-
-SHOWN = 10
-"""Rows of a table."""
 
 Found = dict[str, xr.Dataset]
 
@@ -67,10 +64,10 @@ def compare_pair(run: Trajectory, before: int, after: int) -> Compared:
     found = _kept(folders[0], computed)
     _draw(
         folders[1],
-        {"moved": plots.moved(_level(found["weights"], "matrices"), found["logits"])},
+        {"moved": plots.moved(at_level(found["weights"], "matrices"), found["logits"])},
         found["weights"],
     )
-    return Compared(found, _pair_table(parts.task, found, before, after), *folders)
+    return Compared(found, pair_table(parts.task, found, before, after), *folders)
 
 
 def compare_every(run: Trajectory, chosen: Sequence[int] | None = None) -> Compared:
@@ -93,7 +90,7 @@ def compare_every(run: Trajectory, chosen: Sequence[int] | None = None) -> Compa
     folders = _folders(run, f"compare-every-{len(taken)}-{digest(taken)[:8]}")
     found = _kept(folders[0], lambda: _along(parts, taken))
     _draw(folders[1], _maps(parts.task, found), found["weights"])
-    return Compared(found, _every_table(parts.task, found), *folders)
+    return Compared(found, every_table(parts.task, found), *folders)
 
 
 @dataclass(frozen=True)
@@ -164,26 +161,22 @@ def _along(parts: _Parts, taken: Sequence[int]) -> Found:
     aliases, coords = tasks.alias_questions(task)
 
     def curves(state: Checkpoint) -> Found:
-        return {
+        groups = align_groups(recipe, state, contrasts, aligned)
+        found = {
             "scores": score(recipe, state, task.evaluation),
             "aliases": score(recipe, state, aliases, coords),
             "roles": head_roles(recipe, state, roles, parts.patterns),
-            "alignment": relations(align_groups(recipe, state, contrasts, aligned)),
+            "alignment": relations(groups),
+            "alignment-other-tag": relations(groups, "source"),
         }
-
-    def sizes(state: Checkpoint) -> Found:
-        return {"sizes": step_sizes(recipe, state, task.batch(state.step), components)}
+        if state.step < task.config.phases.starts["end"]:
+            found["sizes"] = step_sizes(recipe, state, task.batch(state.step), components)
+        return found
 
     def updates(start: Checkpoint, middle: Checkpoint, end: Checkpoint) -> Found:
         return {"updates": compare_updates(start, middle, end, recipe, parts.weights)}
 
-    trained = [step for step in taken if step < task.config.phases.starts["end"]]
-    return {
-        **over_training(curves, run, taken, recipe, task.batch),
-        **over_training(sizes, run, trained, recipe, task.batch),
-        **over_training(parts.compared, run, taken, recipe, task.batch, n_neighbours=2),
-        **over_training(updates, run, taken, recipe, task.batch, n_neighbours=3),
-    }
+    return over_training({1: curves, 2: parts.compared, 3: updates}, run, taken, recipe, task.batch)
 
 
 # --- files ------------------------------------------------------------------------------------------------
@@ -205,18 +198,18 @@ def _kept(folder: Path, compute: Callable[[], Found]) -> Found:
     return {path.stem: results.load(path) for path in sorted(folder.glob("*.h5"))}
 
 
-def _draw(folder: Path, figures: Mapping[str, Figure], dataset: xr.Dataset) -> None:
+def _draw(folder: Path, figures: plots.Figures, dataset: xr.Dataset) -> None:
     for name, figure in figures.items():
         plots.save(figure, folder / f"{name}.png", {"provenance": dataset.attrs["provenance"]})
 
 
-def _maps(task: AliasTask, found: Found) -> dict[str, Figure]:
+def _maps(task: AliasTask, found: Found) -> plots.Figures:
     """Site x step maps under the accuracies, and the curves of both phases."""
     scores = found["scores"]
-    gap = _by_set(found["alignment"], "Dt3") - _by_set(found["alignment"], "Df4")
+    gap = by_set(found["alignment"], "Dt3") - by_set(found["alignment"], "Df4")
     maps = {
-        "weights": (_level(found["weights"], "matrices"), "relative"),
-        "updates": (_level(found["updates"], "matrices"), "cosine"),
+        "weights": (at_level(found["weights"], "matrices"), "relative"),
+        "updates": (at_level(found["updates"], "matrices"), "cosine"),
         "step-sizes": (found["sizes"], "relative_update"),
         "effective-steps": (found["sizes"].assign(log=_log10(found["sizes"]["effective_step"])), "log"),
         "activations": (found["activations"], "cka"),
@@ -259,131 +252,9 @@ def _panels(task: AliasTask, found: Found, phase: str) -> list[plots.Panel]:
         for key, words in (("accuracy", "accuracy"), ("correct_logit", "correct logit"))
     }
     curves["gradient alignment"] = {
-        name: _by_set(alignment, name)["own"].reset_coords(drop=True) for name in pair
+        name: by_set(alignment, name)["own"].reset_coords(drop=True) for name in pair
     }
     return [
         (xr.Dataset(two, attrs={"long_name": words}), {"they part": when(two[pair[0]] - two[pair[1]])})
         for words, two in curves.items()
     ]
-
-
-PAIRS = {"x1": ("DtQ1", "DfQ2"), "x2": ("Dt3", "Df4")}
-"""The reliable and the unreliable set that a phase is about."""
-
-
-def _by_set(dataset: xr.Dataset, name: str) -> xr.Dataset:
-    """The mean over the aliases of a set."""
-    chosen = dataset.isel(example=dataset["set"].values == name)
-    bare = chosen.drop_vars([key for key, coord in chosen.coords.items() if "example" in coord.dims])
-    return bare.mean("example", keep_attrs=True)
-
-
-def _level(dataset: xr.Dataset, level: str) -> xr.Dataset:
-    return dataset.isel(site=dataset["level"].values == level)
-
-
-# --- tables -----------------------------------------------------------------------------------------------
-
-
-def _pair_table(task: AliasTask, found: Found, before: int, after: int) -> str:
-    tables = {
-        "answers by set": _sets_rows(found["sets"]),
-        "aliases whose answers changed most": _alias_rows(task, found),
-        "matrices that moved most": _top(
-            _level(found["weights"], "matrices"), "relative", ("relative", "cosine")
-        ),
-        "heads whose attention moved most": _top(found["patterns"], "divergence", ("divergence", "moved")),
-        "activations that changed most": _top(found["activations"], "cka", ("cka",), ascending=True),
-    }
-    return "\n\n".join(
-        [f"Step {before} to {after}", *(f"{title}\n{_aligned(rows)}" for title, rows in tables.items())]
-    )
-
-
-def _sets_rows(found: xr.Dataset) -> list[list[str]]:
-    rows = [["set", "accuracy", "loss (nat)", "KL (nat)", "predictions changed"]]
-    for i, name in enumerate(map(str, found["example"].values)):
-        one = found.isel(example=i)
-        rows.append(
-            [
-                name,
-                _arrow(one, "accuracy"),
-                _arrow(one, "loss"),
-                f"{float(one['kl']):.3g}",
-                f"{float(one['changed']):.0%}",
-            ]
-        )
-    return rows
-
-
-def _alias_rows(task: AliasTask, found: Found) -> list[list[str]]:
-    """The aliases by the change of their accuracy, then by KL, with both orders and the most changed question."""
-    logits, orders, questions = (found[name] for name in ("logits", "orders", "questions"))
-    change = np.abs(logits["accuracy_after"].values - logits["accuracy_before"].values)
-    order = np.lexsort((-logits["kl"].values, -change))[:SHOWN]
-    rows = [["alias", "set", "accuracy", *(f"{o}, KL" for o in ORDERS), "most changed question"]]
-    for i in order:
-        one = logits.isel(example=i)
-        asked = questions.isel(row=questions["example_id"].values == task.alias(int(one["integer"])))
-        most = asked.isel(row=int(asked["kl"].values.argmax()))
-        words = f"{_asked(task, str(most['row'].item()))} {int(most['prediction_before'])} → "
-        words += f"{int(most['prediction_after'])} (right: {int(most['target'])})"
-        by_order = [f"{float(orders['kl'].isel(example=i).sel(direction=o)):.3g}" for o in ORDERS]
-        rows.append(
-            [str(one["example"].item()), str(one["set"].item()), _arrow(one, "accuracy"), *by_order, words]
-        )
-    return rows
-
-
-def _asked(task: AliasTask, label: str) -> str:
-    """`A7 2 =` from the label of a row."""
-    left, right, *_ = map(int, label.partition(": ")[2].split())
-    return " ".join(f"A{t - task.modulus}" if t >= task.modulus else str(t) for t in (left, right)) + " ="
-
-
-def _top(dataset: xr.Dataset, by: str, shown: Sequence[str], ascending: bool = False) -> list[list[str]]:
-    ordered = dataset.sortby(by, ascending=ascending).isel(site=slice(SHOWN))
-    rows = [["site", *shown]]
-    for i in range(ordered.sizes["site"]):
-        one = ordered.isel(site=i)
-        rows.append([str(one["site"].item()), *(f"{float(one[name]):.3g}" for name in shown)])
-    return rows
-
-
-def _arrow(one: xr.Dataset, name: str) -> str:
-    return f"{float(one[f'{name}_before']):.3g} → {float(one[f'{name}_after']):.3g}"
-
-
-def _every_table(task: AliasTask, found: Found) -> str:
-    """Where each curve of this run changes first."""
-    rows = [["curve", "first change at step", "change of the mean"]]
-    alignment = found["alignment"].sel(site="everything")
-    for first, second in PAIRS.values():
-        gaps = {
-            f"alignment {first} − {second}": _by_set(alignment, first)["own"]
-            - _by_set(alignment, second)["own"]
-        }
-        if {first, second} <= set(map(str, found["scores"]["example"].values)):
-            accuracy = found["scores"]["accuracy"]
-            gaps[f"accuracy {first} − {second}"] = accuracy.sel(example=first) - accuracy.sel(example=second)
-        for name, curve in gaps.items():
-            event = when(curve)
-            at, change = float(event["at"]), float(event["change"])
-            rows.append(
-                [name, "none" if np.isnan(at) else f"{at:.0f}", "" if np.isnan(at) else f"{change:+.3g}"]
-            )
-    relative = _level(found["weights"], "matrices")["relative"]
-    per_step = relative / (relative["step"] - relative["previous"])
-    moved = [["from", "to", "site", "‖Δθ‖/‖θ‖ a step"]]
-    for i in np.argsort(-per_step.max("site").values)[:SHOWN]:
-        one = per_step.isel(step=i)
-        site = str(one["site"].values[int(one.values.argmax())])
-        moved.append([str(int(one["previous"])), str(int(one["step"])), site, f"{float(one.max()):.3g}"])
-    return f"change points in this run\n{_aligned(rows)}\n\nwhere weights moved fastest\n{_aligned(moved)}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
