@@ -472,7 +472,9 @@ def _plain(value: object) -> Any:
     raise TypeError(f"a fact of provenance is {type(value).__name__}; expected what JSON can hold")
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
+    """Of the packages that results depend on, asked once."""
     found: dict[str, str] = {}
     for package in _PACKAGES:
         try:

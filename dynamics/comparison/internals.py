@@ -71,10 +71,7 @@ def compare_activations(
     Raises:
         SiteError: a site covers no output, or several.
     """
-    pairs = _both(before, after, recipe, batch, sites)
-    values = [linear_cka(*(a.reshape(-1, a.shape[-1]) for a in pair)) for pair in pairs]
-    facts = results.provenance(quantity="activations", before=before.step, after=after.step)
-    return labelled("site", site_coords(sites), {"cka": (values, "linear CKA, before and after", "1")}, facts)
+    return compare_internals(before, after, recipe, batch, sites, ())["activations"]
 
 
 def compare_patterns(
@@ -97,20 +94,33 @@ def compare_patterns(
 
     Source: Lin 1991.
     """
-    pairs = _both(before, after, recipe, batch, sites)
-    for site, pair in zip(sites, pairs, strict=True):
-        for pattern in pair:
-            if float((pattern.sum(-1) - 1).abs().max()) > 1e-3 or float(pattern.min()) < 0:
-                raise SiteError(
-                    f"Site {site.label!r} is no attention pattern: its last axis does not sum to 1. Make such "
-                    'sites with sites.activations(model, "*hook_pattern", by=("layer", "head"), like=batch).'
-                )
-    variables = {
-        "divergence": ([_jensen_shannon(*pair) for pair in pairs], "Jensen–Shannon divergence", "nat"),
-        "moved": ([float((p - q).abs().sum(-1).mean()) / 2 for p, q in pairs], "total variation", "share"),
-    }
-    facts = results.provenance(quantity="patterns", before=before.step, after=after.step)
-    return labelled("site", site_coords(sites), variables, facts)
+    return compare_internals(before, after, recipe, batch, (), sites)["patterns"]
+
+
+def compare_internals(
+    before: Checkpoint,
+    after: Checkpoint,
+    recipe: Recipe,
+    batch: Any,
+    outputs: Sequence[Site],
+    patterns: Sequence[Site],
+) -> dict[str, xr.Dataset]:
+    """`activations` as `compare_activations` and `patterns` as `compare_patterns`, from the same forward passes."""
+    chosen = [*outputs, *patterns]
+    sides = [_activations(recipe, starting_point(recipe, c), batch, chosen) for c in (before, after)]
+    pairs = list(zip(*sides, strict=True))
+    steps = {"before": before.step, "after": after.step}
+    found = {}
+    if outputs:
+        values = [linear_cka(*(a.reshape(-1, a.shape[-1]) for a in pair)) for pair in pairs[: len(outputs)]]
+        facts = results.provenance(quantity="activations", **steps)
+        cka = {"cka": (values, "linear CKA, before and after", "1")}
+        found["activations"] = labelled("site", site_coords(outputs), cka, facts)
+    if patterns:
+        variables = _divergences(patterns, pairs[len(outputs) :])
+        facts = results.provenance(quantity="patterns", **steps)
+        found["patterns"] = labelled("site", site_coords(patterns), variables, facts)
+    return found
 
 
 def head_roles(
@@ -156,14 +166,6 @@ def head_roles(
     return xr.Dataset(found, coords=coords, attrs={"provenance": facts})
 
 
-def _both(
-    before: Checkpoint, after: Checkpoint, recipe: Recipe, batch: Any, sites: Sequence[Site]
-) -> list[tuple[Tensor, Tensor]]:
-    """Each site's activation before and after."""
-    sides = [_activations(recipe, starting_point(recipe, c), batch, sites) for c in (before, after)]
-    return list(zip(*sides, strict=True))
-
-
 def _activations(recipe: Recipe, state: Checkpoint, batch: Any, sites: Sequence[Site]) -> list[Tensor]:
     """What each site covers of one forward pass in eval mode, in fp64."""
     check_outputs(sites, recipe.model)
@@ -190,6 +192,22 @@ def _activations(recipe: Recipe, state: Checkpoint, batch: Any, sites: Sequence[
             )
         found.append(kept[name][index])
     return found
+
+
+def _divergences(
+    sites: Sequence[Site], pairs: Sequence[tuple[Tensor, Tensor]]
+) -> dict[str, tuple[list[float], str, str]]:
+    for site, pair in zip(sites, pairs, strict=True):
+        for pattern in pair:
+            if float((pattern.sum(-1) - 1).abs().max()) > 1e-3 or float(pattern.min()) < 0:
+                raise SiteError(
+                    f"Site {site.label!r} is no attention pattern: its last axis does not sum to 1. Make such "
+                    'sites with sites.activations(model, "*hook_pattern", by=("layer", "head"), like=batch).'
+                )
+    return {
+        "divergence": ([_jensen_shannon(*pair) for pair in pairs], "Jensen–Shannon divergence", "nat"),
+        "moved": ([float((p - q).abs().sum(-1).mean()) / 2 for p, q in pairs], "total variation", "share"),
+    }
 
 
 def _jensen_shannon(p: Tensor, q: Tensor) -> float:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import xarray as xr
 
 from checkpoints import Checkpoint
 from dynamics.batch import concatenate
 from dynamics.comparison.behaviour import Batches, Coords, compare_logits
-from dynamics.comparison.internals import compare_activations, compare_patterns
+from dynamics.comparison.internals import compare_internals
 from dynamics.comparison.weights import compare_weights
 from dynamics.recipe import Recipe
 from dynamics.sites import Site
@@ -51,9 +50,7 @@ def compare(
         "weights": compare_weights(before, after, recipe, sites),
         "logits": compare_logits(before, after, recipe, batches, coords),
     }
-    together: Any = concatenate(list(batches.values())) if outputs or patterns else None
-    if outputs:
-        found["activations"] = compare_activations(before, after, recipe, together, outputs)
-    if patterns:
-        found["patterns"] = compare_patterns(before, after, recipe, together, patterns)
+    if outputs or patterns:
+        together = concatenate(list(batches.values()))
+        found |= compare_internals(before, after, recipe, together, outputs, patterns)
     return found

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 
 import numpy as np
+import numpy.typing as npt
 import xarray as xr
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
 from dynamics import statistics
@@ -86,7 +89,7 @@ def map_under_accuracies(dataset: xr.Dataset, value: str, scores: xr.Dataset) ->
     """One row per site and one column per checkpoint, with the sets' accuracies at the same checkpoints above.
 
     The columns are equally wide, whatever the number of steps between two checkpoints. Values of both signs diverge
-    from white; of one sign they run from white to dark.
+    from white; of one sign they run from white to dark, on a logarithmic scale where they span more than two decades.
 
     Args:
         dataset: `value` [site, step].
@@ -103,9 +106,7 @@ def map_under_accuracies(dataset: xr.Dataset, value: str, scores: xr.Dataset) ->
         raise ValueError(f"the scores lack steps {missing[:6]}; expected one for every step of '{value}'")
     cells = chosen[value].transpose("site", "step").values
     known = cells[np.isfinite(cells)]
-    signed = bool((known < 0).any())
-    limit = float(np.abs(known).max(initial=0.0)) or 1.0
-    height = 0.2 * len(sites)
+    height = max(0.2 * len(sites), 1.2)
     label_width = 0.075 * max(map(len, sites))
     figure = Figure(
         figsize=(min(max(0.11 * len(steps), 4.6), 11.0) + label_width + 1.2, height + 3.0),
@@ -123,9 +124,8 @@ def map_under_accuracies(dataset: xr.Dataset, value: str, scores: xr.Dataset) ->
     below.set_facecolor("#dddddd")
     image = below.imshow(
         np.ma.masked_invalid(cells),
-        cmap="RdBu_r" if signed else "Blues",
-        vmin=-limit if signed else 0.0,
-        vmax=limit,
+        cmap="RdBu_r" if (known < 0).any() else "Blues",
+        norm=_norm(known),
         aspect="auto",
         interpolation="none",
     )
@@ -135,11 +135,20 @@ def map_under_accuracies(dataset: xr.Dataset, value: str, scores: xr.Dataset) ->
     shown = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 12)).round().astype(int))
     below.set_xticks(shown, [str(steps[i]) for i in shown], rotation=45, ha="right")
     below.set_xlabel("training step")
-    words = chosen[value].attrs.get("long_name", value)
+    words = fill(chosen[value].attrs.get("long_name", value), max(12, int(12 * height)))
     bar = figure.colorbar(image, ax=below, label=words, fraction=0.05, pad=0.02)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)
     return figure
+
+
+def _norm(known: npt.NDArray[np.float64]) -> Normalize:
+    """How finite values become colours."""
+    limit = float(np.abs(known).max(initial=0.0)) or 1.0
+    if (known < 0).any():
+        return Normalize(-limit, limit)
+    low = float(np.quantile(known[known > 0], 0.05)) if (known > 0).any() else limit
+    return LogNorm(low, limit, clip=True) if limit > 100 * low else Normalize(0.0, limit)
 
 
 def moved(weights: xr.Dataset, logits: xr.Dataset, most: int = 24) -> Figure:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import xarray as xr
 
 from checkpoints import Checkpoint, Trajectory, TrajectoryError
@@ -52,7 +51,8 @@ def compare_pair(run: Trajectory, before: int, after: int) -> Compared:
     there are read, not computed again.
 
     Raises:
-        TrajectoryError: the run was imported, or a step lies outside it.
+        TrajectoryError: the run was imported, or nothing is stored before a step.
+        ConfigError: a step lies after the run's last.
     """
     parts = _Parts.of(run)
 
@@ -81,7 +81,8 @@ def compare_every(run: Trajectory, chosen: Sequence[int] | None = None) -> Compa
         chosen: at least three rising steps, stored or not; None takes all that are stored.
 
     Raises:
-        TrajectoryError: the run was imported, or a step lies outside it.
+        TrajectoryError: the run was imported, or nothing is stored before a step.
+        ConfigError: a step lies after the run's last.
     """
     parts = _Parts.of(run)
     taken = list(run.steps if chosen is None else chosen)
@@ -211,7 +212,7 @@ def _maps(task: AliasTask, found: Found) -> plots.Figures:
         "weights": (at_level(found["weights"], "matrices"), "relative"),
         "updates": (at_level(found["updates"], "matrices"), "cosine"),
         "step-sizes": (found["sizes"], "relative_update"),
-        "effective-steps": (found["sizes"].assign(log=_log10(found["sizes"]["effective_step"])), "log"),
+        "effective-steps": (found["sizes"], "effective_step"),
         "activations": (found["activations"], "cka"),
         "patterns": (found["patterns"], "divergence"),
         **{
@@ -225,11 +226,6 @@ def _maps(task: AliasTask, found: Found) -> plots.Figures:
     if columns:
         figures["curves"] = plots.event_curves({name.upper(): panels for name, panels in columns.items()})
     return figures
-
-
-def _log10(values: xr.DataArray) -> xr.DataArray:
-    found: xr.DataArray = xr.apply_ufunc(np.log10, values)
-    return found.assign_attrs(long_name=f"log10 of the {values.attrs['long_name']}")
 
 
 def _panels(task: AliasTask, found: Found, phase: str) -> list[plots.Panel]:
@@ -255,6 +251,6 @@ def _panels(task: AliasTask, found: Found, phase: str) -> list[plots.Panel]:
         name: by_set(alignment, name)["own"].reset_coords(drop=True) for name in pair
     }
     return [
-        (xr.Dataset(two, attrs={"long_name": words}), {"they part": when(two[pair[0]] - two[pair[1]])})
+        (xr.Dataset(two, attrs={"long_name": words}), {"the gap changes": when(two[pair[0]] - two[pair[1]])})
         for words, two in curves.items()
     ]
