@@ -356,7 +356,7 @@ def provenance(**facts: Any) -> str:
     known: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "versions": _versions(),
+        "versions": dict(_versions()),
         **_commit(),
     }
     if taken := sorted(set(facts) & {*known, "commit", "modified"}):
