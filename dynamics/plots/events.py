@@ -89,7 +89,7 @@ def map_under_accuracies(dataset: xr.Dataset, value: str, scores: xr.Dataset) ->
     """One row per site and one column per checkpoint, with the sets' accuracies at the same checkpoints above.
 
     The columns are equally wide, whatever the number of steps between two checkpoints. Values of both signs diverge
-    from white; of one sign they run from white to dark, on a logarithmic scale where they span more than two decades.
+    from white; of one sign they run from white to dark, logarithmically where they span more than two decades.
 
     Args:
         dataset: `value` [site, step].
