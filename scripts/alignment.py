@@ -27,11 +27,14 @@ from checkpoints import Checkpoint, Trajectory
 POINTS = 22
 """Log-spaced steps of a phase, beside its first."""
 
-PAIRS = {"x1": ("DtQ1", "DfQ2"), "x2": ("Dt3", "Df4")}
+PAIRS = {"X1": ("DtQ1", "DfQ2"), "X2": ("Dt3", "Df4")}
 """The reliable and the unreliable set that a phase is about."""
 
-NEW = ("Dt3", "Df4")
+NEW = PAIRS["X2"]
 """Sets that X1 does not train: what a definition of a new alias would do."""
+
+BOTH = "X1, X2"
+"""Both phases on end, for what concerns the new aliases."""
 
 ALIGNMENT, TAG, ACCURACY, ATTENTION = (
     "alignment, as trained",
@@ -80,38 +83,46 @@ def one_run(folder: Path, out: Path) -> dict[str, xr.Dataset]:
     return {name: dy.results.load(path) for name, path in paths.items()}
 
 
-def panels(found: Found, phase: str, first: int, last: int) -> dict[str, xr.Dataset]:
-    """The curves of a phase, [seed, step] with steps counted from its first.
+TAGS = ("reliable", "unreliable")
 
-    As trained: the definitions of the phase's two sets, with their own tag and value. Either tag: those of the
-    aliases that X1 does not train, all of them under each tag, so that the aliases are the same. Attention: of the
-    head that looks there most.
+
+def own(name: str, run: dict[str, xr.Dataset], span: slice, *sets: str) -> xr.DataArray:
+    """Alignment of the definitions of some sets with their own questions: [step, example, site]."""
+    whole = run[name]["own"].sel(step=span)
+    return whole.isel(example=np.isin(whole["set"].values, sets))
+
+
+def under(tag: int, run: dict[str, xr.Dataset], span: slice) -> xr.DataArray:
+    """The mean alignment of all new aliases' definitions under one of the `TAGS`: [step, site]."""
+    names = ("trained", "exchanged") if tag == 0 else ("exchanged", "trained")
+    parts = [own(name, run, span, which) for name, which in zip(names, NEW, strict=True)]
+    return sum(part.sum("example") for part in parts) / sum(part.sizes["example"] for part in parts)
+
+
+def panels(found: Found, sets: tuple[str, str], first: int, last: int) -> dict[str, xr.Dataset]:
+    """Curves from one step to another, [seed, step] with steps counted from the first.
+
+    As trained: the definitions of two sets, with their own tag and value. Either tag: those of the aliases that X1
+    does not train, all of them under each tag, so that the aliases are the same. Attention: of the head that looks
+    there most.
     """
 
-    def of(name: str, run: dict[str, xr.Dataset]) -> xr.Dataset:
-        return run[name].sel(step=slice(first, last))
+    span = slice(first, last)
 
     def over_runs(curves: list[xr.DataArray]) -> xr.DataArray:
         joined = xr.concat([c.reset_coords(drop=True) for c in curves], "seed")
         return joined.assign_coords(step=joined["step"] - first)
 
-    def own(name: str, run: dict[str, xr.Dataset], *sets: str) -> xr.DataArray:
-        whole = of(name, run)["own"].sel(site="everything")
-        return whole.isel(example=np.isin(whole["set"].values, sets))
-
-    def under(tag: int, run: dict[str, xr.Dataset]) -> xr.DataArray:
-        names = ("trained", "exchanged") if tag == 0 else ("exchanged", "trained")
-        parts = [own(name, run, which) for name, which in zip(names, NEW, strict=True)]
-        return sum(part.sum("example") for part in parts) / sum(part.sizes["example"] for part in parts)
-
     def looks(role: str, run: dict[str, xr.Dataset]) -> xr.DataArray:
-        return of("roles", run)["attention"].sel(measure=role).max("site")
+        return run["roles"]["attention"].sel(measure=role, step=span).max("site")
 
-    sets = PAIRS[phase]
     curves = {
-        ACCURACY: {s: [of("scores", r)["accuracy"].sel(example=s) for r in found] for s in sets},
-        ALIGNMENT: {s: [own("trained", r, s).mean("example") for r in found] for s in sets},
-        TAG: {t: [under(i, r) for r in found] for i, t in enumerate(("reliable", "unreliable"))},
+        ACCURACY: {s: [r["scores"]["accuracy"].sel(example=s, step=span) for r in found] for s in sets},
+        ALIGNMENT: {
+            s: [own("trained", r, span, s).sel(site="everything").mean("example") for r in found]
+            for s in sets
+        },
+        TAG: {t: [under(i, r, span).sel(site="everything") for r in found] for i, t in enumerate(TAGS)},
         ATTENTION: {role: [looks(role, r) for r in found] for role in ("to tag", "to alias")},
     }
     return {
@@ -120,13 +131,14 @@ def panels(found: Found, phase: str, first: int, last: int) -> dict[str, xr.Data
     }
 
 
-def gaps(curves: dict[str, xr.Dataset]) -> dict[str, xr.DataArray]:
-    """What parts: reliable − unreliable of each panel, and the attention to the tag."""
-    pairs = {words: list(panel.data_vars.values()) for words, panel in curves.items() if words != ATTENTION}
-    return {
-        **{words: first - second for words, (first, second) in pairs.items()},
-        "attention to the tag": curves[ATTENTION]["to tag"],
-    }
+def gaps(panels_of: dict[str, dict[str, xr.Dataset]]) -> dict[tuple[str, str], xr.DataArray]:
+    """What may part, by phase and quantity: reliable − unreliable; over both also the attention to the tag."""
+    found = {}
+    for phase, curves in panels_of.items():
+        for words in (ACCURACY, TAG) if phase == BOTH else (ACCURACY, ALIGNMENT):
+            first, second = curves[words].data_vars.values()
+            found[phase, f"{words}, {first.name} − {second.name}"] = first - second
+    return {**found, (BOTH, "attention to the tag"): panels_of[BOTH][ATTENTION]["to tag"]}
 
 
 def event(curve: xr.DataArray) -> xr.Dataset:
@@ -136,38 +148,45 @@ def event(curve: xr.DataArray) -> xr.Dataset:
     return logs.assign(steps)
 
 
-def table(by_phase: dict[str, dict[str, xr.Dataset]]) -> list[str]:
+def table(parting: dict[tuple[str, str], xr.DataArray]) -> list[str]:
     """What parts, from where to where, and when."""
     lines = [
-        "| phase | reliable − unreliable | at the first step | after the change | change at step | runs with one |",
+        "| phase | gap | at the first step | after the change | change at step | runs with one |",
         "|---|---|---|---|---|---|",
     ]
-    for phase, curves in by_phase.items():
-        for words, curve in gaps(curves).items():
-            found, n = event(curve), curve.sizes["seed"]
-            later = curve.where(curve["step"] >= found["at"]).mean("step")
-            after, at = "–", "–"
-            if int(found["n"]) > 1:
-                after = interval(later.values)
-                at = "{:.0f} [{:.0f}, {:.0f}]".format(*(float(found[k]) for k in ("mean", "low", "high")))
-            cells = [phase.upper(), words, interval(curve.isel(step=0).values), after, at]
-            lines.append(f"| {' | '.join(cells)} | {int(found['n'])} of {n} |")
+    for (phase, words), curve in parting.items():
+        found, after, at = event(curve), "–", "–"
+        if int(found["n"]) > 1:
+            after = interval(curve.where(curve["step"] >= found["at"]).mean("step").values)
+            at = "{:.0f} [{:.0f}, {:.0f}]".format(*(float(found[k]) for k in ("mean", "low", "high")))
+        cells = [phase, words, interval(curve.isel(step=0).values), after, at]
+        lines.append(f"| {' | '.join(cells)} | {int(found['n'])} of {curve.sizes['seed']} |")
     return lines
 
 
-def order(by_phase: dict[str, dict[str, xr.Dataset]]) -> list[str]:
-    """Of each two events of a phase, how much later the second came: a factor, over runs that have both."""
+def order(parting: dict[tuple[str, str], xr.DataArray]) -> list[str]:
+    """Of each two events of a phase, by what factor of steps the second came later, over runs that have both."""
+    at = {what: np.log10(1 + event(curve)["at"].values) for what, curve in parting.items()}
     lines = []
-    for phase, curves in by_phase.items():
-        at = {words: np.log10(1 + event(curve)["at"].values) for words, curve in gaps(curves).items()}
-        found = dy.comparison.order_of_events(at)
-        for first, second in combinations(at, 2):
-            one = found.sel(example=first, other=second)
-            if int(one["n"]) > 1:
-                mean, low, high = (10 ** float(one[k]) for k in ("later", "low", "high"))
-                factor = f"×{mean:.2g} [{low:.2g}, {high:.2g}]"
-                lines.append(f"{phase.upper()}: {first} → {second}: {factor}, {int(one['n'])} runs")
+    for (phase, first), (other, second) in combinations(parting, 2):
+        if phase != other:
+            continue
+        pair = {first: at[phase, first], second: at[phase, second]}
+        one = dy.comparison.order_of_events(pair).sel(example=first, other=second)
+        if int(one["n"]) > 1:
+            mean, low, high = (10 ** float(one[k]) for k in ("later", "low", "high"))
+            factor = f"×{mean:.2g} [{low:.2g}, {high:.2g}] steps, {int(one['n'])} runs"
+            lines.append(f"{phase}: from {first} to {second} {factor}")
     return lines
+
+
+def components(found: Found, step: int) -> str:
+    """What difference the tag makes to a new alias's definition at a step: in all, and where it is largest."""
+    whole = [under(0, run, slice(None)) - under(1, run, slice(None)) for run in found]
+    gap = xr.concat([each.sel(step=step).reset_coords(drop=True) for each in whole], "seed")
+    gap = gap.transpose("site", "seed")
+    parts = [str(site) for site in gap.sortby(-gap.mean("seed"))["site"].values if site != "everything"]
+    return ", ".join(f"{site} {interval(gap.sel(site=site).values)}" for site in ("everything", *parts[:3]))
 
 
 def others(found: Found, first: int, last: int) -> str:
@@ -180,15 +199,26 @@ def others(found: Found, first: int, last: int) -> str:
     return f"{mean('own')} with its own, {mean('within')} within its set, {mean('across')} across sets"
 
 
-def figure(by_phase: dict[str, dict[str, xr.Dataset]]) -> Figure:
-    """A column for each phase, a panel for each quantity, a line where its gap changes."""
+def figure(panels_of: dict[str, dict[str, xr.Dataset]], x2: int) -> Figure:
+    """A column for each phase, a panel for each quantity, a line where its gap changes.
+
+    Args:
+        panels_of: by phase, and of both.
+        x2: its first step, counted from that of X1.
+    """
+    parting = gaps(panels_of)
     columns = {}
-    for phase, curves in by_phase.items():
-        events = dict(zip(curves, map(event, gaps(curves).values()), strict=True))
-        columns[phase.upper()] = [
-            (panel, {"change of the gap" if words != ATTENTION else "change, to tag": events[words]})
-            for words, panel in curves.items()
-        ]
+    for phase, shift in (("X1", 0), ("X2", x2)):
+        columns[phase] = []
+        for words, panel in panels_of[phase].items():
+            own = [k for k in parting if k[0] == phase and k[1].startswith(words)]
+            (key,) = own or [k for k in parting if k[0] == BOTH and k[1].startswith(words)]
+            found = event(parting[key])
+            if not own:
+                found = found.assign({name: found[name] - shift for name in ("mean", "low", "high")})
+            columns[phase].append(
+                (panel, {"change, to tag" if words == ATTENTION else "change of gap": found})
+            )
     return dy.plots.event_curves(columns)
 
 
@@ -207,16 +237,23 @@ def main() -> None:
     found = [one_run(folder, given.out) for folder in given.runs]
     trajectories = [Trajectory.open(folder) for folder in given.runs]
     starts = dy.tasks.load(trajectories[0].config).config.phases.starts
-    bounds = {"x1": (starts["x1"], starts["x2"]), "x2": (starts["x2"], starts["end"])}
-    by_phase = {phase: panels(found, phase, *span) for phase, span in bounds.items()}
+    x1, x2, end = (starts[name] for name in ("x1", "x2", "end"))
+    panels_of = {
+        "X1": panels(found, PAIRS["X1"], x1, x2),
+        "X2": panels(found, PAIRS["X2"], x2, end),
+        BOTH: panels(found, NEW, x1, end),
+    }
+    parting = gaps(panels_of)
     seeds = ", ".join(str(run.config["seed"]) for run in trajectories)
     caption = (
-        f"Seeds {seeds}; mean [95 % t interval over runs], of steps on a logarithmic scale. Alignment of a "
-        f"definition over both phases: {others(found, starts['x1'], starts['end'])}. {stamp(__file__)}"
+        f"Seeds {seeds}; mean [95 % t interval over runs], of steps on a logarithmic scale, counted from the "
+        f"phase's first (of both: X1's; X2 begins at {x2 - x1}). Alignment of a definition over both phases: "
+        f"{others(found, x1, end)}. Reliable − unreliable tag at X2's first step, the same new aliases: "
+        f"{components(found, x2)}. {stamp(__file__)}"
     )
-    text = "\n".join([*table(by_phase), "", caption])
-    print(text, *order(by_phase), sep="\n")
-    drawn = figure(by_phase)
+    text = "\n".join([*table(parting), "", caption])
+    print(text, *order(parting), sep="\n")
+    drawn = figure(panels_of, x2 - x1)
     facts = {"provenance": found[0]["trained"].attrs["provenance"]}
     dy.plots.save(drawn, given.out / "alignment.png", facts)
     if given.readme:

@@ -214,5 +214,7 @@ def _least_squares(columns: Array, y: Array) -> Array:
 def _bic(rss: float, y: Array, n_parameters: int) -> float:
     """n ln(RSS / n) + p ln n; an RSS of less than a few roundings of each point counts as that."""
     n = y.size
-    rounding = n * (100 * np.finfo(float).eps * max(float(np.abs(y).max()), np.finfo(float).tiny)) ** 2
-    return n * float(np.log(max(float(rss), rounding) / n)) + n_parameters * float(np.log(n))
+    rounding = n * (100 * np.finfo(float).eps * float(np.abs(y).max())) ** 2
+    return n * float(
+        np.log(max(float(rss), rounding, float(np.finfo(float).tiny)) / n)
+    ) + n_parameters * float(np.log(n))

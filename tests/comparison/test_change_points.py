@@ -49,8 +49,9 @@ def test_planted_levels_are_found_at_the_first_point_of_each():
 
 
 def test_a_constant_curve_has_no_change_and_missing_points_are_left_out():
-    assert level_changes(np.arange(9), np.full(9, 1 / 3)).at.size == 0
-    assert bend(np.arange(9), np.full(9, 1 / 3)).at.size == 0
+    for constant in (1 / 3, 0.0, 1e-200):
+        assert level_changes(np.arange(9), np.full(9, constant)).at.size == 0
+        assert bend(np.arange(9), np.full(9, constant)).at.size == 0
     y = np.array([0, 0, np.nan, 0, 1, np.nan, 1, 1.0])
     assert level_changes(np.arange(8), y + 1e-3 * np.cos(np.arange(8))).at.tolist() == [4]
     assert level_changes([3], [1.0]).at.size == 0
