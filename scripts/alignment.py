@@ -148,15 +148,20 @@ def event(curve: xr.DataArray) -> xr.Dataset:
     return logs.assign(steps)
 
 
+def is_common(found: xr.Dataset) -> bool:
+    """Whether most runs have a change."""
+    return int(found["n"]) > found.sizes["seed"] / 2
+
+
 def table(parting: dict[tuple[str, str], xr.DataArray]) -> list[str]:
-    """What parts, from where to where, and when."""
+    """What parts, from where to where, and when; a dash where most runs have no change."""
     lines = [
         "| phase | gap | at the first step | after the change | change at step | runs with one |",
         "|---|---|---|---|---|---|",
     ]
     for (phase, words), curve in parting.items():
         found, after, at = event(curve), "–", "–"
-        if int(found["n"]) > 1:
+        if is_common(found):
             after = interval(curve.where(curve["step"] >= found["at"]).mean("step").values)
             at = "{:.0f} [{:.0f}, {:.0f}]".format(*(float(found[k]) for k in ("mean", "low", "high")))
         cells = [phase, words, interval(curve.isel(step=0).values), after, at]
@@ -216,9 +221,9 @@ def figure(panels_of: dict[str, dict[str, xr.Dataset]], x2: int) -> Figure:
             found = event(parting[key])
             if not own:
                 found = found.assign({name: found[name] - shift for name in ("mean", "low", "high")})
-            columns[phase].append(
-                (panel, {"change, to tag" if words == ATTENTION else "change of gap": found})
-            )
+            mark = "change, to tag" if words == ATTENTION else "change of gap"
+            seen = is_common(found) and 0 <= float(found["mean"]) <= int(panel["step"][-1])
+            columns[phase].append((panel, {mark: found} if seen else {}))
     return dy.plots.event_curves(columns)
 
 
