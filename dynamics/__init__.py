@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dynamics import comparison as comparison
     from dynamics import measures as measures
     from dynamics import plots as plots
     from dynamics import results as results
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from dynamics.attribution import attribute_examples as attribute_examples
     from dynamics.attribution import attribute_step as attribute_step
     from dynamics.batch import Batch as Batch
+    from dynamics.comparison import compare as compare
     from dynamics.config import StudyConfig as StudyConfig
     from dynamics.patching import both_directions as both_directions
     from dynamics.patching import interactions as interactions
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from dynamics.sweeps import sweep as sweep
 
 _MODULES = (
+    "comparison",
     "measures",
     "plots",
     "results",
@@ -50,6 +53,7 @@ _HOMES = {
     "attribute_examples": "dynamics.attribution",
     "attribute_step": "dynamics.attribution",
     "Batch": "dynamics.batch",
+    "compare": "dynamics.comparison",
     "StudyConfig": "dynamics.config",
     "both_directions": "dynamics.patching",
     "interactions": "dynamics.patching",

@@ -1,8 +1,21 @@
 """Figures of results: Datasets in, matplotlib Figures out; no statistics of their own, nothing global."""
 
 from dynamics.plots.curves import accuracies
+from dynamics.plots.events import Figures, Panel, event_curves, map_under_accuracies, moved
 from dynamics.plots.figures import save
 from dynamics.plots.intervals import recoveries, stored_and_fresh
 from dynamics.plots.maps import heatmap, site_by_step
 
-__all__ = ["accuracies", "heatmap", "recoveries", "save", "site_by_step", "stored_and_fresh"]
+__all__ = [
+    "Figures",
+    "Panel",
+    "accuracies",
+    "event_curves",
+    "heatmap",
+    "map_under_accuracies",
+    "moved",
+    "recoveries",
+    "save",
+    "site_by_step",
+    "stored_and_fresh",
+]
