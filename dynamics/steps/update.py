@@ -142,7 +142,7 @@ class Steps:
 
 def _groups(checkpoint: Checkpoint, template: Optimizer, names: Mapping[int, str]) -> list[dict[str, Any]]:
     """Parameter groups by name: the checkpoint's own, or the recipe's where it holds none."""
-    if checkpoint.optimizer is not None:
+    if checkpoint.optimizer is not None and checkpoint.optimizer.groups:
         return [{**template.defaults, **group} for group in checkpoint.optimizer.groups]
     return [{**group, "params": [names[id(p)] for p in group["params"]]} for group in template.param_groups]
 
