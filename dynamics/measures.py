@@ -40,7 +40,11 @@ class LogitMeasure:
 
 def target_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Logits that predict each row's target: [rows, vocab]. Reads `.logits` of Hugging Face outputs."""
-    output = model(batch.tokens)
+    return at_target_pos(model(batch.tokens), batch)
+
+
+def at_target_pos(output: Any, batch: Batch) -> Tensor:
+    """What a model gave, [rows, pos, vocab], at each row's scored position: [rows, vocab]."""
     logits: Tensor = getattr(output, "logits", output)
     return logits[torch.arange(len(batch), device=logits.device), batch.target_pos]
 

@@ -1,5 +1,6 @@
 """Patching verbs, one file each: exchange one quantity at one site, take the step, measure."""
 
+from dynamics.patching.activations import patch_activations as patch_activations
 from dynamics.patching.coalitions import interactions as interactions
 from dynamics.patching.coalitions import shapley_values as shapley_values
 from dynamics.patching.directions import both_directions as both_directions
