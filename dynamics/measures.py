@@ -91,6 +91,18 @@ logit_difference = LogitMeasure("logit_difference", "logit", _difference)
 """Logit of the correct answer less the mean logit of the batch's distractors."""
 
 
+def probabilities(tokens: Mapping[str, int]) -> dict[str, LogitMeasure]:
+    """One measure for each chosen token: its probability at the scored position, whatever the batch's targets.
+
+    Args:
+        tokens: name -> token id, such as {"Madrid": 14708, "Rome": 10598}; the names become the dim `measure`.
+    """
+    return {
+        name: LogitMeasure(name, "probability", lambda z, b, token=token: z.softmax(-1)[:, token])  # type: ignore[misc]
+        for name, token in tokens.items()
+    }
+
+
 def named(measure: Measure | Mapping[str, Measure]) -> dict[str, Measure]:
     """One or several measures as a dict by name."""
     if isinstance(measure, Mapping):
