@@ -64,12 +64,18 @@ def _at_target(logits: Tensor, batch: Batch) -> Tensor:
     return logits.gather(-1, batch.targets[:, None]).squeeze(-1)
 
 
-def _difference(logits: Tensor, batch: Batch) -> Tensor:
+def _at_distractors(logits: Tensor, batch: Batch, measure: str) -> Tensor:
     if batch.distractors is None:
-        raise ValueError(
-            "logit_difference needs batch.distractors [rows, n]: the wrong answers to compare with."
-        )
-    return _at_target(logits, batch) - logits.gather(-1, batch.distractors).mean(-1)
+        raise ValueError(f"{measure} needs batch.distractors [rows, n]: the wrong answers to compare with.")
+    return logits.gather(-1, batch.distractors)
+
+
+def _difference(logits: Tensor, batch: Batch) -> Tensor:
+    return _at_target(logits, batch) - _at_distractors(logits, batch, "logit_difference").mean(-1)
+
+
+def _margin(logits: Tensor, batch: Batch) -> Tensor:
+    return _at_target(logits, batch) - _at_distractors(logits, batch, "logit_margin").amax(-1)
 
 
 correct_logit = LogitMeasure("correct_logit", "logit", _at_target)
@@ -89,6 +95,9 @@ accuracy = LogitMeasure("accuracy", "share", lambda z, b: (z.argmax(-1) == b.tar
 
 logit_difference = LogitMeasure("logit_difference", "logit", _difference)
 """Logit of the correct answer less the mean logit of the batch's distractors."""
+
+logit_margin = LogitMeasure("logit_margin", "logit", _margin)
+"""Logit of the correct answer less the largest logit of the batch's distractors."""
 
 
 def probabilities(tokens: Mapping[str, int]) -> dict[str, LogitMeasure]:
