@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from dynamics.recipe import Recipe as Recipe
     from dynamics.steps.caching import cache as cache
     from dynamics.sweeps import sweep as sweep
+    from dynamics.tasks import PromptDataset as PromptDataset
+    from dynamics.tasks import prompt_contrasts as prompt_contrasts
+    from dynamics.tasks import top_answers as top_answers
 
 _MODULES = (
     "measures",
@@ -75,6 +78,9 @@ _HOMES = {
     "Recipe": "dynamics.recipe",
     "cache": "dynamics.steps.caching",
     "sweep": "dynamics.sweeps",
+    "PromptDataset": "dynamics.tasks",
+    "prompt_contrasts": "dynamics.tasks",
+    "top_answers": "dynamics.tasks",
 }
 
 __all__ = [*_MODULES, *_HOMES]

@@ -128,9 +128,7 @@ class Phases:
             len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
             f"phases.betas is {self.betas}; AdamW takes two numbers, each at least 0 and below 1.",
         )
-        require(
-            self.weight_decay >= 0, f"phases.weight_decay is {self.weight_decay}; it cannot be negative."
-        )
+        require(self.weight_decay >= 0, f"phases.weight_decay is {self.weight_decay}; it cannot be negative.")
         require(self.max_grad_norm > 0, f"phases.max_grad_norm is {self.max_grad_norm}; it must be above 0.")
 
     @property

@@ -16,9 +16,9 @@ from dynamics.batch import Batch, concatenate
 from dynamics.calls import call, evaluating, is_bridge
 from dynamics.measures import LogitMeasure, Measure, at_target_pos
 from dynamics.patching.experiment import own
-from dynamics.recipe import Contrast, Recipe, RecipeError
+from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, SiteError
-from dynamics.steps.states import starting_point
+from dynamics.steps.states import check_bridge, starting_point
 from dynamics.steps.taps import Cache, Taps, check_covers, runs_of
 
 T = TypeVar("T")
@@ -57,12 +57,7 @@ class Standing:
         if not is_bridge(recipe.model):
             state = starting_point(recipe, checkpoint)
             return cls(recipe.model, state.step, own(state.parameters), state.buffers, state.rng)
-        if checkpoint is not None:
-            raise RecipeError(
-                "a TransformerBridge is measured as it stands: its parameters cannot be replaced during a call. "
-                "Load the checkpoint into the Hugging Face model, bridge that, and give checkpoint=None; or give "
-                "the Hugging Face model itself."
-            )
+        check_bridge(recipe.model, checkpoint)
         return cls(recipe.model, 0, None, {}, RngState.capture())
 
     def run(self, function: Callable[[nn.Module, Any], T], batch: Any) -> T:

@@ -6,6 +6,9 @@ from dynamics.tasks import facts as facts
 from dynamics.tasks import ioi as ioi
 from dynamics.tasks.acronyms import AcronymsTask as AcronymsTask
 from dynamics.tasks.aliases import AliasTask as AliasTask
+from dynamics.tasks.answers import top_answers as top_answers
+from dynamics.tasks.datasets import PromptDataset as PromptDataset
+from dynamics.tasks.datasets import prompt_contrasts as prompt_contrasts
 from dynamics.tasks.facts import FactsTask as FactsTask
 from dynamics.tasks.ioi import IoiTask as IoiTask
 from dynamics.tasks.loading import load as load
@@ -14,3 +17,4 @@ from dynamics.tasks.planting import tag_blind as tag_blind
 from dynamics.tasks.task import Task as Task
 from dynamics.tasks.text import Prompt as Prompt
 from dynamics.tasks.text import PromptError as PromptError
+from dynamics.tasks.words import Vocabulary as Vocabulary

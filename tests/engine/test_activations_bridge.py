@@ -1,13 +1,11 @@
 """The verbs of activations on Hugging Face's GPT-2, as a module and as a bridge, beside its forward by hand."""
 
-import copy
 import math
 
 import numpy as np
 import pytest
 import tokenizers
 import torch
-import torch.nn.functional as F
 import transformers
 from engine_models import D_VOCAB, tokens
 from hugging_face import gpt2
@@ -311,9 +309,42 @@ def test_a_checkpoint_for_a_bridge_is_refused(model, bridge):
 
 
 def test_verbs_of_steps_refuse_a_bridge_instead_of_ruining_it(bridge):
-    recipe = dy.Recipe(copy.deepcopy(bridge), lambda m, b: F.cross_entropy(m(b.tokens)[:, -1], b.targets))
+    recipe = dy.Recipe(bridge, lambda m, b: m(b.tokens).mean(), torch.optim.AdamW)
+    chosen = sites.parameters(bridge)[:1]
     with pytest.raises(TypeError, match="Give the verbs that take a step the Hugging Face model itself"):
-        dy.cache(recipe, None, tokens(0))
+        dy.patch_gradients(recipe, None, pairs(), chosen, measures.correct_logit)
+
+
+@pytest.mark.parametrize("kind", ["bridge", "processed"])
+def test_the_cache_of_a_bridge_is_that_of_hooks_forward_and_backward(request, kind):
+    """get_cache_fwd_and_bwd of the attribution patching demo."""
+    known, batch = request.getfixturevalue(kind), tokens(0)
+    forward, backward = {}, {}
+
+    def metric(logits):
+        return measures.at_target_pos(logits, batch)[:, 3].mean()
+
+    def cached(name):
+        return "_input" not in name and "hook" in name
+
+    known.reset_hooks()
+    known.add_hook(cached, lambda value, hook: forward.update({hook.name: value.detach()}), "fwd")
+    known.add_hook(cached, lambda signal, hook: backward.update({hook.name: signal.detach()}), "bwd")
+    metric(known(batch.tokens)).backward()
+    known.reset_hooks()
+    known.zero_grad()
+    kept = dy.cache(dy.Recipe(known, lambda model, b: metric(model(b.tokens))), None, batch)
+    compared = [name for name in forward if forward[name].is_floating_point()]
+    assert len(compared) > 40
+    for name in compared:
+        assert torch.equal(kept.activations[name], forward[name]), name
+    both = [name for name in compared if name in backward and "scale" not in name and name in kept.signals]
+    assert {"blocks.0.attn.hook_pattern", "blocks.1.hook_out", "blocks.0.mlp.hook_out"} <= set(both)
+    for name in both:
+        assert (kept.signals[name] - backward[name]).abs().max() < 1e-9, name
+    assert all(p.grad is None for p in known.parameters())
+    with pytest.raises(RecipeError, match="measured as it stands"):
+        dy.cache(dy.Recipe(known), Checkpoint.capture(torch.nn.Linear(1, 1)), batch)
 
 
 def test_hooks_of_a_bridge_are_transformer_lenss(bridge):
