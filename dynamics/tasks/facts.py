@@ -137,7 +137,10 @@ class FactsTask(Task):
         chosen = facts or [fact for fact in self.known if fact.relation == "capital"]
         asked = [self.templates(fact)[1][0] for fact in chosen]
         prompts = _prompts(chosen, asked, corruption, self.subjects)
-        late = [{**prompt.coords, "late": int(fact in self.late)} for prompt, fact in zip(prompts, chosen, strict=True)]
+        late = [
+            {**prompt.coords, "late": int(fact in self.late)}
+            for prompt, fact in zip(prompts, chosen, strict=True)
+        ]
         labelled = [replace(prompt, coords=coords) for prompt, coords in zip(prompts, late, strict=True)]
         return text.contrasts(self.vocabulary.encode, labelled)
 

@@ -95,7 +95,9 @@ class IoiTask(Task):
         self.config = config
         drawn = generator(config.split_seed, "names").permutation(NAMES)[: config.task.n_names]
         self.names = tuple(sorted(map(str, drawn)))
-        frames = [template.format(first="", second="", subject="", place="", thing="") for template in TEMPLATES]
+        frames = [
+            template.format(first="", second="", subject="", place="", thing="") for template in TEMPLATES
+        ]
         self.vocabulary = Vocabulary([*self.names, *PLACES, *THINGS, *Vocabulary.of(*frames).words])
         self.d_vocab = len(self.vocabulary)
 

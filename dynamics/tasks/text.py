@@ -120,9 +120,7 @@ def contrasts(encode: Encode, prompts: Sequence[Prompt]) -> list[Contrast]:
         PromptError: an answer is not one token, or prompts differ in length; it names the first that does.
     """
     batches = [batch(encode, [prompt.corrupted]) for prompt in prompts]
-    _check_lengths(
-        [found.tokens.shape[1] for found in batches], [prompt.corrupted for prompt in prompts]
-    )
+    _check_lengths([found.tokens.shape[1] for found in batches], [prompt.corrupted for prompt in prompts])
     made = []
     for prompt, base in zip(prompts, batches, strict=True):
         source = batch(encode, [prompt.clean])

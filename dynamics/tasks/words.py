@@ -8,16 +8,72 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-NAMES = (
-    "John Mary Tom James Dan Martin Amy Alice Bob Emma Sarah Michael Lisa David Anna Peter Paul Mark Jack Kate "
-    "Laura Robert Susan Linda Kevin Brian Eric Helen Jane Karen Frank George Henry Alex Andrew Steven Daniel "
-    "Rachel Simon Sam Ben Adam Jason Matthew Ryan Scott Victoria Elizabeth"
-).split()
+NAMES = [
+    "John",
+    "Mary",
+    "Tom",
+    "James",
+    "Dan",
+    "Martin",
+    "Amy",
+    "Alice",
+    "Bob",
+    "Emma",
+    "Sarah",
+    "Michael",
+    "Lisa",
+    "David",
+    "Anna",
+    "Peter",
+    "Paul",
+    "Mark",
+    "Jack",
+    "Kate",
+    "Laura",
+    "Robert",
+    "Susan",
+    "Linda",
+    "Kevin",
+    "Brian",
+    "Eric",
+    "Helen",
+    "Jane",
+    "Karen",
+    "Frank",
+    "George",
+    "Henry",
+    "Alex",
+    "Andrew",
+    "Steven",
+    "Daniel",
+    "Rachel",
+    "Simon",
+    "Sam",
+    "Ben",
+    "Adam",
+    "Jason",
+    "Matthew",
+    "Ryan",
+    "Scott",
+    "Victoria",
+    "Elizabeth",
+]
 """First names; 48."""
 
-PLACES = "store park school garden office house station hospital library restaurant".split()
+PLACES = [
+    "store",
+    "park",
+    "school",
+    "garden",
+    "office",
+    "house",
+    "station",
+    "hospital",
+    "library",
+    "restaurant",
+]
 
-THINGS = "ring drink ball book bag kiss computer bone necklace snack".split()
+THINGS = ["ring", "drink", "ball", "book", "bag", "kiss", "computer", "bone", "necklace", "snack"]
 """What can be given; each goes with the article "a"."""
 
 CAPITALIZED = {
@@ -103,7 +159,7 @@ COUNTRIES = {
 }
 """Capital, language and continent of each country; 44."""
 
-FILLERS = "red brown fox jumps quick lazy dog moon".split()
+FILLERS = ["red", "brown", "fox", "jumps", "quick", "lazy", "dog", "moon"]
 """Words that say nothing, to stand in a subject's place."""
 
 

@@ -25,6 +25,7 @@ from dynamics.training.evaluation import Evaluation, collect
 from dynamics.training.module import StepModule
 from dynamics.training.recorder import TrajectoryRecorder
 
+
 class RunError(RuntimeError):
     """The output folder holds something else; nothing was overwritten."""
 
@@ -73,9 +74,7 @@ def kept_steps(config: RunConfig) -> tuple[int, ...]:
         for name in config.phases.by_name
     ]
     last = list(config.phases.by_name)[-1]
-    first = schedule.window(
-        starts[last], min(starts[last] + config.schedule.dense, _stop(config, last))
-    )
+    first = schedule.window(starts[last], min(starts[last] + config.schedule.dense, _stop(config, last)))
     return schedule.union(*kept, first, config.replayed, [starts["end"]])
 
 
