@@ -144,6 +144,7 @@ class LatePhasesConfig(Phases):
     max_grad_norm: float = 1.0
 
 
+@dataclass(frozen=True)
 class _LanguageRun(RunConfig):
     """A run whose prompts have one length."""
 

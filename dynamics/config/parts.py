@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 from dynamics.config.checks import ConfigError, built, check_seed, choice, plain, require
 
@@ -100,6 +100,7 @@ class TrainerConfig:
         require(self.threads >= 1, "trainer.threads must be at least 1.")
 
 
+@dataclass(frozen=True)
 class Phases:
     """Stretches of training one after another: the fields that are a `PhaseConfig`, in their order.
 
@@ -108,12 +109,12 @@ class Phases:
         batch_size, betas, weight_decay, max_grad_norm: shared by all phases; clipping is by total norm.
     """
 
-    __dataclass_fields__: ClassVar[dict[str, Any]]
     goes_on: ClassVar[tuple[str, ...]] = ()
-    batch_size: int
-    betas: tuple[float, float]
-    weight_decay: float
-    max_grad_norm: float
+    if TYPE_CHECKING:  # fields of every subclass, each with a default and an order of its own
+        batch_size: int
+        betas: tuple[float, float]
+        weight_decay: float
+        max_grad_norm: float
 
     def __post_init__(self) -> None:
         """Make the phases of plain data and check what they share."""
@@ -170,7 +171,8 @@ class Phases:
 
     def shortened(self: _Phases, phase: str, n_steps: int) -> _Phases:
         """The same phases, one of them as long as it was."""
-        return replace(self, **{phase: replace(self.by_name[phase], steps=n_steps)})
+        changed: dict[str, Any] = {phase: replace(self.by_name[phase], steps=n_steps)}
+        return replace(self, **changed)
 
 
 def _phase_names(kind: type[Phases]) -> tuple[str, ...]:
@@ -189,6 +191,7 @@ class TaskConfig(Protocol):
         """Draws the order of the rows."""
 
 
+@dataclass(frozen=True)
 class RunConfig:
     """Everything a run needs to be trained again. Each task has its own: a dataclass whose fields are these.
 
@@ -199,13 +202,13 @@ class RunConfig:
         replayed: steps besides those of the schedule whose checkpoints are kept.
     """
 
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-    task: TaskConfig
-    model: ToyConfig
-    phases: Phases
-    schedule: ScheduleConfig
-    trainer: TrainerConfig
-    seed: int
+    if TYPE_CHECKING:  # fields of every subclass, each with a default and an order of its own
+        task: TaskConfig
+        model: ToyConfig
+        phases: Phases
+        schedule: ScheduleConfig
+        trainer: TrainerConfig
+        seed: int
 
     def __post_init__(self) -> None:
         """Make the parts of plain data."""

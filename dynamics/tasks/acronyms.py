@@ -15,6 +15,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from torch import Tensor
+
 from dynamics.batch import Batch
 from dynamics.config import AcronymsRun
 from dynamics.measures import LogitMeasure, logit_margin
@@ -98,14 +100,14 @@ class AcronymsTask(Task):
 
 def by_letter(measure: LogitMeasure = logit_margin) -> dict[str, LogitMeasure]:
     """A measure of the rows of each letter alone, for batches that have three rows for each prompt."""
-    return {
-        f"letter {place + 1}": LogitMeasure(
-            f"letter {place + 1}",
-            measure.units,
-            lambda logits, batch, place=place: measure.from_logits(logits, batch)[place::N_LETTERS],
-        )
-        for place in range(N_LETTERS)
-    }
+
+    def of(place: int) -> LogitMeasure:
+        def from_logits(logits: Tensor, batch: Batch) -> Tensor:
+            return measure.from_logits(logits, batch)[place::N_LETTERS]
+
+        return LogitMeasure(f"letter {place + 1}", measure.units, from_logits)
+
+    return {found.name: found for found in map(of, range(N_LETTERS))}
 
 
 def read(path: str | Path) -> list[Triple]:
