@@ -12,7 +12,12 @@ from dynamics.config import AcronymsConfig, AcronymsRun, ConfigError, ToyConfig
 from dynamics.tasks import PromptError, acronyms
 from dynamics.tasks.words import CAPITALIZED
 
-TRIPLES = [("Chief", "Earth", "Oil"), ("Air", "Bank", "City"), ("Day", "Game", "Hall"), ("Key", "Law", "Media")]
+TRIPLES = [
+    ("Chief", "Earth", "Oil"),
+    ("Air", "Bank", "City"),
+    ("Day", "Game", "Hall"),
+    ("Key", "Law", "Media"),
+]
 
 
 def test_every_capitalized_word_begins_with_its_letter():
@@ -98,7 +103,8 @@ def test_distractors_are_the_other_capitals_and_the_margin_is_over_the_best_of_t
     assert letters == [set("ABCDEFGHIJKLMNOPQRSTUVWXYZ")] * 3
     logits = torch.randn(3, task.d_vocab, generator=torch.manual_seed(0))
     expected = [
-        logits[i, source.targets[i]].item() - max(logits[i, d].item() for d in source.distractors[i]) for i in range(3)
+        logits[i, source.targets[i]].item() - max(logits[i, d].item() for d in source.distractors[i])
+        for i in range(3)
     ]
     assert measures.logit_margin.from_logits(logits, source).tolist() == pytest.approx(expected)
 
@@ -111,7 +117,7 @@ def test_the_probe_has_the_same_words_in_both_other_turns():
     assert texts == [(b, c, a)] * 3 + [(c, a, b)] * 3
 
 
-def test_measures_by_letter_are_the_rows_of_each_letter():
+def test_measures_by_letter_average_the_rows_of_each_letter():
     task = acronyms_task()
     both = concatenate([contrast.source for contrast in task.contrasts(n=3)])
     logits = torch.randn(len(both), task.d_vocab, generator=torch.manual_seed(0))
@@ -119,9 +125,8 @@ def test_measures_by_letter_are_the_rows_of_each_letter():
     split = acronyms.by_letter()
     assert list(split) == ["letter 1", "letter 2", "letter 3"]
     for place, measure in enumerate(split.values()):
-        # a row of another letter does not count: its value is absent or not a number
-        found = measure.from_logits(logits, both)
-        assert found[~found.isnan()].tolist() == whole[place::3].tolist()
+        found = measure.from_logits(logits, both).mean().item()
+        assert found == pytest.approx(whole[place::3].mean().item(), rel=1e-6)
 
 
 # --- text -------------------------------------------------------------------------------------------------
@@ -136,7 +141,12 @@ def test_the_seeds_text_format_is_read_with_or_without_letters(tmp_path, shown):
 
 @pytest.mark.parametrize(
     "line",
-    ["The Chief Earth Oil (, CEX", "The Chief Earth (, CE", "The Chief Earth Oil, CEO", "The Chief Earth Oil ("],
+    [
+        "The Chief Earth Oil (, CEX",
+        "The Chief Earth (, CE",
+        "The Chief Earth Oil, CEO",
+        "The Chief Earth Oil (",
+    ],
 )
 def test_a_line_of_another_form_is_named(tmp_path, line):
     path = tmp_path / "acronyms.txt"
