@@ -38,9 +38,9 @@ MEASURES = {m.name: m for m in (dy.measures.accuracy, RANKED_BY)}
 VALUES = ("mean", "zero")
 DESTROYED = 0.5
 """Share of right answers below which the found heads have destroyed the answer."""
-N_SETS = 200
+N_SETS = 100
 """Random sets of as many heads as were found, for each run."""
-N_ALONG = 20
+N_ALONG = 10
 """Random sets of every size, for each run."""
 
 Array = npt.NDArray[np.float64]

@@ -69,8 +69,8 @@ def _both(name: str, one: Index, other: Index) -> Index:
         or any(isinstance(p, Tensor) for p in others)
     ):
         raise refused
-    places = torch.cat([torch.as_tensor(number).reshape(-1) for number in numbers]).unique()
-    return (*one[: axes[0]], places, *one[axes[0] + 1 :])
+    places = torch.cat([torch.as_tensor(number).reshape(-1) for number in numbers])
+    return (*one[: axes[0]], torch.unique(places), *one[axes[0] + 1 :])
 
 
 def _equal(one: int | slice | Tensor, other: int | slice | Tensor) -> bool:
