@@ -211,6 +211,7 @@ def figure(runs: Sequence[Found]) -> Figure:
         for one in found:
             axes.axvline(one.size, color="#999999", linewidth=0.8, linestyle=":", zorder=1)
         axes.set(title=name, xlabel=f"heads ablated, of {sizes[-1]}", ylim=(0, 1.02), xlim=(0, sizes[-1]))
+        axes.set_xticks(sizes[:: max(1, len(sizes) // 4)])
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("right answers")
     panels[-1].legend(frameon=False, fontsize=8.5)
