@@ -17,13 +17,18 @@ if TYPE_CHECKING:
     from dynamics import studies as studies
     from dynamics import tasks as tasks
     from dynamics import training as training
+    from dynamics.attribution import attribute_activations as attribute_activations
     from dynamics.attribution import attribute_examples as attribute_examples
     from dynamics.attribution import attribute_step as attribute_step
     from dynamics.batch import Batch as Batch
     from dynamics.comparison import compare as compare
     from dynamics.config import StudyConfig as StudyConfig
+    from dynamics.models.bridges import bridge as bridge
+    from dynamics.models.bridges import processed_bridge as processed_bridge
     from dynamics.patching import both_directions as both_directions
     from dynamics.patching import interactions as interactions
+    from dynamics.patching import interchange as interchange
+    from dynamics.patching import patch_activations as patch_activations
     from dynamics.patching import patch_factors as patch_factors
     from dynamics.patching import patch_gradients as patch_gradients
     from dynamics.patching import patch_signals as patch_signals
@@ -36,6 +41,9 @@ if TYPE_CHECKING:
     from dynamics.recipe import Recipe as Recipe
     from dynamics.steps.caching import cache as cache
     from dynamics.sweeps import sweep as sweep
+    from dynamics.tasks import PromptDataset as PromptDataset
+    from dynamics.tasks import prompt_contrasts as prompt_contrasts
+    from dynamics.tasks import top_answers as top_answers
 
 _MODULES = (
     "comparison",
@@ -50,14 +58,19 @@ _MODULES = (
     "training",
 )
 _HOMES = {
+    "attribute_activations": "dynamics.attribution",
     "attribute_examples": "dynamics.attribution",
     "attribute_step": "dynamics.attribution",
     "Batch": "dynamics.batch",
     "compare": "dynamics.comparison",
     "StudyConfig": "dynamics.config",
+    "bridge": "dynamics.models.bridges",
+    "processed_bridge": "dynamics.models.bridges",
     "both_directions": "dynamics.patching",
+    "interchange": "dynamics.patching",
     "interactions": "dynamics.patching",
     "shapley_values": "dynamics.patching",
+    "patch_activations": "dynamics.patching",
     "patch_gradients": "dynamics.patching",
     "patch_window": "dynamics.patching",
     "patch_signals": "dynamics.patching",
@@ -69,6 +82,9 @@ _HOMES = {
     "Recipe": "dynamics.recipe",
     "cache": "dynamics.steps.caching",
     "sweep": "dynamics.sweeps",
+    "PromptDataset": "dynamics.tasks",
+    "prompt_contrasts": "dynamics.tasks",
+    "top_answers": "dynamics.tasks",
 }
 
 __all__ = [*_MODULES, *_HOMES]

@@ -12,6 +12,15 @@ from torch.func import functional_call
 T = TypeVar("T")
 
 
+def is_bridge(model: nn.Module) -> bool:
+    """Whether a model is TransformerLens's bridge to a Hugging Face model.
+
+    A bridge has hook points under names that are no submodules, holds its parameters twice under some of
+    them, and is ruined by `functional_call`.
+    """
+    return hasattr(model, "hook_dict") and hasattr(model, "original_model")
+
+
 class _Bound(nn.Module):
     """A function (model, batch) as a module, so that the model's tensors can be replaced during the call."""
 
@@ -31,7 +40,16 @@ def call(
 
     The function may call the model any number of times. Buffers that the model writes to are written in
     `tensors`; the model keeps its own.
+
+    Raises:
+        TypeError: the model is a TransformerBridge, whose parameters this would corrupt without a word.
     """
+    if is_bridge(model):
+        raise TypeError(
+            "a TransformerBridge cannot be called with other tensors than its own. Give the verbs that take a step "
+            "the Hugging Face model itself; patch_activations and attribute_activations take a bridge as it stands "
+            "(checkpoint=None)."
+        )
     replaced = {f"model.{name}": tensor for name, tensor in tensors.items()}
     return functional_call(_Bound(model, function), replaced, (batch,))  # type: ignore[no-any-return]
 

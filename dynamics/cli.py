@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import is_dataclass
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
 from functools import partial
 from importlib.resources import files
 from inspect import signature
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn, TypeVar, get_args
 
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ignore[attr-defined]
 
-from dynamics.config import ConfigError, Level, MeasureName, OptimizerState, StudyConfig
+from dynamics.config import (
+    ConfigError,
+    Level,
+    MeasureName,
+    OptimizerState,
+    RunConfig,
+    StudyConfig,
+    kind_of,
+)
+
+_Run = TypeVar("_Run", bound=RunConfig)
 
 PRESETS = files("dynamics") / "presets"
 SWEPT = ("patch_gradients", "patch_updates", "patch_factors", "attribute_step")
@@ -27,21 +40,27 @@ INTERRUPTED = 130
 class _Parser(ArgumentParser):
     """A parser whose error for an unknown config key lists the keys that are there."""
 
+    kind: Callable[[], RunConfig] = StudyConfig
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         unknown = re.search(r"(?:unrecognized arguments: --|accept option ')((?:\w+\.)*)", message)
         if unknown:
             section = unknown[1]
             valid = sorted(
-                {key.removeprefix(section).split(".")[0] for key in _keys() if key.startswith(section)}
+                {
+                    key.removeprefix(section).split(".")[0]
+                    for key in _keys(self.kind())
+                    if key.startswith(section)
+                }
             )
             message += f"\nkeys{' of ' + section.rstrip('.') if section else ''}: {', '.join(valid)}"
         super().error(message, ex)
 
 
-def _keys(config: object = None, prefix: str = "") -> list[str]:
-    """Every key of a study's config, dotted."""
+def _keys(config: object, prefix: str = "") -> list[str]:
+    """Every key of a run's config, dotted."""
     keys = []
-    for name, value in vars(StudyConfig() if config is None else config).items():
+    for name, value in vars(config).items():
         keys += _keys(value, f"{prefix}{name}.") if is_dataclass(value) else [prefix + name]
     return keys
 
@@ -51,17 +70,47 @@ class _ConfigOrPreset(ActionConfigFile):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if option_string == "--preset":
-            names = sorted(path.name.removesuffix(".yaml") for path in PRESETS.iterdir())
-            if values not in names:
-                parser.error(f"no preset {values!r}; there are {', '.join(names)}")
+            if values not in _presets():
+                parser.error(f"no preset {values!r}; there are {', '.join(_presets())}")
             values = str(PRESETS / f"{values}.yaml")
         super().__call__(parser, namespace, values, option_string)  # type: ignore[no-untyped-call]
 
 
+def _presets() -> list[str]:
+    """Names of the configs that ship with the package."""
+    return sorted(path.name.removesuffix(".yaml") for path in PRESETS.iterdir())
+
+
+def _kind(arguments: Sequence[str]) -> type[RunConfig]:
+    """The config class of the task that the arguments name, in `--task.name`, a config file or a preset.
+
+    It is read before anything is parsed, as the task says which keys there are. A file that cannot be read is left
+    to the parser to complain about.
+    """
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in ("--config", "--preset", "--task.name"):
+        peek.add_argument(option, dest=option, action="append", nargs="?", default=[])
+    given = vars(peek.parse_known_args(list(arguments))[0])
+    if given["--task.name"]:
+        return kind_of({"task": {"name": given["--task.name"][-1]}})
+    paths = [Path(str(PRESETS / f"{name}.yaml")) for name in given["--preset"] if name in _presets()]
+    for path in [*map(Path, filter(None, given["--config"])), *paths]:
+        with suppress(OSError, ValueError, yaml.YAMLError):
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            if isinstance(data, dict) and isinstance(data.get("task"), dict) and "name" in data["task"]:
+                return kind_of(data)
+    return StudyConfig
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script `dynamics`; exits with 0, 1 on an error, 130 on Ctrl-C."""
-    parser = _parser()
-    given = parser.parse_args(None if arguments is None else list(arguments))
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        kind = _kind(words) if words[:1] == ["fit"] else StudyConfig
+    except ConfigError as error:
+        _complain(f"{type(error).__name__}: {error}")
+        sys.exit(1)
+    given = _parser(kind).parse_args(words)
     command: Callable[[Namespace], None] = _COMMANDS[given.subcommand]
     try:
         command(given[given.subcommand])
@@ -73,7 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
 
 
-def _parser() -> ArgumentParser:
+def _parser(kind: type[RunConfig] = StudyConfig) -> ArgumentParser:
+    """The parser of all commands; `fit` takes the keys of one kind of run."""
     parser = _Parser(
         prog="dynamics",
         usage="dynamics {study,fit,verify,believe,compare,sweep,import,export} ...",
@@ -87,9 +137,13 @@ def _parser() -> ArgumentParser:
         description="Train, patch, summarise and draw: the whole study into one folder.",
     )
     study.add_argument("name", choices=["aliases"], help="which study")
-    commands.add_subcommand("study", _with_config(study))
-    fit = _Parser(usage=f"dynamics fit {options}", description="Train alone and keep the trajectory.")
-    commands.add_subcommand("fit", _with_config(fit))
+    commands.add_subcommand("study", _with_config(study, StudyConfig))
+    fit = _Parser(
+        usage=f"dynamics fit {options}",
+        description="Train alone and keep the trajectory, of the alias task or, by --preset or --task.name, of "
+        "another; `dynamics fit --preset NAME --help` shows that task's keys.",
+    )
+    commands.add_subcommand("fit", _with_config(fit, kind))
     verify = _Parser(
         usage="dynamics verify RUN",
         description="Check every file of a run and replay every stored neighbour, bit by bit.",
@@ -182,28 +236,29 @@ def _sweep_parser() -> ArgumentParser:
     return sweep
 
 
-def _with_config(parser: ArgumentParser) -> ArgumentParser:
+def _with_config(parser: _Parser, kind: type[RunConfig]) -> ArgumentParser:
+    parser.kind = kind
     parser.add_argument("--out", type=Path, required=True, help="the run's folder; an unfinished run goes on")
     parser.add_argument(
         "--config",
         "--preset",
         action=_ConfigOrPreset,
-        help="a config file (YAML), or the name of one that ships with the package: default, smoke",
+        help=f"a config file (YAML), or the name of one that ships with the package: {', '.join(_presets())}",
     )
-    parser.add_class_arguments(StudyConfig)
+    parser.add_class_arguments(kind)
     return parser
 
 
-def _config(given: Namespace) -> StudyConfig:
-    parts = {name: given[name] for name in StudyConfig.__dataclass_fields__}
-    return StudyConfig.from_dict(Namespace(parts).as_dict())  # type: ignore[no-untyped-call]
+def _config(given: Namespace, kind: type[_Run]) -> _Run:
+    parts = {f.name: given[f.name] for f in fields(kind)}
+    return kind.from_dict(Namespace(parts).as_dict())  # type: ignore[no-untyped-call]
 
 
 def _study(given: Namespace) -> None:
     _set_threads(given.trainer.threads)
     from dynamics import studies
 
-    report = studies.run(_config(given), given.out)
+    report = studies.run(_config(given, StudyConfig), given.out)
     print(f"{report.table}\n\n{report.findings}\n\nEverything is in {report.folder}.")
 
 
@@ -211,7 +266,7 @@ def _fit(given: Namespace) -> None:
     _set_threads(given.trainer.threads)
     from dynamics import training
 
-    trajectory = training.fit(_config(given), given.out)
+    trajectory = training.fit(_config(given, kind_of({"task": given.task.as_dict()})), given.out)
     print(
         f"{len(trajectory)} checkpoints, steps {trajectory.steps[0]} to {trajectory.steps[-1]}, in {given.out}."
     )
@@ -337,11 +392,11 @@ def _export(given: Namespace) -> None:
 
 def _sweep(given: Namespace) -> None:
     from checkpoints import Checkpoint, Trajectory
-    from dynamics import attribution, measures, patching, results, sweeps
+    from dynamics import attribution, measures, patching, results, sweeps, tasks
     from dynamics.sites import LEVELS
 
     runs = [Trajectory.open(folder) for folder in given.runs]
-    config = sweeps.of_config(runs[0]).config
+    config = tasks.aliases.load(sweeps.of_config(runs[0]).config.to_dict()).config
     levels, optimizers = (given[n] or getattr(config.patching, n) for n in ("levels", "optimizers"))
     stored = set.intersection(*(set(run.steps) for run in runs))
     x2 = range(config.phases.starts["x2"], config.phases.starts["end"])

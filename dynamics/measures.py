@@ -40,7 +40,11 @@ class LogitMeasure:
 
 def target_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Logits that predict each row's target: [rows, vocab]. Reads `.logits` of Hugging Face outputs."""
-    output = model(batch.tokens)
+    return at_target_pos(model(batch.tokens), batch)
+
+
+def at_target_pos(output: Any, batch: Batch) -> Tensor:
+    """What a model gave, [rows, pos, vocab], at each row's scored position: [rows, vocab]."""
     logits: Tensor = getattr(output, "logits", output)
     return logits[torch.arange(len(batch), device=logits.device), batch.target_pos]
 
@@ -60,12 +64,18 @@ def _at_target(logits: Tensor, batch: Batch) -> Tensor:
     return logits.gather(-1, batch.targets[:, None]).squeeze(-1)
 
 
-def _difference(logits: Tensor, batch: Batch) -> Tensor:
+def _at_distractors(logits: Tensor, batch: Batch, measure: str) -> Tensor:
     if batch.distractors is None:
-        raise ValueError(
-            "logit_difference needs batch.distractors [rows, n]: the wrong answers to compare with."
-        )
-    return _at_target(logits, batch) - logits.gather(-1, batch.distractors).mean(-1)
+        raise ValueError(f"{measure} needs batch.distractors [rows, n]: the wrong answers to compare with.")
+    return logits.gather(-1, batch.distractors)
+
+
+def _difference(logits: Tensor, batch: Batch) -> Tensor:
+    return _at_target(logits, batch) - _at_distractors(logits, batch, "logit_difference").mean(-1)
+
+
+def _margin(logits: Tensor, batch: Batch) -> Tensor:
+    return _at_target(logits, batch) - _at_distractors(logits, batch, "logit_margin").amax(-1)
 
 
 correct_logit = LogitMeasure("correct_logit", "logit", _at_target)
@@ -85,6 +95,21 @@ accuracy = LogitMeasure("accuracy", "share", lambda z, b: (z.argmax(-1) == b.tar
 
 logit_difference = LogitMeasure("logit_difference", "logit", _difference)
 """Logit of the correct answer less the mean logit of the batch's distractors."""
+
+logit_margin = LogitMeasure("logit_margin", "logit", _margin)
+"""Logit of the correct answer less the largest logit of the batch's distractors."""
+
+
+def probabilities(tokens: Mapping[str, int]) -> dict[str, LogitMeasure]:
+    """One measure for each chosen token: its probability at the scored position, whatever the batch's targets.
+
+    Args:
+        tokens: name -> token id, such as {"Madrid": 14708, "Rome": 10598}; the names become the dim `measure`.
+    """
+    return {
+        name: LogitMeasure(name, "probability", lambda z, b, token=token: z.softmax(-1)[:, token])  # type: ignore[misc]
+        for name, token in tokens.items()
+    }
 
 
 def named(measure: Measure | Mapping[str, Measure]) -> dict[str, Measure]:

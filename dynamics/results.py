@@ -94,7 +94,7 @@ def effects(
 
 def attributions(
     attribution: npt.ArrayLike,
-    residual: npt.ArrayLike,
+    residual: npt.ArrayLike | None,
     nodes: npt.ArrayLike,
     references: Mapping[str, npt.ArrayLike],
     example_coords: Mapping[str, Sequence[Any]],
@@ -109,14 +109,14 @@ def attributions(
     Args:
         attribution: of each part, [n_examples, n_parts], or [n_measures, n_examples, n_parts].
         residual: what the attributions of all parts sum to, less the change that was attributed:
-            [n_examples], or [n_measures, n_examples].
-        nodes: gradients of the measure that were averaged; shape as `residual`.
+            [n_examples], or [n_measures, n_examples]; None where that is not known.
+        nodes: gradients of the measure that were averaged; [n_examples], or [n_measures, n_examples].
         along: the dim of the parts, "site" or "row".
         coords: columns of length n_parts; `along` holds the labels.
         references, example_coords, measure_names, units, provenance: as `effects`; no reference must be there.
 
     Returns:
-        `attribution` [(measure,) example, along]; `residual`, `nodes` and the references
+        `attribution` [(measure,) example, along]; `residual` where it is known, `nodes` and the references
         [(measure,) example].
 
     Raises:
@@ -131,11 +131,6 @@ def attributions(
             frame.expect("attribution", attribution, frame.dims),
             {"long_name": f"change of the measure due to each {along}", **frame.attrs},
         ),
-        "residual": (
-            few,
-            frame.expect("residual", residual, few),
-            {"long_name": "sum of all attributions − change attributed", **frame.attrs},
-        ),
         "nodes": (
             few,
             frame.expect("nodes", nodes, few),
@@ -143,6 +138,9 @@ def attributions(
         ),
         **frame.references(references),
     }
+    if residual is not None:
+        described = {"long_name": "sum of all attributions − change attributed", **frame.attrs}
+        variables["residual"] = few, frame.expect("residual", residual, few), described
     return xr.Dataset(variables, coords=frame.coords, attrs={"provenance": provenance})
 
 
@@ -226,6 +224,11 @@ def folded(dataset: xr.Dataset, dim: str, values: Sequence[str], site_labels: Se
         if "site" in array.dims
     }
     return parts[0].drop_vars(joined).assign(joined)
+
+
+def tidy(dataset: xr.Dataset) -> pd.DataFrame:
+    """A result as a data frame: a row for each measure, example and site; a column for each variable and label."""
+    return dataset.to_dataframe().reset_index()
 
 
 def units(dataset: xr.Dataset, name: str) -> str:

@@ -21,6 +21,7 @@ Array = npt.NDArray[np.float64]
 _RESAMPLES = 9999
 _SEED = 20240531
 _BATCH = 256  # resamples drawn at once
+_BAR = 10  # width of a bar in a table
 _COLUMNS = 512  # tests made at once: 256 x 30 units x 512 tests of 8 bytes are 31 MB
 
 
@@ -257,10 +258,66 @@ def _placebo_quantile(placebos: xr.DataArray, effect: xr.DataArray) -> xr.DataAr
     return joined.drop_vars("quantile", errors="ignore").transpose(*kept)
 
 
+def top_heads(dataset: xr.Dataset, k: int = 10) -> list[tuple[int, int]]:
+    """The k heads with the largest mean effect, whatever its sign, as (layer, head): largest first.
+
+    Args:
+        dataset: a raw result with `effect` or `attribution`, or a summary; with one site for each head at most,
+            sites that are no head's are left out, and one value of every dim but `site`, `example` and `seed`.
+
+    Raises:
+        ValueError: a head has several sites (positions, or q and k), or another dim is left.
+    """
+    effect = dataset["effect" if "effect" in dataset else "attribution"]
+    mean = effect.mean([d for d in ("example", "seed") if d in effect.dims]).squeeze()
+    mean = mean.isel(site=np.flatnonzero(effect["head"].values >= 0))
+    if mean.dims != ("site",):
+        raise ValueError(f"the dataset has dims {mean.dims}; select one value of each but 'site'.")
+    heads = list(zip(mean["layer"].values.tolist(), mean["head"].values.tolist(), strict=True))
+    if len(set(heads)) < len(heads):
+        raise ValueError(
+            f"found {len(heads)} sites for {len(set(heads))} heads; select one each, as in "
+            "dataset.isel(site=dataset['component'] == 'attn.z')."
+        )
+    order = np.argsort(-np.abs(mean.values), kind="stable")
+    return [heads[i] for i in order[:k]]
+
+
+def rank_correlation(one: xr.Dataset, other: xr.Dataset) -> xr.Dataset:
+    """How far two results order the same sites alike: Spearman's ρ over sites, such as of attribution and patching.
+
+    Args:
+        one, other: results with `effect` or `attribution`, and the same sites and examples.
+
+    Returns:
+        `of_means`, of the means over examples, and `per_example` [example]; with the other dims they share.
+
+    Raises:
+        ValueError: sites or examples differ.
+    """
+    first, second = (d["effect" if "effect" in d else "attribution"] for d in (one, other))
+    if any(not np.array_equal(first[dim].values, second[dim].values) for dim in ("site", "example")):
+        raise ValueError("the two results have different sites or examples; expected the same, in one order")
+
+    def ranks(values: xr.DataArray) -> xr.DataArray:
+        return values.copy(data=scipy.stats.rankdata(values.values, axis=values.get_axis_num("site")))
+
+    def spearman(a: xr.DataArray, b: xr.DataArray) -> xr.DataArray:
+        return xr.corr(ranks(a), ranks(b), dim="site").assign_attrs(units="1")
+
+    return xr.Dataset(
+        {
+            "of_means": spearman(first.mean("example"), second.mean("example")),
+            "per_example": spearman(first, second),
+        }
+    )
+
+
 def table(summary: xr.Dataset, n: int | None = None) -> str:
     """A summary as plain text, at most 100 columns wide: the sites that recover most first.
 
-    Sites without a recovery follow, by |effect|. The header line gives the gap and the number of units.
+    Sites without a recovery follow, by |effect|. The header line gives the gap and the number of units. Bars show
+    |recovery|, or |effect| where no site has a recovery, beside the largest.
 
     Args:
         summary: from `summarize`, with every dim but `site` selected or of length one.
@@ -278,13 +335,16 @@ def table(summary: xr.Dataset, n: int | None = None) -> str:
         )
     size, share = np.abs(chosen["effect"].values), chosen["recovery"].values
     order = np.lexsort((-size, -share, np.isnan(share)))  # the last key is the first to count; NaN sorts last
+    shown = np.abs(np.where(np.isnan(share).all(), size, share))
+    longest = np.nanmax(shown, initial=0.0) or 1.0
+    bars = ["█" * round(_BAR * length / longest) if np.isfinite(length) else "" for length in shown]
     rows = [("site", "effect", "recovery", "p", "q")]
     for i in order[:n]:
         site = chosen.isel(site=i)
         label, p, q = str(site["site"].item()), site["p"].item(), site["q"].item()
         rows.append((label, _bounded(site, "effect"), _bounded(site, "recovery"), f"{p:.2g}", f"{q:.2g}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    widths[0] = min(widths[0], 100 - sum(widths[1:]) - 2 * 4)
+    widths[0] = min(widths[0], 100 - sum(widths[1:]) - 2 * 5 - _BAR)
 
     counts = chosen["n"].values
     many = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
@@ -295,10 +355,10 @@ def table(summary: xr.Dataset, n: int | None = None) -> str:
         else f"{gap}, n = {many}"
     )
     lines = [header[:100]]
-    for label, *cells in rows:
+    for bar, (label, *cells) in zip(["", *(bars[i] for i in order[:n])], rows, strict=True):
         short = label if len(label) <= widths[0] else label[: widths[0] - 1] + "…"
         padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([short.ljust(widths[0]), *padded]))
+        lines.append("  ".join([short.ljust(widths[0]), *padded, bar.ljust(_BAR)]))
     return "\n".join(lines)
 
 

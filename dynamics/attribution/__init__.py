@@ -1,4 +1,5 @@
 """Attribution verbs, one file each: read off one gradient of the measure what patching finds one by one."""
 
+from dynamics.attribution.activations import attribute_activations as attribute_activations
 from dynamics.attribution.examples import attribute_examples as attribute_examples
 from dynamics.attribution.step import attribute_step as attribute_step

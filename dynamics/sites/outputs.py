@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import product
 from operator import index
-from typing import Any, Literal, SupportsIndex
+from typing import Any, Literal, SupportsIndex, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,10 @@ from torch.utils._pytree import tree_leaves
 
 from checkpoints.rng import replayed
 from dynamics.batch import Batch
-from dynamics.calls import call, evaluating
+from dynamics.calls import call, evaluating, is_bridge
 from dynamics.sites.site import Site, SiteError, check_labels, coords_of, some
 
-Axis = Literal["layer", "head", "pos"]
+Axis = Literal["layer", "head", "pos", "src"]
 
 _HEAD_AXIS = {
     "q": 2,
@@ -37,16 +38,24 @@ _HEAD_AXIS = {
 _POS_AXIS = {"pattern": 2, "attn_scores": 2}
 """Axis of the position, where it is not 1: of a pattern the query's is meant."""
 
+_SRC_AXIS = {"pattern": 3, "attn_scores": 3}
+"""Axis of the position attended to, at the hooks that have one."""
+
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 def hooks(model: nn.Module, pattern: str = "*") -> list[str]:
     """Names of the submodules whose output can be read or exchanged, in the model's order.
 
+    Of a TransformerBridge its hook points by TransformerLens's names.
+
     Raises:
         SiteError: none matches the glob.
     """
-    names = [name for name, module in model.named_modules() if name and not isinstance(module, _CONTAINERS)]
+    if is_bridge(model):
+        names = list(model.hook_dict)  # type: ignore[arg-type]
+    else:
+        names = [n for n, module in model.named_modules() if n and not isinstance(module, _CONTAINERS)]
     matched = [name for name in names if fnmatchcase(name, pattern)]
     if not matched:
         raise SiteError(f"no submodule matches {pattern!r}. {type(model).__name__} has {some(names)}.")
@@ -63,7 +72,7 @@ def activations(
         pattern: such as "blocks.*.hook_resid_pre".
         by: "layer" gives each module its own site (otherwise one site covers all of them); "head" and "pos"
             cut the activation. Position is axis 1 of an output [batch, pos, ...], and the query's of a
-            pattern [batch, head, query, key].
+            pattern [batch, head, query, key]; "src" is the key's, of patterns and scores alone.
         like: what the model is called with, to learn shapes, where heads or positions are asked for: a
             `Batch`, a tensor, a tuple of arguments or a dict of keyword arguments.
 
@@ -71,31 +80,38 @@ def activations(
         SiteError: nothing matches, `like` is missing or cannot be run, or an output has no such axis.
     """
     names = hooks(model, pattern)
-    if unknown := set(by) - {"layer", "head", "pos"}:
-        raise SiteError(f"by={sorted(unknown)}: an activation can be cut by layer, head and pos.")
-    shapes = _shapes(model, names, like) if {"head", "pos"} & set(by) else {}
+    if unknown := set(by) - set(get_args(Axis)):
+        raise SiteError(f"by={sorted(unknown)}: an activation can be cut by {', '.join(get_args(Axis))}.")
+    shapes = _shapes(model, names, like) if {"head", "pos", "src"} & set(by) else {}
     sites: dict[str, Site] = {}
     places = _places(names)
     for name in names:
         layer, component = places[name]
-        n_heads = _size(name, shapes, _HEAD_AXIS.get(_hook(name)), "head") if "head" in by else 0
-        n_pos = _size(name, shapes, _POS_AXIS.get(_hook(name), 1), "pos") if "pos" in by else 0
-        for head in range(n_heads) or [-1]:
-            for pos in range(n_pos) or [-1]:
-                at = layer if "layer" in by else -1
-                label = component + (f" {at}" if at >= 0 and head < 0 else "")
-                label += (f" L{at}H{head}" if at >= 0 else f" H{head}") if head >= 0 else ""
-                label += f" @{pos}" if pos >= 0 else ""
-                parts: dict[int, int] = {}
-                if head >= 0:
-                    parts[_HEAD_AXIS[_hook(name)]] = head
-                if pos >= 0:
-                    parts[_POS_AXIS.get(_hook(name), 1)] = pos
-                cut = tuple(parts.get(axis, slice(None)) for axis in range(max(parts) + 1)) if parts else ...
-                coords = {**coords_of("activations", component, at, head), **({"pos": pos} if n_pos else {})}
-                site = sites.setdefault(label, Site(label, {}, coords))
-                sites[label] = replace(site, covers={**site.covers, name: cut})
+        hook = _hook(name)
+        axes = {"head": _HEAD_AXIS.get(hook), "pos": _POS_AXIS.get(hook, 1), "src": _SRC_AXIS.get(hook)}
+        cuts = {what: axis for what, axis in axes.items() if what in by}
+        sizes = {what: _size(name, shapes, axis, what) for what, axis in cuts.items()}
+        for places_cut in product(*map(range, sizes.values())):
+            at = dict(zip(sizes, places_cut, strict=True))
+            numbered = layer if "layer" in by else -1
+            parts = {axes[what]: place for what, place in at.items()}
+            cut = tuple(parts.get(axis, slice(None)) for axis in range(max(parts) + 1)) if parts else ...  # type: ignore[type-var, operator]
+            coords = coords_of("activations", component, numbered, at.get("head", -1))
+            coords |= {what: place for what, place in at.items() if what != "head"}
+            label = _label(component, numbered, at)
+            site = sites.setdefault(label, Site(label, {}, coords))
+            sites[label] = replace(site, covers={**site.covers, name: cut})
     return list(sites.values())
+
+
+def _label(component: str, layer: int, at: Mapping[str, int]) -> str:
+    """ "attn.z L0H2 @3", "resid_pre 1 @0", "attn.pattern L1H0 @5<-2"."""
+    if "head" in at:
+        label = f"{component} L{layer}H{at['head']}" if layer >= 0 else f"{component} H{at['head']}"
+    else:
+        label = f"{component} {layer}" if layer >= 0 else component
+    label += f" @{at['pos']}" if "pos" in at else ""
+    return label + (f"{'' if 'pos' in at else ' '}<-{at['src']}" if "src" in at else "")
 
 
 def check_outputs(sites: Sequence[Site], model: nn.Module) -> None:
@@ -109,6 +125,29 @@ def check_outputs(sites: Sequence[Site], model: nn.Module) -> None:
                     f"Site {site.label!r} covers {name!r}, which is no submodule with an output. "
                     f"{type(model).__name__} has {some(sorted(names))}. Make such sites with sites.activations."
                 )
+
+
+def attach(
+    model: nn.Module, name: str, function: Callable[[nn.Module, Any, Any], Any], first: bool = False
+) -> Callable[[], None]:
+    """Register a forward hook on the submodule, or bridge's hook point, of that name; call the result to remove it.
+
+    At a bridge's hook points activations come in TransformerLens's shapes (heads apart), and go back in the
+    model's own. `model.hooks` is not used there: in compatibility mode it calls a hook once for every alias.
+
+    Args:
+        first: before the hooks that are there already.
+    """
+    if not is_bridge(model):
+        return model.get_submodule(name).register_forward_hook(function, prepend=first).remove
+    point: Any = model.hook_dict[name]  # type: ignore[index]
+    handle = point.add_hook(lambda value, hook: function(point, (), value), prepend=first)
+
+    def remove() -> None:
+        handle.hook.remove()
+        point.fwd_hooks.remove(handle)
+
+    return remove
 
 
 def at_positions(sites: Sequence[Site], positions: Mapping[str, SupportsIndex | Sequence[int]]) -> list[Site]:
@@ -180,21 +219,26 @@ def _shapes(model: nn.Module, names: Sequence[str], like: Any) -> dict[str, torc
         if found:
             shapes.setdefault(name, found[0].shape)
 
-    handles = []
+    handles: list[Callable[[], None]] = []
     try:
-        tensors = {n: t.detach().clone() for n, t in (*model.named_parameters(), *model.named_buffers())}
         for name in names:
-            handles.append(model.get_submodule(name).register_forward_hook(partial(keep, name)))
+            handles.append(attach(model, name, partial(keep, name)))
         with torch.no_grad(), evaluating(model), replayed(None):
-            call(called, model, tensors, like)
+            if is_bridge(model):
+                called(model, like)
+            else:
+                tensors = {
+                    n: t.detach().clone() for n, t in (*model.named_parameters(), *model.named_buffers())
+                }
+                call(called, model, tensors, like)
     except Exception as error:
         raise SiteError(
             f"{type(model).__name__} cannot be called with like={type(like).__name__}: {error}. Give a Batch, a "
             "tensor, a tuple of arguments or a dict of keyword arguments."
         ) from error
     finally:
-        for handle in handles:
-            handle.remove()
+        for remove in handles:
+            remove()
     return shapes
 
 
@@ -209,9 +253,11 @@ def called(model: nn.Module, like: Any) -> Any:
 
 def _size(name: str, shapes: Mapping[str, torch.Size], axis: int | None, what: str) -> int:
     if axis is None:
+        having = _HEAD_AXIS if what == "head" else _SRC_AXIS
+        described = "of heads" if what == "head" else f"for {what}"
         raise SiteError(
-            f"the output of {name!r} has no axis of heads that is known; TransformerLens's hooks "
-            f"{', '.join(_HEAD_AXIS)} have one. Leave out 'head', or write Site({name!r}, {{{name!r}: index}})."
+            f"the output of {name!r} has no axis {described} that is known; TransformerLens's hooks "
+            f"{', '.join(having)} have one. Leave out {what!r}, or write Site({name!r}, {{{name!r}: index}})."
         )
     if name not in shapes:
         raise SiteError(f"{name!r} gave no floating-point tensor when the model was called on like=.")

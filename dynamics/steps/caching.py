@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 from checkpoints import Checkpoint
+from checkpoints.rng import replayed
 from dynamics import sites
+from dynamics.calls import is_bridge
 from dynamics.recipe import Recipe
-from dynamics.steps.gradients import StepGradient, gradient
-from dynamics.steps.states import starting_point
+from dynamics.steps.gradients import NonFiniteGradient, StepGradient, gradient
+from dynamics.steps.states import check_bridge, starting_point
 from dynamics.steps.taps import Cache, reading
 
 
@@ -17,8 +21,9 @@ def cache(recipe: Recipe, checkpoint: Checkpoint | None, batch: Any, pattern: st
     """Forward activations and backward signals dL/da of one run, by hook name.
 
     Args:
-        recipe: model and loss; neither is changed.
-        checkpoint: whose parameters, buffers and random numbers are used; None takes the model as it stands.
+        recipe: model and loss, which may be any scalar of a run, such as a measure's mean; neither is changed.
+        checkpoint: whose parameters, buffers and random numbers are used; None takes the model as it stands, a
+            TransformerBridge always.
         batch: what the loss eats.
         pattern: glob of the submodules that are kept; `sites.hooks(model)` lists them.
 
@@ -29,8 +34,11 @@ def cache(recipe: Recipe, checkpoint: Checkpoint | None, batch: Any, pattern: st
     Raises:
         SiteError: no submodule matches.
         NonFiniteGradient: the loss or a gradient is NaN or infinite.
+        RecipeError: a checkpoint is given for a bridge, or one of another model.
     """
     hooks = sites.hooks(recipe.model, pattern)
+    if is_bridge(recipe.model):
+        return _of_bridge(recipe, checkpoint, batch, hooks)
     return recorded(recipe, starting_point(recipe, checkpoint), batch, hooks)[1]
 
 
@@ -40,3 +48,18 @@ def recorded(
     """The gradient of a batch, and what passed the given submodules."""
     kept = Cache()
     return gradient(recipe, checkpoint, batch, where, reading(hooks, kept)), kept
+
+
+def _of_bridge(recipe: Recipe, checkpoint: Checkpoint | None, batch: Any, hooks: Iterable[str]) -> Cache:
+    """The same of a bridge, which is called as it stands."""
+    check_bridge(recipe.model, checkpoint)
+    kept = Cache()
+    taps = reading(hooks, kept)
+    with replayed(None), torch.enable_grad(), taps.attached(recipe.model):
+        loss = recipe.require_loss()(recipe.model, batch)
+        taps.forward_is_over()
+        trained = [p for p in recipe.model.parameters() if p.requires_grad]
+        torch.autograd.grad(loss, [*trained, *taps.leaves], allow_unused=True)
+    if not bool(torch.isfinite(loss)):
+        raise NonFiniteGradient(f"The loss of the batch is {loss.item()}.")
+    return kept

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from checkpoints import Checkpoint
+from dynamics.calls import is_bridge
 from dynamics.recipe import Recipe, RecipeError
 
 
@@ -55,6 +56,16 @@ def check_kind(checkpoint: Checkpoint, optimizer: Optimizer) -> None:
             f"checkpoint {checkpoint.step} was recorded with another optimizer: its groups hold "
             f"{sorted(recorded - expected)} and lack {sorted(expected - recorded)}, which the recipe's "
             f"{type(optimizer).__name__} has. Give the recipe the run's own optimizer."
+        )
+
+
+def check_bridge(model: nn.Module, checkpoint: Checkpoint | None) -> None:
+    """Raise a RecipeError where a checkpoint is given for a TransformerBridge."""
+    if checkpoint is not None and is_bridge(model):
+        raise RecipeError(
+            "a TransformerBridge is measured as it stands: its parameters cannot be replaced during a call. Load "
+            "the checkpoint into the Hugging Face model, bridge that, and give checkpoint=None; or give the "
+            "Hugging Face model itself."
         )
 
 

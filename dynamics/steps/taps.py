@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dynamics.recipe import RecipeError
 from dynamics.sites import Site, SiteError
+from dynamics.sites.outputs import attach
 from dynamics.sites.site import check_index
 from dynamics.trees import mask
 
@@ -66,15 +67,14 @@ class Taps:
         """The model's hooks are as they were on the way out, whatever happens."""
         self._runs.clear()
         self._forward_is_over = False
-        handles = []
+        handles: list[Callable[[], None]] = []
         try:
             for name in self.names:
-                module, hook = model.get_submodule(name), partial(self._hook, name)
-                handles.append(module.register_forward_hook(hook, prepend=self.raw))
+                handles.append(attach(model, name, partial(self._hook, name), first=self.raw))
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            for remove in handles:
+                remove()
 
     def forward_is_over(self) -> None:
         """From here on the pass goes backward: a module that runs again is recomputed."""

@@ -44,7 +44,7 @@ def run(config: StudyConfig, out: Path) -> Report:
         RunError: the folder holds another run.
     """
     trajectory = training.fit(config, out)
-    task = tasks.load(trajectory.config)
+    task = tasks.aliases.load(trajectory.config)
     effects = {name: _effects(task, trajectory, name, out / "results" / f"{name}.h5") for name in VERBS}
     summary = statistics.summarize(effects["patch_gradients"])
     metrics = pd.read_csv(out / "metrics.csv")

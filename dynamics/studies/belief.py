@@ -51,7 +51,7 @@ class _Run:
 
     @cached_property
     def task(self) -> AliasTask:
-        return tasks.load(self.trajectory.config)
+        return tasks.aliases.load(self.trajectory.config)
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -108,7 +108,7 @@ def battery(
     if optimizer not in ("fresh", "stored"):
         raise ConfigError(f"found optimizer={optimizer!r}; expected fresh or stored.")
     for trajectory in trajectories:
-        phases = tasks.load(trajectory.config).config.phases
+        phases = tasks.aliases.load(trajectory.config).config.phases
         if x2_step < 0 or impulse < 1 or x2_step + impulse >= phases.x2.steps:
             raise ConfigError(
                 f"found x2_step={x2_step} and impulse={impulse}; expected a step of X2 and at least one after "

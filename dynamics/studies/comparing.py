@@ -112,7 +112,7 @@ class _Parts:
                 f"{run.path} was imported, so its task is not known. dy.compare(before, after, recipe, batches, "
                 "sites) compares its checkpoints with a recipe and batches of your own."
             )
-        task = tasks.load(run.config)
+        task = tasks.aliases.load(run.config)
         recipe = task.recipe()
         model, like = recipe.model, task.questions(task.sets["Dt3"][0])
         globs = ("blocks.*.hook_*_out", "blocks.*.hook_resid_post")

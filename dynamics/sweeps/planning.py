@@ -37,7 +37,7 @@ _MISSING: dict[str, Any] = {"i": -1, "u": -1, "f": np.nan, "U": ""}
 """What an example has where others have an integer, a float or a string, as in `results`."""
 
 
-def of_config(run: Trajectory) -> tasks.AliasTask:
+def of_config(run: Trajectory) -> tasks.Task:
     """The task a run of this package was trained on, rebuilt from its config."""
     if "imported" in run.provenance:
         raise SweepError(f"{run.path} was imported: say with task_of= how its steps are taken.")

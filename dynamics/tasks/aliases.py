@@ -17,21 +17,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
 from dynamics.batch import Batch, concatenate
-from dynamics.config import StudyConfig, answer, identifies
-from dynamics.measures import cross_entropy, cross_entropy_in_bf16
-from dynamics.models.toy import ToyTransformer
+from dynamics.config import ConfigError, StudyConfig, answer, identifies
 from dynamics.randomness import generator
-from dynamics.recipe import Contrast, Recipe
+from dynamics.recipe import Contrast
+from dynamics.tasks.task import Task
 
 SetName = Literal["DtQ1", "DfQ2", "Dt3", "Df4"]
 Tag = Literal["reliable", "unreliable"]
@@ -41,14 +38,14 @@ Row = tuple[int, int, int, int, int, int]
 """Four tokens, the scored position and its target."""
 
 
-class AliasTask:
+class AliasTask(Task):
     """The data of one study: sets, splits, batches by step, contrasts, chance lines.
-
-    Everything is a pure function of the config; two tasks of equal config are interchangeable.
 
     Args:
         config: the study's config; `task` and `phases` say what is drawn and how it is ordered.
     """
+
+    config: StudyConfig
 
     def __init__(self, config: StudyConfig) -> None:
         self.config = config
@@ -179,7 +176,7 @@ class AliasTask:
         batch = _batch(self._questions(integer, asked))
         return replace(batch, example_ids=torch.full((len(batch),), self.alias(integer)))
 
-    @lru_cache(maxsize=4)  # noqa: B019 - a task lives as long as its study
+    @lru_cache(maxsize=4)  # noqa: B019 - a task lives as long as its run
     def rows(self, phase: str) -> Batch:
         """All distinct training rows of a phase, once each (definitions `definition_copies` times)."""
         task = self.config.task
@@ -204,46 +201,6 @@ class AliasTask:
         name = self.set_of(integer)
         value = self.false_values[integer] if name == "DfQ2" else integer
         return self._definition(integer, self._x1_tags.get(integer, self.tag(name)), value)
-
-    # --- training -------------------------------------------------------------------------------------
-
-    @lru_cache(maxsize=8)  # noqa: B019
-    def _order(self, phase: str, epoch: int) -> NDArray[np.int64]:
-        return generator(self.config.order_seed, f"order {phase}", epoch).permutation(len(self.rows(phase)))
-
-    def batch(self, step: int) -> Batch:
-        """Training batch of a step: a pure function of (seeds, phase, step).
-
-        A phase is a sequence of epochs, each its own permutation of the phase's rows, cut into batches
-        that may straddle two epochs.
-        """
-        phase, local = self.config.phases.locate(step)
-        rows = self.rows(phase)
-        places = np.arange(local * self.config.phases.batch_size, (local + 1) * self.config.phases.batch_size)
-        epochs, within = np.divmod(places, len(rows))
-        index = np.concatenate([self._order(phase, int(e))[within[epochs == e]] for e in np.unique(epochs)])
-        return rows[torch.from_numpy(index)]
-
-    def model(self) -> ToyTransformer:
-        """The study's toy transformer, with the weights it starts from."""
-        return ToyTransformer(replace(self.config.model, seed=self.config.weights_seed), self.d_vocab)
-
-    def recipe(self) -> Recipe:
-        """How the study's model is trained: cross-entropy, AdamW, clipping, learning rate by step.
-
-        The optimizer's base learning rate is 1, so that the schedule's factor is the learning rate itself
-        and one scheduler serves all phases.
-        """
-        phases = self.config.phases
-        return Recipe(
-            model=self.model(),
-            loss=cross_entropy_in_bf16 if self.config.trainer.precision == "bf16-mixed" else cross_entropy,
-            optimizer=partial(
-                torch.optim.AdamW, lr=1.0, betas=phases.betas, weight_decay=phases.weight_decay
-            ),
-            scheduler=partial(LambdaLR, lr_lambda=phases.learning_rate),
-            max_grad_norm=phases.max_grad_norm,
-        )
 
     # --- what is measured -----------------------------------------------------------------------------
 
@@ -393,7 +350,13 @@ class AliasTask:
 
 
 def load(config: Mapping[str, Any]) -> AliasTask:
-    """The task of a run, rebuilt from the config kept with its trajectory."""
+    """The alias task of a run, rebuilt from the config kept with its trajectory.
+
+    Raises:
+        ConfigError: the run is of another task.
+    """
+    if name := config.get("task", {}).get("name"):
+        raise ConfigError(f"the run is of the task {name!r}; this needs one of aliases, of dynamics study.")
     return AliasTask(StudyConfig.from_dict(config))
 
 

@@ -1,4 +1,4 @@
-"""Train a study's run: its phases one after another, each from a checkpoint, resumable at any of them."""
+"""Train a run of a task: its phases one after another, each from a checkpoint, resumable at any of them."""
 
 from __future__ import annotations
 
@@ -18,22 +18,19 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from tqdm.auto import tqdm
 
 from checkpoints import Checkpoint, Trajectory, TrajectoryWriter, schedule
-from dynamics.config import PhaseConfig, StudyConfig
+from dynamics.config import RunConfig
 from dynamics.recipe import ByNorm
-from dynamics.tasks import AliasTask
+from dynamics.tasks import Task, load
 from dynamics.training.evaluation import Evaluation, collect
 from dynamics.training.module import StepModule
 from dynamics.training.recorder import TrajectoryRecorder
-
-NEW_OPTIMIZER = ("pretrain", "x1")
-"""The phases that begin with a new optimizer; X2 goes on with X1's."""
 
 
 class RunError(RuntimeError):
     """The output folder holds something else; nothing was overwritten."""
 
 
-def fit(config: StudyConfig, out: Path, start: Checkpoint | None = None) -> Trajectory:
+def fit(config: RunConfig, out: Path, start: Checkpoint | None = None) -> Trajectory:
     """Train the run of a config into a folder, or go on where it stopped.
 
     Args:
@@ -51,50 +48,49 @@ def fit(config: StudyConfig, out: Path, start: Checkpoint | None = None) -> Traj
         KeyboardInterrupt: as the user asked; the same call resumes.
     """
     with _writer(config, out) as writer:
-        config = StudyConfig.from_dict(writer.config)
-        task = AliasTask(config)
+        task = load(writer.config)
         if not writer.steps:
             writer.append(_entering(task, start or _beginning(task)))
-        while (state := Trajectory.open(out).last).step < config.phases.starts["end"]:
-            phase, _ = config.phases.locate(state.step)
+        while (state := Trajectory.open(out).last).step < task.config.phases.starts["end"]:
+            phase, _ = task.config.phases.locate(state.step)
             reached = _fit_phase(task, writer, state, phase)
-            if phase == "pretrain" and reached.step < config.phases.starts["x1"]:
-                config = _stopped_early(config, reached.step)
+            if reached.step < _stop(task.config, phase):
+                config = _stopped_early(task.config, phase, reached.step)
                 writer.configure(config.to_dict())
                 _write_yaml(config, out)
-                task = AliasTask(config)
+                task = load(writer.config)
             writer.append(_entering(task, reached))
     return Trajectory.open(out)
 
 
-def kept_steps(config: StudyConfig) -> tuple[int, ...]:
+def kept_steps(config: RunConfig) -> tuple[int, ...]:
     """The steps whose checkpoints are stored.
 
-    In every phase log-spaced from its start; X2's first ones and those it is replayed from; the end.
+    In every phase log-spaced from its start; the last phase's first ones and those a study replays; the end.
     """
-    starts, phases = config.phases.starts, config.phases
+    starts = config.phases.starts
     kept = [
-        schedule.log_spaced(starts[name] + phase.steps, config.schedule.per_decade, starts[name])
-        for name, phase in _phases(config).items()
+        schedule.log_spaced(_stop(config, name), config.schedule.per_decade, starts[name])
+        for name in config.phases.by_name
     ]
-    dense = min(config.schedule.dense, phases.x2.steps)
-    first = schedule.window(starts["x2"], starts["x2"] + dense)
-    replayed = [starts["x2"] + step for step in config.patching.x2_steps]
-    return schedule.union(*kept, first, replayed, [starts["end"]])
+    last = list(config.phases.by_name)[-1]
+    first = schedule.window(starts[last], min(starts[last] + config.schedule.dense, _stop(config, last)))
+    return schedule.union(*kept, first, config.replayed, [starts["end"]])
 
 
-def evaluated_steps(config: StudyConfig) -> tuple[int, ...]:
+def evaluated_steps(config: RunConfig) -> tuple[int, ...]:
     """The steps before which the run is scored."""
     return schedule.union(
         kept_steps(config), schedule.every(config.schedule.evaluate_every, config.phases.starts["end"])
     )
 
 
-def _phases(config: StudyConfig) -> dict[str, PhaseConfig]:
-    return {"pretrain": config.phases.pretrain, "x1": config.phases.x1, "x2": config.phases.x2}
+def _stop(config: RunConfig, phase: str) -> int:
+    """The step after a phase's last."""
+    return config.phases.starts[phase] + config.phases.by_name[phase].steps
 
 
-def _writer(config: StudyConfig, out: Path) -> TrajectoryWriter:
+def _writer(config: RunConfig, out: Path) -> TrajectoryWriter:
     """Create the run, or resume it if it was asked for with the same config."""
     if not (out / "manifest.json").exists():
         if out.exists() and any(out.iterdir()):
@@ -124,11 +120,11 @@ def _difference(found: dict[str, Any], asked: dict[str, Any], prefix: str = "") 
     return "its config was not recorded by this command"
 
 
-def _write_yaml(config: StudyConfig, out: Path) -> None:
+def _write_yaml(config: RunConfig, out: Path) -> None:
     (out / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
 
 
-def _beginning(task: AliasTask) -> Checkpoint:
+def _beginning(task: Task) -> Checkpoint:
     """The new model at step 0, with the study's random numbers."""
     recipe = task.recipe()
     optimizer = recipe.build_optimizer(recipe.model.parameters())
@@ -138,10 +134,10 @@ def _beginning(task: AliasTask) -> Checkpoint:
         return Checkpoint.capture(recipe.model, optimizer, scheduler, 0)
 
 
-def _entering(task: AliasTask, state: Checkpoint) -> Checkpoint:
+def _entering(task: Task, state: Checkpoint) -> Checkpoint:
     """The state as the next step finds it: where a phase begins a new optimizer, without the old moments."""
     phases = task.config.phases
-    if state.step not in (phases.starts[name] for name in NEW_OPTIMIZER):
+    if state.step not in phases.optimizer_starts:
         return state
     state = replace(state.with_fresh_optimizer(), begins_optimizer=True)
     rate = phases.learning_rate(state.step)
@@ -154,10 +150,10 @@ def _entering(task: AliasTask, state: Checkpoint) -> Checkpoint:
     )
 
 
-def _fit_phase(task: AliasTask, writer: TrajectoryWriter, state: Checkpoint, phase: str) -> Checkpoint:
+def _fit_phase(task: Task, writer: TrajectoryWriter, state: Checkpoint, phase: str) -> Checkpoint:
     """Train from a stored state to the end of its phase, and return the state reached there."""
     config, recipe = task.config, task.recipe()
-    stop = config.phases.starts[phase] + _phases(config)[phase].steps
+    stop = _stop(config, phase)
     module = StepModule(recipe, state)
     evaluation = Evaluation(
         task.evaluation,
@@ -165,7 +161,7 @@ def _fit_phase(task: AliasTask, writer: TrajectoryWriter, state: Checkpoint, pha
         state.step,
         recipe.model,
         task.d_vocab,
-        stop_below=config.phases.stop_pretrain_at if phase == "pretrain" else None,
+        stop_below=config.phases.stop_below(phase),
     )
     kept = [step for step in kept_steps(config) if state.step < step < stop]
     recorder = _PhaseRecorder(writer, kept, state.step, recipe.model)
@@ -221,7 +217,7 @@ class _PhaseBar(Callback):
 class _Batches:
     """The task's batches from one step to another: a plain iterable, so that no random number is drawn."""
 
-    def __init__(self, task: AliasTask, start: int, stop: int) -> None:
+    def __init__(self, task: Task, start: int, stop: int) -> None:
         self.task, self.start, self.stop = task, start, stop
 
     def __len__(self) -> int:
@@ -231,13 +227,12 @@ class _Batches:
         return (self.task.batch(step) for step in range(self.start, self.stop))
 
 
-def _stopped_early(config: StudyConfig, reached: int) -> StudyConfig:
-    """The config with pretraining as long as it was."""
-    phases = replace(config.phases, pretrain=replace(config.phases.pretrain, steps=reached))
-    return replace(config, phases=phases)
+def _stopped_early(config: RunConfig, phase: str, reached: int) -> RunConfig:
+    """The config with a phase as long as it was."""
+    return replace(config, phases=config.phases.shortened(phase, reached - config.phases.starts[phase]))
 
 
-def _logger(config: StudyConfig, out: Path, step: int) -> list[Logger]:
+def _logger(config: RunConfig, out: Path, step: int) -> list[Logger]:
     """CSV always, since the figures read it; TensorBoard or W&B beside it where asked for."""
     loggers: list[Logger] = [CSVLogger(out, name="logs", version=f"from-{step:08d}")]
     if config.trainer.logger == "tensorboard":

@@ -86,6 +86,29 @@ def test_the_example_on_a_users_own_model_runs():
         assert all(result[name].notnull().all() for name in ("effect", "attribution") if name in result)
 
 
+@pytest.mark.slow
+def test_the_example_of_a_fact_being_written_runs_on_a_short_run(tmp_path, monkeypatch):
+    from checkpoints import Trajectory
+    from dynamics.config import FactsConfig, FactsRun, LatePhasesConfig, PhaseConfig, ToyConfig
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from dynamics.training import fit
+
+    config = FactsRun(
+        task=FactsConfig(n_subjects=8, n_late=2),
+        model=ToyConfig(n_layers=1, n_heads=2, d_model=16, d_head=8, d_mlp=16, n_ctx=5),
+        phases=LatePhasesConfig(learn=PhaseConfig(8), late=PhaseConfig(6), batch_size=16),
+    )
+    fit(config, tmp_path / "runs" / "facts")
+    monkeypatch.chdir(tmp_path)
+    (example,) = [block for block in blocks() if "statements_at" in block]
+    names = {"dy": pytest.importorskip("dynamics"), "Trajectory": Trajectory}
+    exec(example, names)
+    assert names["written"].sizes["example"] == 2
+    assert names["written"]["effect"].notnull().all()
+
+
 def test_a_bare_loop_is_recorded_and_its_checkpoints_compared(tmp_path, monkeypatch):
     import dynamics as dy
     from checkpoints import Trajectory

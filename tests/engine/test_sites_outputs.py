@@ -399,7 +399,7 @@ def test_what_the_model_cannot_be_called_with_is_refused_with_the_models_own_wor
 
 @pytest.mark.parametrize("by", ["heads", "layers", "position", "batch"])
 def test_another_axis_is_refused_by_name(by):
-    with pytest.raises(SiteError, match=rf"by=\['{by}'\]: an activation can be cut by layer, head and pos"):
+    with pytest.raises(SiteError, match=rf"by=\['{by}'\]: an activation can be cut by layer, head, pos, src"):
         sites.activations(transformer(), "blocks.*.hook_resid_pre", by=("layer", by), like=tokens(0))
 
 

@@ -1,0 +1,26 @@
+"""The task of a run, rebuilt from the config kept with its trajectory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dynamics.config import AcronymsRun, FactsRun, IoiRun, StudyConfig, read
+from dynamics.tasks.acronyms import AcronymsTask
+from dynamics.tasks.aliases import AliasTask
+from dynamics.tasks.facts import FactsTask
+from dynamics.tasks.ioi import IoiTask
+from dynamics.tasks.task import Task
+
+_TASKS: dict[type, Callable[[Any], Task]] = {
+    StudyConfig: AliasTask,
+    IoiRun: IoiTask,
+    AcronymsRun: AcronymsTask,
+    FactsRun: FactsTask,
+}
+
+
+def load(config: Mapping[str, Any]) -> Task:
+    """The task of a run, of whichever kind its config says (`task.name`; without one, the alias task)."""
+    known = read(config)
+    return _TASKS[type(known)](known)
