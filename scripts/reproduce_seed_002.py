@@ -1,9 +1,9 @@
 """Gradient patching step by step, as the notebook of seed 002 has it, on a run of the alias task.
 
-Two checkpoints, accuracy per integer before and after, the integer that changed most, single replays, the normalised
-metric by layer (the backward signal alone, and with the activation), by parameters up to a layer, by position, component
-and head. The notebook's first checkpoint is the one before X2; here it is ten steps later, where the two definitions
-differ in all aliases together (`--first 0` for the notebook's).
+Two checkpoints, accuracy per integer before and after, the integer that changed most, single replays, the
+normalised metric by layer (the backward signal alone, and with the activation), by parameters up to a layer, by
+position, component and head. The notebook's first checkpoint is the one before X2; here it is ten steps later,
+where the two definitions differ over all aliases (`--first 0` for the notebook's).
 
     .venv/bin/python scripts/reproduce_seed_002.py runs/aliases
 """

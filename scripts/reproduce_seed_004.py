@@ -1,4 +1,4 @@
-"""Interchange interventions on a fact: MLP outputs and attention inputs, layer by layer, position by position (seed 004).
+"""Interchange interventions on a fact: MLP outputs and attention inputs, by layer and position (seed 004).
 
 dynamics fit --preset facts --out runs/facts
 .venv/bin/python scripts/reproduce_seed_004.py runs/facts
@@ -47,9 +47,10 @@ def main() -> None:
     tokens = {facts[0].answer: int(batch.distractors[0, 0]), facts[1].answer: int(batch.targets[0])}  # type: ignore[index]
     found = dy.interchange(subject.recipe, None, [contrast], chosen, tokens)
     frame = dy.results.tidy(found)
-    moved = frame[frame["measure"] == facts[1].answer].sort_values("patched", ascending=False)
-    print(f"\nprobability of {facts[1].answer}, one site exchanged; {found['base'].sel(measure=facts[1].answer).item():.3g} "
-          f"with none\n{moved[['site', 'patched']].head(8).to_string(index=False)}")  # fmt: skip
+    answer, alone = facts[1].answer, found["base"].sel(measure=facts[1].answer).item()
+    moved = frame[frame["measure"] == answer].sort_values("patched", ascending=False)
+    print(f"\nprobability of {answer} with one site exchanged; {alone:.3g} with none")
+    print(moved[["site", "patched"]].head(8).to_string(index=False))
     last = found.isel(site=found["pos"].values == batch.tokens.shape[1] - 1)
     draw(
         given.out / "004",

@@ -192,13 +192,9 @@ def _panels(dataset: xr.Dataset, value: str, facet: str) -> xr.DataArray:
     chosen = figures.expect_dims(dataset, value, ("site", "example", "seed", facet))
     over = [dim for dim in ("example", "seed") if dim in chosen[value].dims]
     if facet in chosen.coords and chosen[facet].dims == ("example",):
-        grouped = chosen[value].groupby(facet)
-        counts = sorted({len(members) for members in grouped.groups.values()})
-        return (
-            grouped.mean(over)
-            .transpose(facet, ...)
-            .assign_attrs(n=" to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))))
-        )
+        counts = np.unique(chosen[facet].values, return_counts=True)[1]
+        shown = " to ".join(map(str, sorted({int(counts.min()), int(counts.max())})))
+        return chosen[value].groupby(facet).mean(over).transpose(facet, ...).assign_attrs(n=shown)
     n = int(np.prod([chosen.sizes[dim] for dim in over], dtype=int))
     return chosen[value].mean(over).assign_attrs(n=n)
 
@@ -250,7 +246,7 @@ def _colour_bar(figure: Figure, image: Any, grid: list[Any], label: str, shrink:
     bar = figure.colorbar(image, ax=grid, shrink=shrink, pad=0.02)
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
 
 
 def _colours(values: Array, value: str) -> dict[str, Any]:

@@ -59,8 +59,8 @@ def check_bridge(model: nn.Module, checkpoint: Checkpoint | None) -> None:
     if checkpoint is not None and is_bridge(model):
         raise RecipeError(
             "a TransformerBridge is measured as it stands: its parameters cannot be replaced during a call. Load "
-            "the checkpoint into the Hugging Face model, bridge that, and give checkpoint=None; or give the Hugging "
-            "Face model itself."
+            "the checkpoint into the Hugging Face model, bridge that, and give checkpoint=None; or give the "
+            "Hugging Face model itself."
         )
 
 
