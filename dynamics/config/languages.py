@@ -165,7 +165,7 @@ class IoiRun(_LanguageRun):
 
     length: ClassVar[int] = 14
     task: IoiConfig = IoiConfig()
-    model: ToyConfig = ToyConfig(d_model=64, d_head=16, d_mlp=128, n_ctx=14)
+    model: ToyConfig = ToyConfig(n_layers=3, n_heads=8, d_model=64, d_head=8, d_mlp=128, n_ctx=14)
     phases: OnePhaseConfig = OnePhaseConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     trainer: TrainerConfig = TrainerConfig()
@@ -178,7 +178,7 @@ class AcronymsRun(_LanguageRun):
 
     length: ClassVar[int] = 7
     task: AcronymsConfig = AcronymsConfig()
-    model: ToyConfig = ToyConfig(d_model=64, d_head=16, d_mlp=128, n_ctx=7)
+    model: ToyConfig = ToyConfig(n_layers=3, n_heads=8, d_model=64, d_head=8, d_mlp=128, n_ctx=7)
     phases: OnePhaseConfig = OnePhaseConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     trainer: TrainerConfig = TrainerConfig()
@@ -191,7 +191,7 @@ class FactsRun(_LanguageRun):
 
     length: ClassVar[int] = 5
     task: FactsConfig = FactsConfig()
-    model: ToyConfig = ToyConfig(d_model=64, d_head=16, d_mlp=128, n_ctx=5)
+    model: ToyConfig = ToyConfig(n_layers=3, n_heads=8, d_model=64, d_head=8, d_mlp=128, n_ctx=5)
     phases: LatePhasesConfig = LatePhasesConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     trainer: TrainerConfig = TrainerConfig()

@@ -15,7 +15,6 @@ from checkpoints.rng import RngState, replayed
 from dynamics.batch import Batch, concatenate
 from dynamics.calls import call, evaluating, is_bridge
 from dynamics.measures import LogitMeasure, Measure, at_target_pos
-from dynamics.patching.experiment import own
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, SiteError
 from dynamics.steps.states import check_bridge, starting_point
@@ -56,7 +55,7 @@ class Standing:
         """
         if not is_bridge(recipe.model):
             state = starting_point(recipe, checkpoint)
-            return cls(recipe.model, state.step, own(state.parameters), state.buffers, state.rng)
+            return cls(recipe.model, state.step, _own(state.parameters), state.buffers, state.rng)
         check_bridge(recipe.model, checkpoint)
         return cls(recipe.model, 0, None, {}, RngState.capture())
 
@@ -65,7 +64,7 @@ class Standing:
         with replayed(self.rng), evaluating(self.model):
             if self.parameters is None:
                 return function(self.model, batch)
-            return call(function, self.model, {**self.parameters, **own(self.buffers)}, batch)
+            return call(function, self.model, {**self.parameters, **_own(self.buffers)}, batch)
 
 
 @dataclass(frozen=True)
@@ -224,6 +223,11 @@ def exchanges(
                 for one, other in zip(ours, theirs, strict=True):
                     _check_shapes(f"Site {site.label!r}: {name!r}", one, other, whose)
         yield Exchange(pack, base_values, source_values, base, new)
+
+
+def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies, since a measure may write into what it is given."""
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 # --- activations ------------------------------------------------------------------------------------------
