@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xarray as xr
 from into_readme import interval, stamp, write
 from reproducing import Subject, draw, hugging_face, parser, sites, trained
 
@@ -59,19 +60,30 @@ def attention(subject: Subject, contrasts: list[Contrast], out: Path) -> None:
     )
 
 
+def agreement(attributed: xr.Dataset, patched: xr.Dataset) -> str:
+    """Spearman's ρ of the means and of each prompt, and how large the attributions are beside the effects."""
+    rho = dy.statistics.rank_correlation(attributed, patched)
+    sizes = [
+        float(abs(found.mean("example")).sum()) for found in (attributed["attribution"], patched["effect"])
+    ]
+    return (
+        f"{float(rho['of_means']):.2f} | {interval(rho['per_example'].dropna('example'))} "
+        f"| {sizes[0] / sizes[1]:.2f}"
+    )
+
+
 def families(subject: Subject, contrasts: list[Contrast], out: Path) -> list[str]:
     """Every family by attribution, first order and integrated, and by patching; how far they agree."""
-    rows, every = ["| sites | | Spearman ρ, first order | integrated gradients |", "|---|---|---|---|"], []
+    rows = ["| sites | n | first order: ρ | per prompt | size | integrated: ρ | per prompt | size |"]
+    rows.append("|---" * 8 + "|")
     for name, hooks in FAMILIES.items():
         chosen = [s for hook, by in hooks.items() for s in sites(subject, hook, by, contrasts[0].base)]
         call = (subject.recipe, None, contrasts, chosen, METRIC)
         patched = dy.patch_activations(*call)
         first, integrated = (dy.attribute_activations(*call, method=m) for m in ("first_order", "integrated"))
         print(f"\n{name}\n{dy.statistics.table(dy.statistics.summarize(patched), 5)}")
-        rho = [dy.statistics.rank_correlation(found, patched) for found in (first, integrated)]
-        cells = [f"{float(r['of_means']):.2f}; {interval(r['per_example'].dropna('example'))}" for r in rho]
-        rows.append(f"| {name} | {len(chosen)} | {cells[0]} | {cells[1]} |")
-        every.append((name, first, patched))
+        both = [agreement(found, patched) for found in (first, integrated)]
+        rows.append(f"| {name} | {len(chosen)} | {both[0]} | {both[1]} |")
         labels = subject.prompt(contrasts[0]) if "pos" in first.coords else []
         where = {"x": "pos" if labels else "head", "x_labels": labels}
         stem = name.replace(", ", "").replace(" ", "_")
@@ -121,7 +133,11 @@ def main() -> None:
     baselines(subject, one_template[: given.n])
     attention(subject, one_template[: given.n], out)
     rows = families(subject, one_template[: given.n], out)
-    text = "\n".join([*rows, "", f"{stamp(__file__)}"])
+    note = (
+        "Spearman's ρ over sites with patching, of the means over prompts and prompt by prompt (mean [95 %]); "
+        f"size: Σ|attribution| / Σ|effect|. {len(one_template[: given.n])} prompts. "
+    )
+    text = "\n".join([*rows, "", note + stamp(__file__)])
     print(f"\n{text}")
     factual(subject if given.model else trained(given.facts), out)
     if given.readme:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
+from word_level import save_gpt2
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -82,3 +84,19 @@ def test_the_example_on_a_users_own_model_runs():
     for result in shown:
         assert result["site"].values.tolist() in (["encoder", "head"], ["encoder"])
         assert all(result[name].notnull().all() for name in ("effect", "attribution") if name in result)
+
+
+def test_the_example_of_a_task_of_ones_own_runs_on_a_hugging_face_model(tmp_path, capsys):
+    folder = save_gpt2(tmp_path)
+    names = {
+        "dy": pytest.importorskip("dynamics"),
+        "gpt2": transformers.AutoModelForCausalLM.from_pretrained(folder),
+        "tokenizer": transformers.AutoTokenizer.from_pretrained(folder),
+    }
+    third = blocks()[2]
+    exec(third, names)
+    printed = capsys.readouterr().out
+    assert names["patched"].sizes == {"example": 1, "site": 4}
+    assert names["moved"]["measure"].values.tolist() == [" John", " Mary"]
+    assert printed.count("attn.z L1H1") == 1 + 2  # the table, and twice in the frame
+    assert "probability" in printed

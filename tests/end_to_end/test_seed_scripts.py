@@ -2,7 +2,6 @@
 
 import importlib
 import re
-import string
 import sys
 import warnings
 from pathlib import Path
@@ -10,16 +9,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import tokenizers
-import torch
-import transformers
+from word_level import save_gpt2
 
 import dynamics as dy
 from checkpoints import Trajectory
 from dynamics.config import AcronymsRun, FactsRun, IoiRun, ToyConfig
 from dynamics.config.languages import LatePhasesConfig, OnePhaseConfig
 from dynamics.config.parts import PhaseConfig, ScheduleConfig
-from dynamics.tasks import facts, ioi, words
+from dynamics.tasks import words
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))  # where they import from each other
@@ -52,25 +49,8 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory):
-    """A folder with a random GPT-2 and a tokenizer of whole words, which knows all that the tasks say."""
-    folder = str(tmp_path_factory.mktemp("gpt2"))
-    slots = dict.fromkeys(("first", "second", "subject", "place", "thing", "relation"), "")
-    frames = [template.format(**slots) for template in (*ioi.TEMPLATES, *facts.TEMPLATES)]
-    known = ["<bos>", "<unk>", *words.NAMES, *words.PLACES, *words.THINGS, *words.FILLERS, "The", "("]
-    known += [*string.ascii_uppercase, *(w for ws in words.CAPITALIZED.values() for w in ws)]
-    known += [*words.COUNTRIES, *(a for answers in words.COUNTRIES.values() for a in answers)]
-    known += [*facts.RELATIONS, *words.Vocabulary.of(*frames).words]
-    ids = {word: i for i, word in enumerate(dict.fromkeys(known))}
-    split = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
-    split.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=split, bos_token="<bos>", eos_token="<bos>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    shape = {"n_layer": N_LAYERS, "n_head": N_HEADS, "n_embd": 16, "n_positions": 32, "vocab_size": len(ids)}
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(**shape, bos_token_id=0, eos_token_id=0, initializer_range=0.3)
-    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
-    return folder
+    """A folder with a random GPT-2 of two layers with two heads each, and its tokenizer."""
+    return save_gpt2(tmp_path_factory.mktemp("gpt2"))
 
 
 @pytest.fixture
