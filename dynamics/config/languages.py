@@ -25,7 +25,7 @@ class IoiConfig:
         name: of the task.
         n_names: names in use.
         heldout_fraction: share of the (unordered) pairs of names that is never trained on.
-        n_prompts: distinct training prompts drawn.
+        n_prompts: training prompts drawn.
         seed: draws names, pairs and prompts; None takes the run's.
         order_seed: draws the order of the rows; None takes the run's.
     """
@@ -119,7 +119,7 @@ class OnePhaseConfig(Phases):
         batch_size, betas, weight_decay, max_grad_norm: clipping is by total norm.
     """
 
-    learn: PhaseConfig = PhaseConfig(steps=1500, warmup=50)
+    learn: PhaseConfig = PhaseConfig(steps=600, warmup=50)
     batch_size: int = 64
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.1
@@ -136,8 +136,8 @@ class LatePhasesConfig(Phases):
     """
 
     goes_on: ClassVar[tuple[str, ...]] = ("late",)
-    learn: PhaseConfig = PhaseConfig(steps=1500, warmup=50)
-    late: PhaseConfig = PhaseConfig(steps=500)
+    learn: PhaseConfig = PhaseConfig(steps=600, warmup=50)
+    late: PhaseConfig = PhaseConfig(steps=300)
     batch_size: int = 64
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.1
@@ -165,7 +165,7 @@ class IoiRun(_LanguageRun):
 
     length: ClassVar[int] = 14
     task: IoiConfig = IoiConfig()
-    model: ToyConfig = ToyConfig(n_layers=3, n_heads=8, d_model=64, d_head=8, d_mlp=128, n_ctx=14)
+    model: ToyConfig = ToyConfig(n_layers=4, n_heads=4, d_model=64, d_head=16, d_mlp=128, n_ctx=14)
     phases: OnePhaseConfig = OnePhaseConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     trainer: TrainerConfig = TrainerConfig()
@@ -178,7 +178,7 @@ class AcronymsRun(_LanguageRun):
 
     length: ClassVar[int] = 7
     task: AcronymsConfig = AcronymsConfig()
-    model: ToyConfig = ToyConfig(n_layers=3, n_heads=8, d_model=64, d_head=8, d_mlp=128, n_ctx=7)
+    model: ToyConfig = ToyConfig(n_layers=4, n_heads=4, d_model=64, d_head=16, d_mlp=128, n_ctx=7)
     phases: OnePhaseConfig = OnePhaseConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     trainer: TrainerConfig = TrainerConfig()
@@ -191,7 +191,7 @@ class FactsRun(_LanguageRun):
 
     length: ClassVar[int] = 5
     task: FactsConfig = FactsConfig()
-    model: ToyConfig = ToyConfig(n_layers=3, n_heads=8, d_model=64, d_head=8, d_mlp=128, n_ctx=5)
+    model: ToyConfig = ToyConfig(n_layers=4, n_heads=4, d_model=64, d_head=16, d_mlp=128, n_ctx=5)
     phases: LatePhasesConfig = LatePhasesConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     trainer: TrainerConfig = TrainerConfig()

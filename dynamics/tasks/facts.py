@@ -134,7 +134,8 @@ class FactsTask(Task):
             corruption: of the base.
             facts: which; None takes all known capitals.
         """
-        chosen = facts or [fact for fact in self.known if fact.relation == "capital"]
+        known = [fact for fact in self.known if fact.relation == "capital"]
+        chosen = known if facts is None else facts
         asked = [self.templates(fact)[1][0] for fact in chosen]
         prompts = _prompts(chosen, asked, corruption, self.subjects)
         late = [
@@ -219,7 +220,7 @@ def prompts(
     Raises:
         PromptError: names the prompt that has an answer of several tokens, or another length than the rest.
     """
-    chosen = facts or [Fact(subject, "capital") for subject in list(COUNTRIES)[:8]]
+    chosen = [Fact(subject, "capital") for subject in list(COUNTRIES)[:8]] if facts is None else facts
     subjects = tuple(dict.fromkeys(fact.subject for fact in chosen))
     return text.of_tokenizer(
         tokenizer, _prompts(chosen, [template] * len(chosen), corruption, subjects), prefix
@@ -250,7 +251,7 @@ def _prompts(
 def _other(fact: Fact, subjects: Sequence[str]) -> Fact:
     """The same relation of the next subject whose answer is another one."""
     start = subjects.index(fact.subject) if fact.subject in subjects else 0
-    for subject in (*subjects[start + 1 :], *subjects[:start]):
+    for subject in (*subjects[start + 1 :], *subjects[: start + 1]):
         other = Fact(subject, fact.relation)
         if other.answer != fact.answer:
             return other
