@@ -149,6 +149,19 @@ def test_heads_are_taken_apart_by_sign_and_the_largest_come_first():
         plots.signed_heads(patterns(values), TOKENS[:2])
 
 
+def test_a_map_of_attributions_by_layer_and_component_holds_their_means():
+    dataset = found(measures=("Rome",)).isel(measure=0)
+    last = dataset.isel(site=dataset["pos"].values == 2)
+    attribution = last[["base", "source"]].assign(attribution=last["effect"])
+    (axes,) = panels(plots.heatmap(attribution, x="component")).values()
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["mlp_out", "ln1.normalized"]
+    shown = axes.images[0].get_array()
+    for layer in range(N_LAYERS):
+        for i, component in enumerate(("mlp_out", "ln1.normalized")):
+            cell = last["effect"].sel(site=f"{component} {layer} @2").mean()
+            assert shown[layer, i] == pytest.approx(cell.item())
+
+
 # --- attribution beside patching --------------------------------------------------------------------------
 
 

@@ -12,7 +12,12 @@ from dynamics.config import AcronymsConfig, AcronymsRun, ConfigError, ToyConfig
 from dynamics.tasks import PromptError, acronyms
 from dynamics.tasks.words import CAPITALIZED
 
-TRIPLES = [("Chief", "Earth", "Oil"), ("Air", "Bank", "City"), ("Day", "Game", "Hall"), ("Key", "Law", "Media")]
+TRIPLES = [
+    ("Chief", "Earth", "Oil"),
+    ("Air", "Bank", "City"),
+    ("Day", "Game", "Hall"),
+    ("Key", "Law", "Media"),
+]
 
 
 def test_every_capitalized_word_begins_with_its_letter():
@@ -98,7 +103,8 @@ def test_distractors_are_the_other_capitals_and_the_margin_is_over_the_best_of_t
     assert letters == [set("ABCDEFGHIJKLMNOPQRSTUVWXYZ")] * 3
     logits = torch.randn(3, task.d_vocab, generator=torch.manual_seed(0))
     expected = [
-        logits[i, source.targets[i]].item() - max(logits[i, d].item() for d in source.distractors[i]) for i in range(3)
+        logits[i, source.targets[i]].item() - max(logits[i, d].item() for d in source.distractors[i])
+        for i in range(3)
     ]
     assert measures.logit_margin.from_logits(logits, source).tolist() == pytest.approx(expected)
 
@@ -136,7 +142,12 @@ def test_the_seeds_text_format_is_read_with_or_without_letters(tmp_path, shown):
 
 @pytest.mark.parametrize(
     "line",
-    ["The Chief Earth Oil (, CEX", "The Chief Earth (, CE", "The Chief Earth Oil, CEO", "The Chief Earth Oil ("],
+    [
+        "The Chief Earth Oil (, CEX",
+        "The Chief Earth (, CE",
+        "The Chief Earth Oil, CEO",
+        "The Chief Earth Oil (",
+    ],
 )
 def test_a_line_of_another_form_is_named(tmp_path, line):
     path = tmp_path / "acronyms.txt"

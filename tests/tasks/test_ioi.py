@@ -203,7 +203,9 @@ def test_text_prompts_for_a_tokenizer_are_those_of_the_task_read_by_it():
 
 def test_an_answer_of_several_tokens_is_refused_with_its_prompt():
     name = ioi.prompts(WholeWords(), n=6)[0].coords["indirect_object"]
-    with pytest.raises(PromptError, match=rf"' {name}', an answer to '.*', is 2 tokens \[.*\]; it must be one"):
+    with pytest.raises(
+        PromptError, match=rf"' {name}', an answer to '.*', is 2 tokens \[.*\]; it must be one"
+    ):
         ioi.prompts(WholeWords(name), n=6)
 
 
