@@ -2,10 +2,10 @@
 
 For each run of a language (`dynamics fit --preset ioi`, acronyms, facts): heads are ranked by `patch_activations`,
 their outputs (hook_z, all positions) of the clean prompt put into the corrupted one, on every other prompt of the
-task's contrasts. The found heads are the fewest first ones whose mean-ablation leaves less than half of those prompts
-right. On the prompts that are left the found heads are ablated, and as many others, and as many of all.
+task's contrasts. The found heads are the fewest first ones whose mean-ablation leaves less than half of those
+answers right. On the other half of the prompts the found heads are ablated, and as many others, and as many of all.
 
-    for task in ioi acronyms facts; do for seed in 0 1 2; do
+    for task in ioi acronyms facts; do for seed in 1 2 3 4 5; do
         .venv/bin/dynamics fit --preset $task --seed $seed --out runs/languages/$task-$seed
     done; done
     .venv/bin/python scripts/ablate_circuit.py runs/languages/* --readme
@@ -38,9 +38,9 @@ MEASURES = {m.name: m for m in (dy.measures.accuracy, RANKED_BY)}
 VALUES = ("mean", "zero")
 DESTROYED = 0.5
 """Share of right answers below which the found heads have destroyed the answer."""
-N_SETS = 200
+N_SETS = 100
 """Random sets of as many heads as were found, for each run."""
-N_ALONG = 20
+N_ALONG = 10
 """Random sets of every size, for each run."""
 
 Array = npt.NDArray[np.float64]
@@ -55,7 +55,7 @@ class Found:
         seed: of the run.
         heads: labels, those that restore the answer most first.
         size: how many of them are the found ones.
-        parts: Datasets by name: `first`, `others`, `all` and `along`, each with -mean or -zero.
+        parts: Datasets by name: `first`, `others` and `all`, each with -mean and -zero, and `along-mean`.
     """
 
     task: str
@@ -89,14 +89,9 @@ def one_run(folder: Path, out: Path) -> Found:
 
     def joined(sets: Sequence[Sequence[int]]) -> list[Site]:
         """Each set of heads as one site."""
-        return [
-            dy.sites.union(recipe.model, [heads[i] for i in chosen], f"set {n}")
-            for n, chosen in enumerate(sets)
-        ]
+        return [dy.sites.union(recipe.model, [heads[i] for i in s], f"set {n}") for n, s in enumerate(sets)]
 
-    ranking = kept(
-        "ranking", lambda: dy.patch_activations(recipe, run.last, ranked_on, heads, RANKED_BY)
-    )
+    ranking = kept("ranking", lambda: dy.patch_activations(recipe, run.last, ranked_on, heads, RANKED_BY))
     order = np.argsort(-ranking["effect"].mean("example").values, kind="stable").tolist()
     first = [order[:size] for size in range(1, len(heads) + 1)]
     ranked = kept("ranked-mean", lambda: ablated(joined(first), ranked_on, "mean"))
@@ -106,11 +101,12 @@ def one_run(folder: Path, out: Path) -> Found:
         "first": first,
         "others": [draw.permutation(order[size:])[:size].tolist() for _ in range(N_SETS)],
         "all": [draw.permutation(order)[:size].tolist() for _ in range(N_SETS)],
-        "along": [draw.permutation(order)[: len(f)].tolist() for f in first for _ in range(N_ALONG)],
     }
-    for name in sets:
+    along = [draw.permutation(order)[: len(f)].tolist() for f in first for _ in range(N_ALONG)]
+    for name, chosen in sets.items():
         for values in VALUES:
-            kept(f"{name}-{values}", lambda n=name, v=values: ablated(joined(sets[n]), tested, v))  # type: ignore[misc]
+            kept(f"{name}-{values}", lambda c=chosen, v=values: ablated(joined(c), tested, v))  # type: ignore[misc]
+    kept("along-mean", lambda: ablated(joined(along), tested, "mean"))
     labels = [heads[i].label.removeprefix("attn.z ") for i in order]
     return Found(run.config["task"]["name"], run.config["seed"], labels, size, parts)
 
@@ -118,23 +114,20 @@ def one_run(folder: Path, out: Path) -> Found:
 # --- table ------------------------------------------------------------------------------------------------
 
 
-def scored(found: Found, name: str, measure: str) -> tuple[Array, Array, Array]:
-    """A measure on each tested prompt: as trained, without the found heads [prompt], without random ones [prompt, set]."""
-    kind, values = name.split("-")
-    first, random = found.parts[f"first-{values}"], found.parts[name]
-    chosen = [d.sel(measure=measure) for d in (first, first, random)]
-    assert kind in ("others", "all"), "the two kinds of random sets of the found ones' size"
-    return (
-        chosen[0]["base"].values,
-        chosen[1]["patched"].isel(site=found.size - 1).values,
-        chosen[2]["patched"].transpose("example", "site").values,
+def scored(found: Found, kind: str, values: str, measure: str) -> tuple[Array, Array, Array]:
+    """On each tested prompt: as trained, without the found heads [prompt], without random ones [prompt, set]."""
+    first, random = (
+        found.parts[f"{kind}-{values}"].sel(measure=measure).transpose("example", "site")
+        for kind in ("first", kind)
     )
+    gone = first["patched"].isel(site=found.size - 1)
+    return first["base"].values, gone.values, random["patched"].values
 
 
 def row(runs: Sequence[Found], values: str, measure: str) -> list[str]:
     """One line of the table."""
     others, everyone = (
-        [scored(found, f"{kind}-{values}", measure) for found in runs] for kind in ("others", "all")
+        [scored(found, kind, values, measure) for found in runs] for kind in ("others", "all")
     )
     before, gone, spared, any_heads = (
         [float(value.mean()) for value in each]
@@ -181,16 +174,16 @@ def report(runs: Sequence[Found]) -> str:
     lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
     n_heads = len(runs[0].heads)
     circuits = [
-        f"{name} "
-        + "; ".join(f"(seed {f.seed}) {', '.join(f.heads[: f.size])}" for f in found)
-        + f", on {found[0].parts['first-mean'].sizes['example']} prompts"
+        f"{name} ({found[0].parts['first-mean'].sizes['example']} prompts) "
+        + "; ".join(f"{', '.join(f.heads[: f.size])} (seed {f.seed})" for f in found)
         for name, found in by_task(runs).items()
     ]
     caption = (
-        f"Heads found, of {n_heads}: {'. '.join(circuits)}. Mean [95 % t interval over runs; over the prompts of all runs "
-        f"in the last interval]. Accuracy is the share of right answers; the margin, in logits, the answer's less the "
-        f"best wrong one's. Ranking and size come from other prompts. {N_SETS} random sets of the found heads' number "
-        f"for each run, of the other heads and of any. {stamp(__file__)}"
+        f"Heads found, of {n_heads}: {'. '.join(circuits)}. Mean [95 % t interval over runs; in one column over "
+        "the prompts of all runs]. Accuracy is the share of right answers among all words; the margin, in logits, the "
+        "answer's less the best wrong one's of the contrast. Ranking and number of heads come from as many other "
+        f"prompts. {N_SETS} random sets for each run, as large as the found one, of the other heads and of any. "
+        f"{stamp(__file__)}"
     )
     return "\n".join([*lines, "", caption])
 

@@ -94,6 +94,7 @@ def bars(dataset: xr.Dataset, value: str = "patched", facet: str = "measure") ->
     for i, (axes, (name, values)) in enumerate(zip(grid, cells.items(), strict=True)):
         axes.bar(range(len(rows)), values[:, 0], color=colours[i % len(colours)], width=0.8)
         axes.set_yscale("log")
+        axes.tick_params(axis="y", labelsize=7)
         axes.set_title(name, fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         for reference, style in zip(references, ("--", ":"), strict=False):

@@ -18,8 +18,8 @@ def union(model: nn.Module, sites: Sequence[Site], label: str | None = None) -> 
 
     Args:
         model: whose parameters and buffers, or whose submodules' outputs, they cover.
-        sites: at least one; all with the same positions. Of outputs those at one hook differ along one axis at most,
-            such as heads do, or positions.
+        sites: at least one; all with the same positions. Of outputs those at one hook differ along one axis at
+            most, such as heads do, or positions.
         label: of the union; by default the labels joined by " + ".
 
     Raises:
@@ -63,10 +63,14 @@ def _both(name: str, one: Index, other: Index) -> Index:
         return one
     numbers = [one[axes[0]], other[axes[0]]]
     others = [part for axis, part in enumerate(one) if axis != axes[0]]
-    if len(axes) > 1 or any(isinstance(n, slice) for n in numbers) or any(isinstance(p, Tensor) for p in others):
+    if (
+        len(axes) > 1
+        or any(isinstance(n, slice) for n in numbers)
+        or any(isinstance(p, Tensor) for p in others)
+    ):
         raise refused
-    places = torch.cat([torch.as_tensor(number).reshape(-1) for number in numbers]).unique()
-    return (*one[: axes[0]], places, *one[axes[0] + 1 :])
+    places = torch.cat([torch.as_tensor(number).reshape(-1) for number in numbers])
+    return (*one[: axes[0]], torch.unique(places), *one[axes[0] + 1 :])
 
 
 def _equal(one: int | slice | Tensor, other: int | slice | Tensor) -> bool:

@@ -131,8 +131,8 @@ def read(path: str | Path) -> list[Triple]:
         words = prompt.partition("(")[0].split()[1:]
         if len(words) != N_LETTERS or "(" not in prompt or "".join(w[0] for w in words) != acronym:
             raise PromptError(
-                f"{path}, line {number}: {line!r} is not of the form 'The Chief Executive Officer (, CEO': an article, "
-                "three words, an open bracket, a comma, the words' initials."
+                f"{path}, line {number}: {line!r} is not of the form 'The Chief Executive Officer (, CEO': an "
+                "article, three words, an open bracket, a comma, the words' initials."
             )
         triples.append((words[0], words[1], words[2]))
     return triples

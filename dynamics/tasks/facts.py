@@ -112,7 +112,7 @@ class FactsTask(Task):
 
     @cached_property
     def evaluation(self) -> dict[str, Batch]:
-        """Known facts in the templates they are never trained in; late ones as stated, and in the other templates."""
+        """Known facts in the templates they are never trained in; late ones as stated, and in the others."""
         return {
             "heldout": self._batch(self._questions(self.known)),
             "late_stated": self._batch(

@@ -181,3 +181,63 @@ def test_help_is_quick_and_needs_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+# --- the languages ----------------------------------------------------------------------------------------
+
+SHORT = [
+    "--model.n_layers=1",
+    "--model.n_heads=2",
+    "--model.d_model=16",
+    "--model.d_head=8",
+    "--model.d_mlp=16",
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "steps"),
+    [
+        ("ioi", ["--task.n_names=8", "--task.n_prompts=100"], 20),
+        ("acronyms", ["--task.n_words=1", "--task.n_prompts=100"], 20),
+        ("facts", ["--task.n_subjects=8", "--task.n_late=2", "--phases.late.steps=10"], 30),
+    ],
+)
+def test_a_language_is_trained_by_its_preset_and_verified(tmp_path, name, task, steps):
+    chosen = [f"--preset={name}", *SHORT, *task, "--phases.learn.steps=20"]
+    printed = succeed("fit", "--out", tmp_path / "run", *chosen, "--seed=4")
+    run = Trajectory.open(tmp_path / "run")
+    assert printed.startswith(f"{len(run)} checkpoints, steps 0 to {steps}, in ")
+    assert (run.config["task"]["name"], run.config["seed"]) == (name, 4)
+    assert f"{len(run) - 1} of {len(run) - 1} stored neighbours replay bit for bit" in succeed(
+        "verify", run.path
+    )
+    by_key = succeed("fit", "--out", tmp_path / "again", f"--task.name={name}", *chosen[1:], "--seed=4")
+    assert by_key.startswith(f"{len(run)} checkpoints")
+    assert Trajectory.open(tmp_path / "again").last.differences(run.last) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--task.name=poems"], "task.name is 'poems'; it must be one of 'ioi', 'acronyms', 'facts'"),
+        (["--preset=ioi", "--task.modulus=8"], "modulus"),
+        (["--preset=facts", "--task.n_late=40"], "task.n_late is 40; it must be 1..38"),
+    ],
+)
+def test_a_language_that_cannot_be_is_refused(tmp_path, words, message):
+    done = dynamics("fit", "--out", tmp_path / "run", *words)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_about_aliases_says_so_of_a_language(tmp_path):
+    succeed("fit", "--out", tmp_path / "run", "--preset=ioi", *SHORT, "--phases.learn.steps=5")
+    for command in (
+        ["sweep", tmp_path / "run", "--out", tmp_path / "swept"],
+        ["believe", tmp_path / "run", "--site=attn 0"],
+    ):
+        done = dynamics(*command)
+        assert done.returncode == 1
+        assert "the run is of the task 'ioi'; this needs one of aliases" in done.stderr

@@ -93,10 +93,33 @@ def test_the_example_of_a_task_of_ones_own_runs_on_a_hugging_face_model(tmp_path
         "gpt2": transformers.AutoModelForCausalLM.from_pretrained(folder),
         "tokenizer": transformers.AutoTokenizer.from_pretrained(folder),
     }
-    third = blocks()[2]
-    exec(third, names)
+    (example,) = [block for block in blocks() if "target_tokens" in block]
+    exec(example, names)
     printed = capsys.readouterr().out
     assert names["patched"].sizes == {"example": 1, "site": 4}
     assert names["moved"]["measure"].values.tolist() == [" John", " Mary"]
     assert printed.count("attn.z L1H1") == 1 + 2  # the table, and twice in the frame
     assert "probability" in printed
+
+
+@pytest.mark.slow
+def test_the_example_of_a_fact_being_written_runs_on_a_short_run(tmp_path, monkeypatch):
+    from checkpoints import Trajectory
+    from dynamics.config import FactsConfig, FactsRun, LatePhasesConfig, PhaseConfig, ToyConfig
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from dynamics.training import fit
+
+    config = FactsRun(
+        task=FactsConfig(n_subjects=8, n_late=2),
+        model=ToyConfig(n_layers=1, n_heads=2, d_model=16, d_head=8, d_mlp=16, n_ctx=5),
+        phases=LatePhasesConfig(learn=PhaseConfig(8), late=PhaseConfig(6), batch_size=16),
+    )
+    fit(config, tmp_path / "runs" / "facts")
+    monkeypatch.chdir(tmp_path)
+    (example,) = [block for block in blocks() if "statements_at" in block]
+    names = {"dy": pytest.importorskip("dynamics"), "Trajectory": Trajectory}
+    exec(example, names)
+    assert names["written"].sizes["example"] == 2
+    assert names["written"]["effect"].notnull().all()
