@@ -171,3 +171,19 @@ def test_gradient_patching_step_by_step(tmp_path, reproduce):
     first = re.findall(r"^  resid_pre 0 +(\S+)$", both, flags=re.M)[0]
     assert float(first) == pytest.approx(1.0, abs=1e-3)  # no question has a tag, where the embeddings differ
     assert printed.count("no step at all") == 5
+
+
+@pytest.mark.parametrize("verb", [dy.patch_activations, dy.attribute_activations])
+def test_a_sweep_of_activations_over_training_is_the_verb_at_every_checkpoint(runs, verb):
+    run = Trajectory.open(runs / "facts")
+    task = dy.tasks.load(run.config)
+    contrasts = task.contrasts(facts=task.late[:2])
+    model = task.model()
+    chosen = dy.sites.activations(model, "blocks.*.attn.hook_z", ("layer", "head"), contrasts[0].base)
+    steps = [0, run.steps[-1]]
+    found = dy.sweep(verb, run, steps, contrasts, chosen, dy.measures.logit_difference)
+    name = "effect" if "effect" in found else "attribution"
+    for step in steps:
+        alone = verb(dy.Recipe(model), run.at(step), contrasts, chosen, dy.measures.logit_difference)
+        np.testing.assert_array_equal(found[name].sel(step=step), alone[name])
+    assert not np.array_equal(*(found[name].sel(step=step) for step in steps))
