@@ -180,9 +180,10 @@ def report(runs: Sequence[Found]) -> str:
     ]
     caption = (
         f"Heads found, of {n_heads}: {'. '.join(circuits)}. Mean [95 % t interval over runs; in one column over "
-        "the prompts of all runs]. Accuracy is the share of right answers among all words; the margin, in logits, the "
-        "answer's less the best wrong one's of the contrast. Ranking and number of heads come from as many other "
-        f"prompts. {N_SETS} random sets for each run, as large as the found one, of the other heads and of any. "
+        "the prompts of all runs]. Accuracy is the share of right answers among all words; the margin, in logits, "
+        "the answer's less the best wrong one's of the contrast. Ranking and number of heads come from as many "
+        f"other prompts. {N_SETS} random sets for each run, as large as the found one, of the other heads and of "
+        "any. "
         f"{stamp(__file__)}"
     )
     return "\n".join([*lines, "", caption])
