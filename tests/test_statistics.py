@@ -331,3 +331,69 @@ def test_the_table_wants_one_step_and_says_how_to_select_it() -> None:
     with pytest.raises(ValueError, match=r"summary.sel\(step=...\)"):
         statistics.table(summary)
     assert statistics.table(summary.sel(step=[0])) == statistics.table(statistics.summarize(build()))
+
+
+def test_the_tables_bars_are_as_long_as_the_recoveries_or_else_the_effects() -> None:
+    summary = statistics.summarize(build())
+    lines = statistics.table(summary).splitlines()[2:]
+    shares = summary["recovery"].values
+    for line in lines:
+        share = abs(shares[int(line.split()[1])])
+        assert line.count("█") == round(10 * share / abs(shares).max())
+    without = statistics.summarize(build(gap=0.0))
+    sizes = np.abs(without["effect"].values)
+    for line in statistics.table(without).splitlines()[2:]:
+        assert line.count("█") == round(10 * sizes[int(line.split()[1])] / sizes.max())
+    alike = without.assign(effect=0 * without["effect"], recovery=np.nan * without["effect"])
+    assert "█" not in statistics.table(alike)
+
+
+# --- heads and ranks --------------------------------------------------------------------------------------
+
+
+def by_head(variable: str = "effect") -> xr.Dataset:
+    """Means 0.3, −0.9, 0.5 and, of the whole layer, 2."""
+    values = np.array([0.3, -0.9, 0.5, 2.0]) + np.array([[-0.1], [0.1]])
+    layer, head = [0, 0, 1, 1], [0, 1, 1, -1]
+    coords = {
+        "site": [f"L{i}H{j}" for i, j in zip(layer, head, strict=True)],
+        "layer": ("site", layer),
+        "head": ("site", head),
+        "component": ("site", ["z"] * 4),
+    }
+    return xr.Dataset({variable: (("example", "site"), values)}, coords)
+
+
+@pytest.mark.parametrize("variable", ["effect", "attribution"])
+def test_top_heads_are_those_with_the_largest_mean_whatever_its_sign(variable: str) -> None:
+    assert statistics.top_heads(by_head(variable)) == [(0, 1), (1, 1), (0, 0)]
+    assert statistics.top_heads(by_head(variable), k=1) == [(0, 1)]
+    assert statistics.top_heads(by_head(variable).mean("example"), k=2) == [(0, 1), (1, 1)]
+
+
+def test_top_heads_want_one_site_for_each_head_and_one_measure() -> None:
+    twice = by_head()
+    twice["head"] = ("site", [0, 0, 1, -1])
+    with pytest.raises(ValueError, match="3 sites for 2 heads; select one each"):
+        statistics.top_heads(twice)
+    with pytest.raises(ValueError, match="select one value of each but 'site'"):
+        statistics.top_heads(xr.concat([by_head(), by_head()], "measure"))
+
+
+def test_the_rank_correlation_is_scipys_over_sites() -> None:
+    one, noise = build(n_sites=9), np.random.default_rng(1).normal(0, 0.5, (30, 9))
+    other = one.assign(attribution=(one["effect"] + noise).round(1)).drop_vars("effect")  # with ties
+    found = statistics.rank_correlation(other, one)
+    expected = [
+        scipy.stats.spearmanr(a, b).statistic
+        for a, b in zip(other["attribution"].values, one["effect"].values, strict=True)
+    ]
+    np.testing.assert_allclose(found["per_example"], expected, rtol=1e-12)
+    means = other["attribution"].values.mean(0), one["effect"].values.mean(0)
+    assert found["of_means"].item() == pytest.approx(scipy.stats.spearmanr(*means).statistic)
+
+
+def test_the_rank_correlation_of_other_sites_or_examples_is_refused() -> None:
+    for other in (build().isel(site=[1, 0, 2, 3]), build(n_examples=29)):
+        with pytest.raises(ValueError, match="different sites or examples"):
+            statistics.rank_correlation(build(), other)

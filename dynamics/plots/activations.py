@@ -33,7 +33,8 @@ def tiles(
     Args:
         dataset: a raw result whose sites have a position, such as `interchange` gives.
         value: "effect" and "attribution" diverge from zero in colour, "patched" does not.
-        facet: the dim that panels are for: "measure" (tokens, letters), "step", ...; one panel where there is none.
+        facet: what panels are for: a dim such as "measure" (tokens, letters) or "step", or a coordinate of the
+            examples; one panel where there is none.
         x: the coordinate of the sites along the columns.
         x_labels: words in place of 0, 1, 2, ...: the prompt's tokens.
 
@@ -56,15 +57,13 @@ def tiles(
         image = axes.imshow(np.ma.masked_invalid(values), aspect="auto", interpolation="none", **settings)
         axes.set_title(name, fontsize=9)
         axes.set_xticks(range(len(columns)), names, rotation=90 if x_labels else 0, fontsize=7)
-        axes.set_xlabel("position" if x == "pos" else x)
+        axes.set_xlabel("position" if x == "pos" else x, fontsize=8)
         axes.set_facecolor("#dddddd")
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
     grid[0].set_yticks(range(len(rows)), rows, fontsize=7)
-    bar = figure.colorbar(image, ax=list(grid), label=figures.with_units(dataset, value), pad=0.02)
-    bar.ax.tick_params(labelsize=7)
-    bar.outline.set_visible(False)
-    figure.suptitle(f"{value}, mean over {panels.attrs['n']} examples", fontsize=9)
+    _colour_bar(figure, image, list(grid), figures.with_units(dataset, value))
+    figure.suptitle(f"{value}, {_mean_over(panels)}", fontsize=9)
     return figure
 
 
@@ -95,6 +94,7 @@ def bars(dataset: xr.Dataset, value: str = "patched", facet: str = "measure") ->
     for i, (axes, (name, values)) in enumerate(zip(grid, cells.items(), strict=True)):
         axes.bar(range(len(rows)), values[:, 0], color=colours[i % len(colours)], width=0.8)
         axes.set_yscale("log")
+        axes.tick_params(axis="y", labelsize=7)
         axes.set_title(name, fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         for reference, style in zip(references, ("--", ":"), strict=False):
@@ -108,7 +108,7 @@ def bars(dataset: xr.Dataset, value: str = "patched", facet: str = "measure") ->
         )
     grid[-1].set_xticks(range(len(rows)), rows, rotation=90, fontsize=7)
     figure.supylabel(figures.with_units(dataset, value), fontsize=9)
-    figure.suptitle(f"{value}, mean over {panels.attrs['n']} examples", fontsize=9)
+    figure.suptitle(f"{value}, {_mean_over(panels)}", fontsize=9)
     return figure
 
 
@@ -155,11 +155,7 @@ def signed_heads(dataset: xr.Dataset, tokens: Sequence[str], n: int = 6) -> Figu
         axes.set_axis_off()
     figure.supxlabel("attended to", fontsize=8)
     figure.supylabel("attending", fontsize=8)
-    bar = figure.colorbar(
-        image, ax=list(grid), label=figures.with_units(dataset, "attribution"), shrink=0.7, pad=0.02
-    )
-    bar.ax.tick_params(labelsize=7)
-    bar.outline.set_visible(False)
+    _colour_bar(figure, image, list(grid), figures.with_units(dataset, "attribution"), shrink=0.7)
     return figure
 
 
@@ -184,7 +180,7 @@ def attribution_against_patching(attribution: xr.Dataset, patched: xr.Dataset) -
     axes.set_xlabel(figures.with_units(attribution, "attribution"))
     axes.set_ylabel(figures.with_units(patched, "effect"))
     axes.set_title(
-        f"{across.sizes['site']} sites, mean over {across.attrs['n']} examples: Spearman ρ = {float(rho):.2f}",
+        f"{across.sizes['site']} sites, {_mean_over(across)}: Spearman ρ = {float(rho):.2f}",
         fontsize=9,
     )
     if len(components) > 1:
@@ -196,8 +192,17 @@ def _panels(dataset: xr.Dataset, value: str, facet: str) -> xr.DataArray:
     """A variable's mean over examples, [facet, site] at most; the number of examples among its attributes."""
     chosen = figures.expect_dims(dataset, value, ("site", "example", "seed", facet))
     over = [dim for dim in ("example", "seed") if dim in chosen[value].dims]
+    if facet in chosen.coords and chosen[facet].dims == ("example",):
+        counts = np.unique(chosen[facet].values, return_counts=True)[1]
+        shown = " to ".join(map(str, sorted({int(counts.min()), int(counts.max())})))
+        return chosen[value].groupby(facet).mean(over).transpose(facet, ...).assign_attrs(n=shown)
     n = int(np.prod([chosen.sizes[dim] for dim in over], dtype=int))
     return chosen[value].mean(over).assign_attrs(n=n)
+
+
+def _mean_over(panels: xr.DataArray) -> str:
+    n = panels.attrs["n"]
+    return "one example" if n in (1, "1") else f"mean over {n} examples"
 
 
 def _tiles(panels: xr.DataArray, x: str) -> tuple[list[str], list[int], dict[str, Array]]:
@@ -222,14 +227,27 @@ def _tiles(panels: xr.DataArray, x: str) -> tuple[list[str], list[int], dict[str
                     f"several sites are {rows[cell[0]]} at {x} {column}; select one, or sites without heads."
                 )
             grid[cell] = number
-        cells[str(one[facets[0]].item()) if facets else ""] = grid
+        cells[_title(one[facets[0]]) if facets else ""] = grid
     return rows, columns, cells
+
+
+def _title(facet: xr.DataArray) -> str:
+    """A word as it is, a number with what it numbers."""
+    return str(facet.item()) if facet.dtype.kind == "U" else f"{facet.name} {facet.item()}"
 
 
 def _ticks(columns: Sequence[int], labels: Sequence[str]) -> list[str]:
     if labels and len(labels) <= max(columns):
         raise ValueError(f"found {len(labels)} labels for positions up to {max(columns)}; expected one each")
     return [labels[i] if labels else str(i) for i in columns]
+
+
+def _colour_bar(figure: Figure, image: Any, grid: list[Any], label: str, shrink: float = 1.0) -> None:
+    """One bar for all panels."""
+    bar = figure.colorbar(image, ax=grid, shrink=shrink, pad=0.02)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    bar.outline.set_visible(False)
 
 
 def _colours(values: Array, value: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ def heatmap(dataset: xr.Dataset, x: str = "head", y: str = "layer", value: str =
     The colours diverge from zero, as far to either side. Cells without a site or a number stay grey.
 
     Args:
-        dataset: a raw result (summarised here) or a summary.
+        dataset: a raw result (summarised here; attributions are called effects then) or a summary.
         x, y: coordinates along `site`, `site` itself, or another dim such as `step`.
         value: a variable of the summary, such as effect or recovery.
 
@@ -32,7 +32,8 @@ def heatmap(dataset: xr.Dataset, x: str = "head", y: str = "layer", value: str =
     """
     if "effect_low" not in dataset:
         kept = {"site", x, y, "example", "seed"}
-        figures.expect_dims(dataset, "effect", tuple(str(name) for name in kept))
+        named = "effect" if "effect" in dataset else "attribution"
+        figures.expect_dims(dataset, named, tuple(str(name) for name in kept))
     summary = figures.expect_dims(figures.summary_of(dataset), value, ("site", x, y))
     for name in (x, y):
         if name not in summary.coords:

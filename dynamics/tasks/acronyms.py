@@ -15,6 +15,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from dynamics.batch import Batch
@@ -99,11 +100,15 @@ class AcronymsTask(Task):
 
 
 def by_letter(measure: LogitMeasure = logit_margin) -> dict[str, LogitMeasure]:
-    """A measure of the rows of each letter alone, for batches that have three rows for each prompt."""
+    """A measure of each letter alone, for batches that have three rows for each prompt.
+
+    A letter's own rows count threefold and the others' are zero, so that the mean over all rows is the letter's.
+    """
 
     def of(place: int) -> LogitMeasure:
         def from_logits(logits: Tensor, batch: Batch) -> Tensor:
-            return measure.from_logits(logits, batch)[place::N_LETTERS]
+            own = torch.arange(len(batch), device=logits.device) % N_LETTERS == place
+            return torch.where(own, N_LETTERS * measure.from_logits(logits, batch), 0.0)
 
         return LogitMeasure(f"letter {place + 1}", measure.units, from_logits)
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
+from word_level import save_gpt2
 
 from checkpoints import Checkpoint, TrajectoryWriter, log_spaced
 
@@ -86,6 +88,22 @@ def test_the_example_on_a_users_own_model_runs():
         assert all(result[name].notnull().all() for name in ("effect", "attribution") if name in result)
 
 
+def test_the_example_of_a_task_of_ones_own_runs_on_a_hugging_face_model(tmp_path, capsys):
+    folder = save_gpt2(tmp_path)
+    names = {
+        "dy": pytest.importorskip("dynamics"),
+        "gpt2": transformers.AutoModelForCausalLM.from_pretrained(folder),
+        "tokenizer": transformers.AutoTokenizer.from_pretrained(folder),
+    }
+    (example,) = [block for block in blocks() if "target_tokens" in block]
+    exec(example, names)
+    printed = capsys.readouterr().out
+    assert names["patched"].sizes == {"example": 1, "site": 4}
+    assert names["moved"]["measure"].values.tolist() == [" John", " Mary"]
+    assert printed.count("attn.z L1H1") == 1 + 2  # the table, and twice in the frame
+    assert "probability" in printed
+
+
 @pytest.mark.slow
 def test_the_example_of_a_fact_being_written_runs_on_a_short_run(tmp_path, monkeypatch):
     from checkpoints import Trajectory
@@ -113,7 +131,8 @@ def test_a_bare_loop_is_recorded_and_its_checkpoints_compared(tmp_path, monkeypa
     import dynamics as dy
     from checkpoints import Trajectory
 
-    third, fourth = blocks()[2:4]
+    (third,) = [block for block in blocks() if "TrajectoryWriter.create" in block]
+    (fourth,) = [block for block in blocks() if "batch_of" in block]
     net = nn.Linear(3, 9)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     batches = [torch.randn(5, 3) for _ in range(12)]

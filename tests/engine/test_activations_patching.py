@@ -67,10 +67,10 @@ STACKED = {
 }
 
 
-def ours(model, contrasts, family, measure=measures.correct_logit, **settings):
+def ours(model, contrasts, family, measure=measures.correct_logit, like=None, **settings):
     """The mean over contrasts of what a family returns, on its axes, and the Dataset."""
     pattern, *by = SWEEPS[family]
-    chosen = everywhere(model, pattern, *by)
+    chosen = everywhere(model, pattern, *by, batch=like)
     found = dy.patch_activations(dy.Recipe(model), None, contrasts, chosen, measure, **settings)
     shape = [len(set(found[axis].values)) for axis in by]
     order = np.lexsort([found[axis].values for axis in reversed(by)])
