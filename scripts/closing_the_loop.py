@@ -1,7 +1,7 @@
 """Closing the loop: is the difference gone where it was localised, and only there?
 
 From the first steps of X2 the tenth of the matrices is chosen whose gradients' tags move Dt3 − Df4 most
-(`patch_window` over 10 recorded batches). X2 is then trained again from the same checkpoint with the tag's gradient
+(`patch_window` over the first recorded batches). X2 is then trained again from the same checkpoint with the tag's gradient
 difference erased in them, everywhere, or in random matrices with as many parameters and as large a difference.
 
     .venv/bin/python scripts/closing_the_loop.py runs/seeds-fresh/train-5-seed-*/drawn --readme
@@ -26,8 +26,6 @@ from checkpoints import Checkpoint, Trajectory
 from dynamics.recipe import Recipe
 from dynamics.sites import Site
 
-LOOK = 10
-"""Steps of X2 that the choice may look at."""
 SHARE = 0.1
 N_RANDOM = 2
 MEASURES = {"accuracy": dy.measures.accuracy, "correct_logit": dy.measures.correct_logit}
@@ -39,11 +37,11 @@ def squared(tensors: dict[str, torch.Tensor], site: Site) -> float:
 
 
 def chosen_and_random(
-    recipe: Recipe, start: Checkpoint, task: dy.tasks.AliasTask, seed: int
+    recipe: Recipe, start: Checkpoint, task: dy.tasks.AliasTask, seed: int, look: int
 ) -> tuple[list[Site], list[list[Site]], list[tuple[float, float]]]:
     """The matrices that move Dt3 − Df4 most, random sets of others, and how well these match in size and ‖Δ‖."""
     matrices = dy.sites.matrices(recipe.model)
-    base = [task.batch(start.step + n) for n in range(LOOK)]
+    base = [task.batch(start.step + n) for n in range(look)]
     source = [task.retag(batch) for batch in base]
     training = [replace(c, base=base, source=source) for c in task.contrasts()]
     effect = dy.patch_window(recipe, start, training, matrices, dy.measures.correct_logit).squeeze("step")[
@@ -54,7 +52,7 @@ def chosen_and_random(
     n_top = round(SHARE * len(matrices))
     order = np.argsort(-moved)
     ends = [
-        dy.steps.advance(recipe, start, start.step + LOOK, lambda step, b=b: b[step - start.step]).parameters
+        dy.steps.advance(recipe, start, start.step + look, lambda step, b=b: b[step - start.step]).parameters
         for b in (base, source)
     ]
     delta = {name: ends[1][name] - ends[0][name] for name in ends[0]}
@@ -94,19 +92,19 @@ def gap(recipe: Recipe, state: Checkpoint, task: dy.tasks.AliasTask, measure: dy
     return dt3 - df4
 
 
-def one_run(folder: Path, n_steps: int, out: Path) -> pd.DataFrame:
+def one_run(folder: Path, n_steps: int, look: int, out: Path) -> pd.DataFrame:
     """All worlds of one run; kept as CSV under `out`."""
     torch.set_num_threads(1)
     warnings.filterwarnings("error")
     run = Trajectory.open(folder)
     seed = int(run.config["seed"])
-    path = out / f"{run_key(run)}-{n_steps}.csv"
+    path = out / f"{run_key(run)}-{n_steps}-{look}.csv"
     if path.exists():
         return pd.read_csv(path)
     task = dy.tasks.load(run.config)
     recipe = task.recipe()
     start = run.at(task.config.phases.starts["x2"])
-    top, random_sets, ratios = chosen_and_random(recipe, start, task, seed)
+    top, random_sets, ratios = chosen_and_random(recipe, start, task, seed, look)
     everything = [dy.sites.union(recipe.model, dy.sites.parameters(recipe.model), "everything")]
     worlds = {"nowhere": [], "everywhere": everything, "chosen": top}
     worlds |= {f"random {i}": sites for i, sites in enumerate(random_sets)}
@@ -130,7 +128,7 @@ def one_run(folder: Path, n_steps: int, out: Path) -> pd.DataFrame:
     return found
 
 
-def table(found: pd.DataFrame, n_steps: int) -> str:
+def table(found: pd.DataFrame, n_steps: int, look: int) -> str:
     """Dt3 − Df4 in each world, and how much of what erasing everywhere takes away is gone."""
     kinds = found.assign(erased=found["erased"].str.replace(r" \d", "", regex=True))
     per_seed = kinds.groupby(["erased", "seed"])[list(MEASURES)].mean().unstack("seed")
@@ -160,7 +158,7 @@ def table(found: pd.DataFrame, n_steps: int) -> str:
     seeds = ", ".join(map(str, sorted(found["seed"].unique())))
     lines += [
         "",
-        f"Seeds {seeds}; {n_steps} steps of X2, mean over the last quarter; gone = ratio of means, Fieller's 95 % "
+        f"Seeds {seeds}; chosen by the first {look} of {n_steps} steps of X2; means over the last quarter; gone = ratio of means, Fieller's 95 % "
         f"interval over seeds. Chosen most often: {most}. Random sets have {spans[0]} times the chosen parameters "
         f"and {spans[1]} times their ‖Δ‖. {stamp(__file__)}",
     ]
@@ -173,14 +171,15 @@ def main() -> None:
     )
     parser.add_argument("runs", type=Path, nargs="+", help="run folders, one per seed; at least two")
     parser.add_argument("--steps", type=int, default=500, help="steps of X2 to train again")
+    parser.add_argument("--look", type=int, default=10, help="first steps of X2 that the choice may look at")
     parser.add_argument("--out", type=Path, default=Path("runs/loop"))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--readme", action="store_true", help="write the table into README.md")
     given = parser.parse_args()
     n = len(given.runs)
     with ProcessPoolExecutor(given.workers) as pool:
-        parts = list(pool.map(one_run, given.runs, [given.steps] * n, [given.out] * n))
-    text = table(pd.concat(parts), given.steps)
+        parts = list(pool.map(one_run, given.runs, [given.steps] * n, [given.look] * n, [given.out] * n))
+    text = table(pd.concat(parts), given.steps, given.look)
     print(text)
     if given.readme:
         write("loop", text)
