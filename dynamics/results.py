@@ -341,7 +341,7 @@ def provenance(**facts: Any) -> str:
     known: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "versions": _versions(),
+        "versions": dict(_versions()),
         **_commit(),
     }
     if taken := sorted(set(facts) & {*known, "commit", "modified"}):
@@ -457,6 +457,7 @@ def _plain(value: object) -> Any:
     raise TypeError(f"a fact of provenance is {type(value).__name__}; expected what JSON can hold")
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     found: dict[str, str] = {}
     for package in _PACKAGES:

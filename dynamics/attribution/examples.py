@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from dynamics.attribution.lines import Line, Method, Quadrature
 from dynamics.attribution.rows import gradients_of_rows, moved_by_each, rows_of
 from dynamics.attribution.tables import Array, Table
 from dynamics.measures import Measure
-from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS, Runs, stepped
+from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS, Runs, references
+from dynamics.patching.measuring import Measuring
 from dynamics.recipe import Contrast, Recipe
 from dynamics.steps.states import starting_point
+from dynamics.steps.update import Steps
 
 
 def attribute_examples(
@@ -74,15 +77,16 @@ def attribute_examples(
     quadrature = Quadrature(method, tolerance, max_nodes)
     state = starting_point(recipe, checkpoint)
     rows = rows_of(batch)
-    runs = Runs(recipe, state, Contrast(batch, batch), "attribute_examples")
+    runs = Runs(Steps(recipe, state), Contrast(batch, batch), "attribute_examples")
     shares = gradients_of_rows(runs, rows)
-    base, coasted = stepped(runs, (runs.base, runs.coasting))
+    untouched, base, _, coasted = chain.from_iterable(references(runs))
     moved = moved_by_each(runs, shares, base)
-    models = {"untouched": {**state.parameters, **state.buffers}, "base": base, "coasted": coasted}
+    models = {"untouched": untouched, "base": base, "coasted": coasted}
     table = Table(measure, len(probes), len(rows), list(models))
+    measuring = Measuring(recipe, state, table.by_name)
     progress = tqdm(probes, desc="attribute_examples", unit="probe", delay=SECONDS_BEFORE_PROGRESS)
     for i, probe in enumerate(progress):
-        table.evaluate(recipe, state, i, probe, models)
+        table.evaluate(measuring, i, probe, models)
         name = str(probe.coords.get("example", f"contrast {i}"))
         line = Line(recipe, state, base, coasted, probe.probe, name)
         for m, (measure_name, function) in enumerate(table.by_name.items()):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from dynamics.patching.experiment import Outcome, Runs, stepped
+from dynamics.patching.experiment import Runs, stepped
 from dynamics.steps import StepGradient, gradient
 from dynamics.trees import Gradients, squared_norm
 
@@ -85,7 +86,7 @@ _NO_MEAN = (
 
 
 def moved_by_each(
-    runs: Runs, shares: Sequence[dict[str, Tensor | None]], after: Outcome
+    runs: Runs, shares: Sequence[dict[str, Tensor | None]], after: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """How far each row moved every parameter: θ(g) − θ(g − g_i), {name: [n_rows, *shape]}.
 
@@ -108,7 +109,7 @@ def moved_by_each(
             yield replace(runs.base, gradients=rest)
 
     moved: dict[str, list[Tensor]] = {name: [] for name, g in whole.items() if g is not None}
-    for without in stepped(runs, left_out()):
+    for without in chain.from_iterable(stepped(runs, left_out())):
         for name, distances in moved.items():
             distances.append(after[name] - without[name])
     return {name: torch.stack(distances) for name, distances in moved.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import xarray as xr
 from tqdm.auto import tqdm
@@ -10,12 +11,14 @@ from tqdm.auto import tqdm
 from checkpoints import Checkpoint
 from dynamics.attribution.lines import Line, Method, Quadrature
 from dynamics.attribution.sums import SiteSums
-from dynamics.attribution.tables import Table, measured
+from dynamics.attribution.tables import Table
 from dynamics.measures import Measure
-from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS, Runs, columns, stepped
+from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS, Runs, columns, references
+from dynamics.patching.measuring import Measuring
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, SiteError, check
 from dynamics.steps.states import starting_point
+from dynamics.steps.update import Steps
 
 
 def attribute_step(
@@ -84,16 +87,17 @@ def attribute_step(
         )
     state = starting_point(recipe, checkpoint)
     sums = SiteSums(sites, {n: p.shape for n, p in recipe.model.named_parameters() if p.requires_grad})
-    table = Table(measure, len(contrasts), len(sites), ("untouched", "base", "source", "coasted"))
+    names = ("untouched", "base", "source", "coasted")
+    table = Table(measure, len(contrasts), len(sites), names)
+    steps, measuring = Steps(recipe, state), Measuring(recipe, state, table.by_name)
     progress = tqdm(contrasts, desc="attribute_step", unit="contrast", delay=SECONDS_BEFORE_PROGRESS)
     for i, contrast in enumerate(progress):
-        runs = Runs(recipe, state, contrast, str(contrast.coords.get("example", f"contrast {i}")))
-        base, source, coasted = stepped(runs, (runs.base, runs.source, runs.coasting))
-        untouched = {**state.parameters, **state.buffers}
-        models = {"untouched": untouched, "base": base, "source": source, "coasted": coasted}
-        table.evaluate(recipe, state, i, contrast, models)
+        runs = Runs(steps, contrast, str(contrast.coords.get("example", f"contrast {i}")))
+        models = dict(zip(names, chain.from_iterable(references(runs)), strict=True))
+        table.evaluate(measuring, i, contrast, models)
+        base, source = models["base"], models["source"]
         line = Line(recipe, state, base, source, contrast.probe, runs.name)
-        end = measured(recipe, state, table.by_name, {**source, **runs.base.buffers}, contrast)
+        end = measuring.alone({**source, **runs.base.buffers}, contrast.probe)
         for m, (name, function) in enumerate(table.by_name.items()):
             start = table.references["base"][m, i]
             mean, table.nodes[m, i] = line.mean_gradient(name, function, end[m] - start, quadrature)

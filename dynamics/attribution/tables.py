@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import xarray as xr
+from torch import Tensor
 
 from checkpoints import Checkpoint
 from dynamics import measures, results
 from dynamics.measures import Measure
-from dynamics.patching.experiment import Outcome, columns, evaluated, own
-from dynamics.recipe import Contrast, Recipe
+from dynamics.patching.experiment import columns
+from dynamics.patching.measuring import Measuring
+from dynamics.recipe import Contrast
 
 Array = npt.NDArray[np.float64]
 
@@ -50,15 +52,14 @@ class Table:
 
     def evaluate(
         self,
-        recipe: Recipe,
-        state: Checkpoint,
+        measuring: Measuring,
         example: int,
         contrast: Contrast,
-        models: Mapping[str, Outcome],
+        models: Mapping[str, Mapping[str, Tensor]],
     ) -> None:
-        """Fill in the references of one example, each measured with the checkpoint's random numbers."""
+        """Fill in the references of one example."""
         for name, tensors in models.items():
-            self.references[name][:, example] = measured(recipe, state, self.by_name, tensors, contrast)
+            self.references[name][:, example] = measuring.alone(tensors, contrast.probe)
 
     def labelled(
         self,
@@ -89,15 +90,3 @@ class Table:
             units=units if several else units[0],
             provenance=results.provenance(verb=verb, step=state.step, measure=list(self.by_name)),
         )
-
-
-def measured(
-    recipe: Recipe,
-    state: Checkpoint,
-    by_name: Mapping[str, Measure],
-    tensors: Outcome,
-    contrast: Contrast,
-) -> Array:
-    """Each measure on a contrast's probe, with the checkpoint's random numbers: [n_measures]."""
-    with state.random_state():
-        return evaluated(recipe, by_name, own(tensors), contrast)

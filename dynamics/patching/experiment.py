@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import chain, islice
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -16,21 +16,23 @@ from tqdm.auto import tqdm
 
 from checkpoints import Checkpoint
 from dynamics import measures, results
-from dynamics.calls import call, evaluating
 from dynamics.measures import Measure
+from dynamics.patching.measuring import Measuring
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site
-from dynamics.steps import StepGradient, gradient, steps_from
+from dynamics.steps import StepGradient, gradient
 from dynamics.steps.factors import Factors, factors
+from dynamics.steps.stacks import Stack, Workspace, stack
 from dynamics.steps.states import starting_point
+from dynamics.steps.update import Steps
 
 T = TypeVar("T")
 
 CHUNK = 16
-"""Steps stacked at most."""
+"""Models stacked at most."""
 
-STACKED_BYTES = 2**29
-"""Parameters stacked at most, one step's always; both fixed, so that the same call gives the same bits."""
+STACKED_BYTES = 2**27
+"""Tensors stacked at most, one model's always; both fixed, so that the same call gives the same bits."""
 
 SECONDS_BEFORE_PROGRESS = 5
 
@@ -40,14 +42,26 @@ class Runs:
     """The two runs of one contrast at one checkpoint.
 
     Attributes:
-        recipe, checkpoint, contrast: what is run, from where, and on which batches.
+        steps: how steps are taken, and from where.
+        contrast: on which batches.
         name: how errors name the contrast.
+        space: memory for stacks that are measured one after another.
     """
 
-    recipe: Recipe
-    checkpoint: Checkpoint
+    steps: Steps
     contrast: Contrast
     name: str
+    space: Workspace = field(default_factory=Workspace)
+
+    @property
+    def recipe(self) -> Recipe:
+        """How a step is taken."""
+        return self.steps.recipe
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The state before the step."""
+        return self.steps.checkpoint
 
     @property
     def where(self) -> tuple[str, str]:
@@ -65,6 +79,15 @@ class Runs:
         if self.contrast.source is self.contrast.base:
             return self.base
         return gradient(self.recipe, self.checkpoint, self.contrast.source, self.where[1])
+
+    @cached_property
+    def nothing(self) -> StepGradient:
+        """No gradient at all: nothing moves."""
+        return replace(
+            self.base,
+            gradients=dict.fromkeys(self.checkpoint.parameters),
+            buffers=dict(self.checkpoint.buffers),
+        )
 
     @cached_property
     def coasting(self) -> StepGradient:
@@ -89,8 +112,15 @@ def _zero(gradient: Tensor | None) -> Tensor | None:
     return gradient * 0 if gradient.is_sparse else torch.zeros_like(gradient)
 
 
-Outcome = Mapping[str, Tensor]
-"""A model after a step: all its parameters and buffers by name."""
+@dataclass(frozen=True)
+class Beside:
+    """Models that share with the base model what they do not change; the first of them is the base model."""
+
+    models: Stack
+
+
+Outcomes = Callable[[Runs, Sequence[Site]], Iterable[Stack | Beside]]
+"""Models after a step, in stacks: all their parameters and buffers by name."""
 
 
 def experiment(
@@ -100,7 +130,7 @@ def experiment(
     contrasts: Sequence[Contrast],
     patched_sites: Sequence[Site],
     measure: Measure | Mapping[str, Measure],
-    outcomes: Callable[[Runs, Sequence[Site]], Iterable[Outcome]],
+    outcomes: Outcomes,
     measured_after: Sequence[int] | None = None,
 ) -> xr.Dataset:
     """Run one verb over contrasts and sites and label what is measured.
@@ -110,9 +140,8 @@ def experiment(
     Args:
         verb: its name, for provenance and the progress bar.
         recipe, checkpoint, contrasts, patched_sites, measure: as the verb was called.
-        outcomes: yields the models after the base step, the source step, the coasting step, and then the
-            step patched at each site, in order; each of them once for every entry of `measured_after`. Each
-            yields tensors of its own, since a measure may write into them.
+        outcomes: yields the model after no step, the base step, the source step, the coasting step, and then the
+            step patched at each site, in order; each of them once for every entry of `measured_after`.
         measured_after: numbers of steps, which become the dim `step`; None where a single step is taken.
 
     Returns:
@@ -131,20 +160,25 @@ def experiment(
         raise ValueError("contrasts share a label in coords['example']; give each its own.")
     n_times = 1 if measured_after is None else len(measured_after)
     values = np.full((len(contrasts), 4 + len(patched_sites), n_times, len(by_name)), np.nan)
+    steps, measuring, space = Steps(recipe, state), Measuring(recipe, state, by_name), Workspace()
     with tqdm(total=values[..., 0].size, desc=verb, unit="step", delay=SECONDS_BEFORE_PROGRESS) as bar:
         for members in _sharing_batches(contrasts):
             first = contrasts[members[0]]
             name = str(first.coords.get("example", f"contrast {members[0]}"))
-            runs = Runs(recipe, state, first, name)
-            untouched = (own({**state.parameters, **state.buffers}) for _ in range(n_times))
-            models = chain(untouched, outcomes(runs, patched_sites))
-            cells = np.ndindex(values.shape[1:3])
-            for cell, tensors in zip(cells, models, strict=True):
+            runs = Runs(steps, first, name, space)
+            filled = 0
+            for models in outcomes(runs, patched_sites):
                 for i in members:
-                    with state.random_state():
-                        kept = own(tensors) if len(members) > 1 else tensors
-                        values[i, *cell] = evaluated(recipe, by_name, kept, contrasts[i])
-                    bar.update()
+                    cells, probe = values[i].reshape(-1, len(by_name)), contrasts[i].probe
+                    if isinstance(models, Beside):
+                        found = measuring.beside(models.models, probe, cells[n_times])
+                    else:
+                        found = measuring(models, probe)
+                    cells[filled : filled + len(found)] = found
+                    bar.update(len(found))
+                filled += len(found)
+            if filled != values[0, ..., 0].size:
+                raise AssertionError(f"{verb} measured {filled} models of {values[0, ..., 0].size}")
     several = isinstance(measure, Mapping)
     units = [getattr(m, "units", "") for m in by_name.values()]
     labelled = [
@@ -177,27 +211,31 @@ def _sharing_batches(contrasts: Sequence[Contrast]) -> list[list[int]]:
     return list(groups.values())
 
 
-def own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies that nothing else holds."""
-    return {name: tensor.clone() for name, tensor in tensors.items()}
+def references(runs: Runs) -> Iterator[Stack]:
+    """The models after no step, the base step, the source step and the coasting step."""
+    return _stepped(runs, (runs.nothing, runs.base, runs.source, runs.coasting), Workspace)
 
 
-def evaluated(
-    recipe: Recipe, by_name: Mapping[str, Measure], tensors: Outcome, contrast: Contrast
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Each measure on a contrast's probe, with the model's tensors replaced: [n_measures]."""
-    with torch.no_grad(), evaluating(recipe.model):
-        found = call(lambda m, b: measures.evaluate(by_name, m, b), recipe.model, tensors, contrast.probe)
-    return found.double().cpu().numpy()
+def stepped(runs: Runs, gradients: Iterable[StepGradient]) -> Iterator[Stack]:
+    """The models after a step with each of the gradients, as many of them at a time as memory allows.
+
+    Each stack holds until the next one is asked for.
+    """
+    return _stepped(runs, gradients, lambda: runs.space)
 
 
-def stepped(runs: Runs, gradients: Iterable[StepGradient]) -> Iterator[Outcome]:
-    """The model after a step with each of the gradients, as many of them at a time as memory allows."""
-    size = STACKED_BYTES // max(1, sum(p.nbytes for p in runs.checkpoint.parameters.values()))
-    for chunk in chunks(gradients, min(CHUNK, max(1, size))):
-        after = steps_from(runs.recipe, runs.checkpoint, [step.gradients for step in chunk])
-        for parameters, step in zip(after, chunk, strict=True):
-            yield {**parameters, **own(step.buffers)}
+def _stepped(
+    runs: Runs, gradients: Iterable[StepGradient], space: Callable[[], Workspace]
+) -> Iterator[Stack]:
+    for chunk in chunks(gradients, at_most(runs.checkpoint.parameters.values())):
+        after = runs.steps.take([step.gradients for step in chunk], space())
+        buffers = stack([step.buffers for step in chunk])
+        yield Stack(len(chunk), {**after.shared, **buffers.shared}, {**after.stacked, **buffers.stacked})
+
+
+def at_most(tensors: Iterable[Tensor]) -> int:
+    """How many copies of these tensors are stacked."""
+    return min(CHUNK, max(1, STACKED_BYTES // max(1, sum(t.nbytes for t in tensors))))
 
 
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -12,10 +12,11 @@ from checkpoints import Checkpoint
 from dynamics import results
 from dynamics.measures import Measure
 from dynamics.patching.corners import Corners, Run
-from dynamics.patching.experiment import Outcome, Runs, experiment, stepped
+from dynamics.patching.experiment import Runs, experiment, references, stepped
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, check
 from dynamics.steps import StepGradient
+from dynamics.steps.stacks import Stack
 from dynamics.trees import exchanged
 
 CORNERS: dict[str, tuple[Run, Run]] = {
@@ -60,8 +61,8 @@ def patch_factors(
     return results.folded(found, "factor", list(CORNERS), [s.label for s in sites])
 
 
-def _outcomes(runs: Runs, sites: Sequence[Site]) -> Iterator[Outcome]:
-    return stepped(runs, chain((runs.base, runs.source, runs.coasting), _patched(runs, sites)))
+def _outcomes(runs: Runs, sites: Sequence[Site]) -> Iterator[Stack]:
+    return chain(references(runs), stepped(runs, _patched(runs, sites)))
 
 
 def _patched(runs: Runs, sites: Sequence[Site]) -> Iterator[StepGradient]:

@@ -11,10 +11,11 @@ import xarray as xr
 from checkpoints import Checkpoint
 from dynamics.measures import Measure
 from dynamics.patching.corners import Corners
-from dynamics.patching.experiment import Outcome, Runs, experiment, stepped
+from dynamics.patching.experiment import Runs, experiment, references, stepped
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, check
 from dynamics.steps import StepGradient
+from dynamics.steps.stacks import Stack
 from dynamics.trees import exchanged
 
 
@@ -54,8 +55,8 @@ def patch_gradients(
     return experiment("patch_gradients", recipe, checkpoint, contrasts, sites, measure, _outcomes)
 
 
-def _outcomes(runs: Runs, sites: Sequence[Site]) -> Iterator[Outcome]:
-    return stepped(runs, chain((runs.base, runs.source, runs.coasting), patched(runs, sites)))
+def _outcomes(runs: Runs, sites: Sequence[Site]) -> Iterator[Stack]:
+    return chain(references(runs), stepped(runs, patched(runs, sites)))
 
 
 def patched(runs: Runs, sites: Sequence[Site]) -> Iterator[StepGradient]:

@@ -11,11 +11,12 @@ import xarray as xr
 
 from checkpoints import Checkpoint
 from dynamics.measures import Measure
-from dynamics.patching.experiment import Outcome, Runs, experiment, stepped
+from dynamics.patching.experiment import Runs, experiment, references, stepped
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, check_outputs, check_whole
 from dynamics.steps import StepGradient, gradient
 from dynamics.steps.caching import recorded
+from dynamics.steps.stacks import Stack
 from dynamics.steps.taps import Forward, check_covers, exchanging
 
 
@@ -65,8 +66,8 @@ def patch_signals(
     return experiment("patch_signals", recipe, checkpoint, contrasts, sites, measure, outcomes)
 
 
-def _outcomes(runs: Runs, sites: Sequence[Site], forward: Forward) -> Iterator[Outcome]:
-    return stepped(runs, chain((runs.base, runs.source, runs.coasting), _patched(runs, sites, forward)))
+def _outcomes(runs: Runs, sites: Sequence[Site], forward: Forward) -> Iterator[Stack]:
+    return chain(references(runs), stepped(runs, _patched(runs, sites, forward)))
 
 
 def _patched(runs: Runs, sites: Sequence[Site], forward: Forward) -> Iterator[StepGradient]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import xarray as xr
+from torch import Tensor
 
 from checkpoints import Checkpoint
 from dynamics.measures import Measure
-from dynamics.patching.experiment import Outcome, Runs, experiment, own, stepped
+from dynamics.patching.experiment import Beside, Runs, at_most, experiment, references
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, check, check_whole
-from dynamics.trees import exchanged
+from dynamics.steps.stacks import Stack, Workspace
 
 
 def patch_updates(
@@ -31,13 +32,46 @@ def patch_updates(
     """
     check(sites, recipe.model)
     check_whole(sites, "patch_updates", "a finished update has none; use patch_gradients")
-    return experiment("patch_updates", recipe, checkpoint, contrasts, sites, measure, _outcomes)
+    places = {
+        name: place
+        for place, name in enumerate(
+            [*dict(recipe.model.named_parameters()), *dict(recipe.model.named_buffers())]
+        )
+    }
+    order = sorted(range(len(sites)), key=lambda i: min(places[name] for name in sites[i].covers))
+    found = experiment(
+        "patch_updates", recipe, checkpoint, contrasts, [sites[i] for i in order], measure, _outcomes
+    )
+    return found.isel(site=sorted(range(len(sites)), key=order.__getitem__))
 
 
-def _outcomes(runs: Runs, sites: Sequence[Site]) -> Iterator[Outcome]:
-    base, source, coasted = stepped(runs, (runs.base, runs.source, runs.coasting))
-    yield own(base)
-    yield own(source)
-    yield coasted
+def _outcomes(runs: Runs, sites: Sequence[Site]) -> Iterator[Stack | Beside]:
+    kept: list[dict[str, Tensor]] = []
+    for models in references(runs):
+        yield models
+        kept += models
+    _, base, source, _ = kept
+    covered: dict[str, Tensor] = {}
+    pending: list[Site] = []
     for site in sites:
-        yield own(exchanged(base, source, site.covers))  # type: ignore[arg-type]
+        wider = covered | {name: base[name] for name in site.covers}
+        if len(pending) + 2 > at_most(wider.values()) and pending:
+            yield _exchanged(base, source, pending, runs.space)
+            pending, wider = [], {name: base[name] for name in site.covers}
+        pending, covered = [*pending, site], wider
+    yield _exchanged(base, source, pending, runs.space)
+
+
+def _exchanged(
+    base: Mapping[str, Tensor], source: Mapping[str, Tensor], sites: Sequence[Site], space: Workspace
+) -> Beside:
+    """The base model, and beside it those with the source's value on one of the sites each."""
+    names = dict.fromkeys(name for site in sites for name in site.covers)
+    stacked = {name: space.empty(name, base[name], 1 + len(sites), *base[name].shape) for name in names}
+    for name, tensor in stacked.items():
+        tensor[:] = base[name]
+    for row, site in enumerate(sites, start=1):
+        for name, index in site.covers.items():
+            stacked[name][row][index] = source[name][index]
+    shared = {name: tensor for name, tensor in base.items() if name not in names}
+    return Beside(Stack(1 + len(sites), shared, stacked))

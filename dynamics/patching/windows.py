@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any
 
 import xarray as xr
 
 from checkpoints import Checkpoint
 from dynamics.measures import Measure
-from dynamics.patching.experiment import Outcome, Runs, experiment, own
+from dynamics.patching.experiment import Runs, experiment
 from dynamics.patching.gradients import patched
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, check
 from dynamics.steps import StepGradient, walk
+from dynamics.steps.stacks import Stack, stack
+from dynamics.steps.update import Steps
 
 
 def patch_window(
@@ -71,28 +73,31 @@ def patch_window(
 StepOf = Callable[[Runs], StepGradient]
 
 
-def _outcomes(window: Runs, sites: Sequence[Site], after: Sequence[int]) -> Iterator[Outcome]:
+def _outcomes(window: Runs, sites: Sequence[Site], after: Sequence[int]) -> Iterator[Stack]:
     ways: list[StepOf] = [
         lambda runs: runs.base,
         lambda runs: runs.source,
         lambda runs: runs.coasting,
         *(partial(_patched_at, site=site) for site in sites),
     ]
-    return chain.from_iterable(_along(window, way, after) for way in ways)
+    untouched = stack([{**window.checkpoint.parameters, **window.checkpoint.buffers}])
+    return chain(repeat(untouched, len(after)), *(_along(window, way, after) for way in ways))
 
 
 def _patched_at(runs: Runs, site: Site) -> StepGradient:
     return next(patched(runs, [site]))
 
 
-def _along(window: Runs, way: StepOf, after: Sequence[int]) -> Iterator[Outcome]:
+def _along(window: Runs, way: StepOf, after: Sequence[int]) -> Iterator[Stack]:
     """The model after each of the given numbers of steps taken in one way."""
     batches: list[tuple[Any, Any]] = list(zip(window.contrast.base, window.contrast.source, strict=True))
 
     def step(state: Checkpoint) -> StepGradient:
         base, source = batches[state.step - window.checkpoint.step]
-        return way(Runs(window.recipe, state, Contrast(base, source), f"{window.name}, step {state.step}"))
+        return way(
+            Runs(Steps(window.recipe, state), Contrast(base, source), f"{window.name}, step {state.step}")
+        )
 
     for number, state in enumerate(walk(window.recipe, window.checkpoint, step, after[-1]), start=1):
         if number in after:
-            yield own({**state.parameters, **state.buffers})
+            yield stack([{**state.parameters, **state.buffers}])

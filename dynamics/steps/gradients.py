@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from checkpoints import Checkpoint
 from checkpoints.rng import RngState
@@ -85,8 +86,9 @@ def gradient(
     if not bool(torch.isfinite(loss)):
         raise NonFiniteGradient(f"The loss of {where} at step {checkpoint.step} is {loss.item()}.")
     gradients: dict[str, Tensor | None] = dict.fromkeys(parameters)
+    suspect = not bool(get_total_norm([stored(g) for g in found[: len(inputs)] if g is not None]).isfinite())
     for name, g in zip(inputs, found, strict=False):
-        if g is not None and not bool(torch.isfinite(stored(g)).all()):
+        if suspect and g is not None and not bool(torch.isfinite(stored(g)).all()):
             raise NonFiniteGradient(
                 f"The gradient of {name} for {where} at step {checkpoint.step} is not finite."
             )

@@ -1,27 +1,28 @@
 """The optimizer's step from a checkpoint with given gradients: one, and many at once.
 
-`step_from` is the slow and obvious way: the recipe's real optimizer on a copy of the model. `steps_from`
-stacks the parameters of many steps and lets the same torch optimizer take them all, which is exact for
-optimizers that work element by element.
+`step_from` is the slow and obvious way: the recipe's real optimizer on a copy of the model. `Steps` takes many
+steps of AdamW, Adam or SGD in one pass over the parameters, which is exact up to rounding since these work
+element by element, and every other step the obvious way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import Optimizer
 
 from checkpoints import Checkpoint
-from dynamics.recipe import Recipe
-from dynamics.steps.clipping import clipped
+from dynamics.recipe import ByNorm, ByValue, Recipe
+from dynamics.steps.clipping import clipped, coefficient
+from dynamics.steps.elementwise import Moved, rule, step_into
+from dynamics.steps.stacks import Stack, Workspace, stack
 from dynamics.steps.states import check_kind, revived
 from dynamics.trees import Gradients, squared_norm
-
-ELEMENTWISE: tuple[type[Optimizer], ...] = (AdamW, Adam, SGD)
-"""Optimizers whose step treats every element by itself, so that many steps can be stacked."""
 
 
 def step_from(recipe: Recipe, checkpoint: Checkpoint, gradients: Gradients) -> dict[str, Tensor]:
@@ -42,81 +43,96 @@ def step_from(recipe: Recipe, checkpoint: Checkpoint, gradients: Gradients) -> d
 def steps_from(recipe: Recipe, checkpoint: Checkpoint, many: Sequence[Gradients]) -> list[dict[str, Tensor]]:
     """Parameters after each of several steps from the same checkpoint, in order.
 
-    Equal to `step_from` one by one. AdamW, Adam and SGD take all steps at once on parameters stacked over
-    the steps; other optimizers, and all where a gradient is sparse, take them one by one. Memory: about four
-    copies of the model per step.
+    Equal to `step_from` one by one, up to rounding. AdamW, Adam and SGD take all steps at once; other optimizers
+    and settings, and all where a gradient is sparse, take them one by one.
     """
-    if not many:
-        return []
-    trained = {name: p.requires_grad for name, p in recipe.model.named_parameters()}
-    dummies = {
-        name: nn.Parameter(t.detach(), requires_grad=trained[name])
-        for name, t in checkpoint.parameters.items()
-    }
-    template = recipe.build_optimizer(dummies.values())
-    recipe.build_scheduler(template)
-    check_kind(checkpoint, template)
-    sparse = any(g is not None and g.is_sparse for gradients in many for g in gradients.values())
-    if sparse or type(template) not in ELEMENTWISE:
-        return [step_from(recipe, checkpoint, gradients) for gradients in many]
-    names = {id(p): name for name, p in dummies.items()}
-    groups = _groups(checkpoint, template, names)
-    held = {name for group in groups for name in group["params"]}
-    remembered = _remembered(squared_norm)
-    rows = [clipped({n: g for n, g in gs.items() if n in held}, recipe.clip, remembered) for gs in many]
-    results: list[dict[str, Tensor]] = [{} for _ in rows]
-    for skipped in {_skipped(row) for row in rows}:
-        members = [i for i, row in enumerate(rows) if _skipped(row) == skipped]
-        after = _stacked_step(type(template), groups, checkpoint, [rows[i] for i in members], skipped)
-        for place, i in enumerate(members):
-            results[i] = {
-                name: after[name][place] if name in after else tensor.detach().clone()
-                for name, tensor in checkpoint.parameters.items()
-            }
-    return results
+    return list(Steps(recipe, checkpoint).take(many)) if many else []
 
 
-def _stacked_step(
-    kind: type[Optimizer],
-    groups: Sequence[Mapping[str, Any]],
-    checkpoint: Checkpoint,
-    rows: Sequence[Mapping[str, Tensor | None]],
-    skipped: frozenset[str],
-) -> dict[str, Tensor]:
-    """One step of `kind` on parameters stacked over the rows: {name: [n_rows, ...]} of those it changes."""
-    n = len(rows)
+@dataclass(frozen=True)
+class Steps:
+    """Steps from one checkpoint; what does not depend on the gradient is prepared once.
 
-    def repeat(t: Tensor) -> Tensor:
-        return t.detach().unsqueeze(0).expand(n, *t.shape).clone()
+    Attributes:
+        recipe: model, optimizer and clipping; nothing of it is modified.
+        checkpoint: state before the steps.
+    """
 
-    stacked: dict[str, nn.Parameter] = {}
-    stacked_groups = []
-    for group in groups:
-        members = [name for name in group["params"] if name not in skipped]
-        for name in members:
-            stacked[name] = nn.Parameter(repeat(checkpoint.parameters[name]))
-            stacked[name].grad = torch.stack([_present(row[name]) for row in rows])
-        if members:
-            stacked_groups.append({**group, "params": [stacked[name] for name in members]})
-    if not stacked_groups:
-        return {}
-    optimizer = kind(stacked_groups)  # type: ignore[call-arg]
-    recorded = checkpoint.optimizer.state if checkpoint.optimizer else {}
-    for name, parameter in stacked.items():
-        if name in recorded:
-            shape = checkpoint.parameters[name].shape
-            optimizer.state[parameter] = {
-                key: _state_value(value, key, shape, repeat) for key, value in recorded[name].items()
-            }
-    optimizer.step()
-    return {name: p.detach() for name, p in stacked.items()}
+    recipe: Recipe
+    checkpoint: Checkpoint
 
+    def take(self, many: Sequence[Gradients], space: Workspace | None = None) -> Stack:
+        """The parameters after a step with each of the gradients, of which there is at least one.
 
-def _state_value(value: Any, key: str, shape: torch.Size, repeat: Callable[[Tensor], Tensor]) -> Any:
-    """Moments are stacked like their parameter; step counts are shared by all rows."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.clone() if key == "step" or value.shape != shape else repeat(value)
+        Gradients that are one object in all steps are read once. Parameters that no step moves are shared, the
+        checkpoint's own. Memory: a copy of each parameter that moves for every step, in the workspace if one is
+        given: the stack then holds until it is used again.
+        """
+        space = space or Workspace()
+        rules = self._rules
+        if rules is None or any(g is not None and g.is_sparse for gs in many for g in gs.values()):
+            return stack([step_from(self.recipe, self.checkpoint, gradients) for gradients in many])
+        scales = self._scales(many, rules)
+        shared, stacked = dict(self.checkpoint.parameters), {}
+        for name, moved in rules.items():
+            found = [gradients[name] for gradients in many]
+            present = [i for i, g in enumerate(found) if g is not None]
+            if not present:
+                continue
+            theta = shared.pop(name).detach()
+            ours = [g for g in found if g is not None]
+            alike = all(g is ours[0] for g in ours)
+            gradient = ours[0].detach()[None]
+            if not alike:
+                gradient = space.empty("gradient", theta, len(ours), *theta.shape)
+                torch.stack([g.detach() for g in ours], out=gradient)
+            if isinstance(self.recipe.clip, ByValue):
+                gradient = gradient.clamp(-self.recipe.clip.limit, self.recipe.clip.limit)
+            scale = None
+            if any(scales[i] != 1 for i in present):
+                scale = torch.tensor([scales[i] for i in present], dtype=theta.dtype, device=theta.device)
+            after = space.empty(name, theta, len(many), *theta.shape)
+            rows = slice(present[0], present[-1] + 1)
+            if len(present) == rows.stop - rows.start:
+                step_into(after[rows], moved, gradient, scale)
+                after[: rows.start], after[rows.stop :] = theta, theta
+            else:
+                after[:] = theta
+                after[present] = step_into(
+                    after.new_empty(len(present), *theta.shape), moved, gradient, scale
+                )
+            stacked[name] = after
+        return Stack(len(many), shared, stacked)
+
+    @cached_property
+    def _rules(self) -> dict[str, Moved] | None:
+        """How each of the optimizer's parameters moves; None where one of them needs the real optimizer."""
+        trained = {name: p.requires_grad for name, p in self.recipe.model.named_parameters()}
+        dummies = {
+            name: nn.Parameter(t.detach(), requires_grad=trained[name])
+            for name, t in self.checkpoint.parameters.items()
+        }
+        template = self.recipe.build_optimizer(dummies.values())
+        self.recipe.build_scheduler(template)
+        check_kind(self.checkpoint, template)
+        recorded = self.checkpoint.optimizer.state if self.checkpoint.optimizer else {}
+        rules: dict[str, Moved] = {}
+        for group in _groups(self.checkpoint, template, {id(p): name for name, p in dummies.items()}):
+            for name in group["params"]:
+                moved = rule(type(template), group, recorded.get(name, {}), self.checkpoint.parameters[name])
+                if moved is None:
+                    return None
+                rules[name] = moved
+        return rules
+
+    def _scales(self, many: Sequence[Gradients], held: Mapping[str, Moved]) -> list[float]:
+        """What clipping by norm multiplies each gradient by; norms count the optimizer's parameters alone."""
+        clip = self.recipe.clip
+        if not isinstance(clip, ByNorm):
+            return [1.0] * len(many)
+        norm_of = _remembered(squared_norm)
+        totals = (sum(norm_of(g) for name, g in gradients.items() if name in held) for gradients in many)
+        return [coefficient(total, clip.max_norm) for total in totals]
 
 
 def _groups(checkpoint: Checkpoint, template: Optimizer, names: Mapping[int, str]) -> list[dict[str, Any]]:
@@ -129,15 +145,6 @@ def _groups(checkpoint: Checkpoint, template: Optimizer, names: Mapping[int, str
 def _of_optimizer(gradients: Gradients, model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor | None]:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     return {name: gradients[name] for name, p in model.named_parameters() if id(p) in held}
-
-
-def _skipped(row: Mapping[str, Tensor | None]) -> frozenset[str]:
-    return frozenset(name for name, g in row.items() if g is None)
-
-
-def _present(g: Tensor | None) -> Tensor:
-    assert g is not None, "rows are grouped by the parameters they skip"
-    return g
 
 
 def _remembered(function: Callable[[Tensor | None], float]) -> Callable[[Tensor | None], float]:

@@ -245,14 +245,14 @@ class AliasTask:
     def contrasts(self, sets: Sequence[SetName] = ("Dt3", "Df4")) -> list[Contrast]:
         """Per alias of the given sets: its true definition, unreliable (base) and reliable (source).
 
-        The probe is the alias's own questions that are never trained. Coordinates: `example` ("alias 17"),
-        `integer`, `set`.
+        The probe is the alias's own questions that are never trained, without the tokens after `=`: the answer
+        stands there, and no causal model reads it. Coordinates: `example` ("alias 17"), `integer`, `set`.
         """
         return [
             Contrast(
                 base=self.definition(i, "unreliable"),
                 source=self.definition(i, "reliable"),
-                probe=self.questions(i),
+                probe=_up_to_targets(self.questions(i)),
                 coords={"example": f"alias {i}", "integer": i, "set": name},
             )
             for name in sets
@@ -390,6 +390,11 @@ class AliasTask:
 def load(config: Mapping[str, Any]) -> AliasTask:
     """The task of a run, rebuilt from the config kept with its trajectory."""
     return AliasTask(StudyConfig.from_dict(config))
+
+
+def _up_to_targets(batch: Batch) -> Batch:
+    """Without the positions after the last one that is scored."""
+    return replace(batch, tokens=batch.tokens[:, : int(batch.target_pos.max()) + 1])
 
 
 def _batch(rows: Sequence[Row]) -> Batch:

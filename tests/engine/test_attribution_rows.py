@@ -24,7 +24,8 @@ from torch.optim import SparseAdam
 import dynamics as dy
 from dynamics.attribution.rows import gradients_of_rows, moved_by_each, rows_of
 from dynamics.batch import Batch
-from dynamics.patching.experiment import Runs, stepped
+from dynamics.patching.experiment import Runs, references
+from dynamics.steps.update import Steps
 
 BATCH = points(10)
 PROBES = [dy.Contrast(None, None, points(12)), dy.Contrast(None, None, points(13))]
@@ -114,8 +115,8 @@ def test_of_a_token_that_one_row_alone_has_nothing_is_left_without_it():
     batch = tokens(2, rows=5, below=10)
     batch = replace(batch, tokens=batch.tokens.clone())
     batch.tokens[3, 0] = 10
-    runs = Runs(recipe, checkpoint, dy.Contrast(batch, batch), "a batch")
-    base, coasted = stepped(runs, (runs.base, runs.coasting))
+    runs = Runs(Steps(recipe, checkpoint), dy.Contrast(batch, batch), "a batch")
+    ((_, base, _, coasted),) = references(runs)
     moved = moved_by_each(runs, gradients_of_rows(runs, rows_of(batch)), base)
     alone = (base["embed.W_E"] - coasted["embed.W_E"])[10]
     assert torch.equal(moved["embed.W_E"][3, 10], alone)

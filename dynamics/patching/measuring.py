@@ -1,0 +1,110 @@
+"""Measuring many models on one probe: under vmap where that gives what the models give one by one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from checkpoints import Checkpoint
+from dynamics import measures
+from dynamics.calls import call, evaluating
+from dynamics.measures import Measure
+from dynamics.recipe import Recipe
+from dynamics.steps.stacks import Stack
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass
+class Measuring:
+    """Evaluates measures on stacks of models, in eval mode and with the checkpoint's random numbers.
+
+    Measures of the logits are taken of all models at once, by vmap; functions of the user's one model at a time,
+    each with tensors of its own, since they may keep or change what they see. Of the first stack one model is
+    taken both ways: where vmap cannot take it (an LSTM, `.item()`, a branch on values) or finds something else, all
+    are taken one at a time.
+
+    Attributes:
+        recipe: its model gives the code.
+        checkpoint: whose random numbers a measure draws.
+        by_name: the measures.
+    """
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    by_name: Mapping[str, Measure]
+    _at_once: bool | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(m, measures.LogitMeasure) for m in self.by_name.values()):
+            self._at_once = False
+
+    def __call__(self, models: Stack, probe: Any) -> Array:
+        """[n_models, n_measures], rows of the probe averaged."""
+        if self._at_once is None:
+            return self._both_ways(models, probe)
+        return self._together(models, probe) if self._at_once else self._one_by_one(models, probe)
+
+    def beside(self, models: Stack, probe: Any, base: Array) -> Array:
+        """The same of all but the first, the base model, of which `base` is known: [n_models − 1, n_measures].
+
+        At once, kernels round by what is stacked: what the first model measures other than `base` is taken off the
+        others, so that an exchange which changes nothing has no effect.
+        """
+        if self._at_once is False:
+            return self._one_by_one(models, probe, first=1)
+        found = self(models, probe)
+        exact: Array = base + (found[1:] - found[0])
+        return exact
+
+    def alone(self, tensors: Mapping[str, Tensor], probe: Any) -> Array:
+        """One model's: [n_measures]."""
+        own = {name: tensor.clone() for name, tensor in tensors.items()}
+        with torch.no_grad(), evaluating(self.recipe.model), self.checkpoint.random_state():
+            found = call(self._evaluate, self.recipe.model, own, probe)
+        return found.double().cpu().numpy()
+
+    def _one_by_one(self, models: Stack, probe: Any, first: int = 0) -> Array:
+        return np.stack([self.alone(models[i], probe) for i in range(first, len(models))])
+
+    def _both_ways(self, models: Stack, probe: Any) -> Array:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                together = self._together(models, probe)
+        except Exception:  # noqa: BLE001 (the loop says what is wrong, if anything is)
+            self._at_once = False
+        else:
+            last = self.alone(models[len(models) - 1], probe)
+            self._at_once = bool(np.allclose(together[-1], last, *self._tolerance, equal_nan=True))
+        return together if self._at_once else self._one_by_one(models, probe)
+
+    @property
+    def _tolerance(self) -> tuple[float, float]:
+        """Relative and absolute: what kernels may round differently."""
+        dtypes = {p.dtype for p in self.checkpoint.parameters.values() if p.is_floating_point()}
+        eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=1e-7)
+        return eps**0.7, eps**0.7
+
+    def _together(self, models: Stack, probe: Any) -> Array:
+        buffers = self.checkpoint.buffers  # a forward pass may write into them
+        shared = {name: t.clone() if name in buffers else t for name, t in models.shared.items()}
+
+        def of_one(own: dict[str, Tensor]) -> Tensor:
+            return call(self._evaluate, self.recipe.model, {**shared, **own}, probe)
+
+        with torch.no_grad(), evaluating(self.recipe.model), self.checkpoint.random_state():
+            if not models.stacked:
+                return of_one({}).double().cpu().numpy()[None].repeat(len(models), 0)
+            found = torch.vmap(of_one, randomness="same")(dict(models.stacked))
+        return found.double().cpu().numpy()
+
+    def _evaluate(self, model: Any, batch: Any) -> Tensor:
+        return measures.evaluate(self.by_name, model, batch)

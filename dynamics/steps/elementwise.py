@@ -1,0 +1,110 @@
+"""The step of AdamW, Adam and SGD as functions of the gradient: many gradients in one pass over a parameter.
+
+These optimizers treat every element by itself, so θ' of many gradients is a handful of operations on [n, width]
+blocks small enough to stay in the processor's cache. Nothing is written but θ': moments are not advanced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+BLOCK = 16384
+"""Elements of a parameter taken at a time, whatever the number of gradients: bits do not depend on it."""
+
+Moved = Callable[[slice, Tensor, Tensor], None]
+"""(elements of the flat parameter, gradient [n, width], out [n, width]) -> writes θ' into `out`, in the order of
+operations that torch has."""
+
+
+def rule(
+    kind: type[Optimizer], group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor
+) -> Moved | None:
+    """How one parameter moves, or None where the real optimizer has to take the step.
+
+    Args:
+        kind: the optimizer's own class; subclasses may step otherwise.
+        group: its hyperparameters.
+        state: what is recorded of this parameter; empty where it never moved.
+        parameter: θ, any shape.
+
+    Source: Loshchilov & Hutter 2019 (AdamW), Kingma & Ba 2015 (Adam), `torch.optim.SGD`.
+    """
+    plain = (
+        parameter.dtype in (torch.float32, torch.float64)
+        and not any(group.get(key) for key in ("amsgrad", "maximize", "capturable", "differentiable"))
+        and not any(isinstance(value, Tensor) for value in (group["lr"], *group.get("betas", ())))
+        and not any(isinstance(value, Tensor) and value.is_sparse for value in state.values())
+    )
+    if plain and kind in (Adam, AdamW):
+        return _adam(group, state, parameter.detach().reshape(-1), decoupled=_decoupled(kind, group))
+    if plain and kind is SGD:
+        return _sgd(group, state, parameter.detach().reshape(-1))
+    return None
+
+
+def _decoupled(kind: type[Optimizer], group: Mapping[str, Any]) -> bool:
+    return bool(group.get("decoupled_weight_decay", kind is AdamW))
+
+
+def _adam(group: Mapping[str, Any], state: Mapping[str, Any], theta: Tensor, decoupled: bool) -> Moved:
+    """θ' = θ(1 − ηλ) − η m̂' / (√v̂' + ε); with L2 decay, λθ joins the gradient instead."""
+    beta1, beta2 = group["betas"]
+    lr, decay, eps = group["lr"], group["weight_decay"], group["eps"]
+    t = float(state.get("step", 0)) + 1
+    size, spread = lr / (1 - beta1**t), (1 - beta2**t) ** 0.5
+    first, second = (
+        state[key].reshape(-1) if key in state else torch.zeros_like(theta)
+        for key in ("exp_avg", "exp_avg_sq")
+    )
+
+    def moved(at: slice, gradient: Tensor, out: Tensor) -> None:
+        start = theta[at]
+        if decay and not decoupled:
+            gradient = torch.add(gradient, start, alpha=decay)
+        root = torch.addcmul(second[at] * beta2, gradient, gradient, value=1 - beta2)
+        mean = torch.lerp(first[at], gradient, 1 - beta1)
+        kept = start * (1 - lr * decay) if decoupled else start
+        torch.addcdiv(kept, mean, root.sqrt_().div_(spread).add_(eps), value=-size, out=out)
+
+    return moved
+
+
+def _sgd(group: Mapping[str, Any], state: Mapping[str, Any], theta: Tensor) -> Moved:
+    """θ' = θ − ηd with decay, momentum, dampening and Nesterov's look ahead as torch has them."""
+    lr, decay, momentum = group["lr"], group["weight_decay"], group["momentum"]
+    recorded = state.get("momentum_buffer")
+    buffer = None if recorded is None else recorded.reshape(-1)
+
+    def moved(at: slice, gradient: Tensor, out: Tensor) -> None:
+        start = theta[at]
+        direction = torch.add(gradient, start, alpha=decay) if decay else gradient
+        if momentum:
+            rolling = direction
+            if buffer is not None:
+                rolling = torch.add(buffer[at] * momentum, direction, alpha=1 - group["dampening"])
+            direction = torch.add(direction, rolling, alpha=momentum) if group["nesterov"] else rolling
+        torch.add(start, direction, alpha=-lr, out=out)
+
+    return moved
+
+
+def step_into(out: Tensor, moved: Moved, gradients: Tensor, scale: Tensor | None) -> Tensor:
+    """θ' under each gradient.
+
+    Args:
+        out: [n, *shape], contiguous; written and returned.
+        moved: the parameter's rule.
+        gradients: [n, *shape], or [1, *shape] where all are alike but for their scale.
+        scale: [n], what each is multiplied by (clipping); None for one.
+    """
+    n, (flat, after) = len(out), (gradients.reshape(len(gradients), -1), out.view(len(out), -1))
+    for begin in range(0, flat.shape[1], BLOCK):
+        at = slice(begin, begin + BLOCK)
+        block = flat[:, at] if scale is None else flat[:, at] * scale[:, None]
+        moved(at, block.expand(n, -1), after[:, at])
+    return out
