@@ -30,6 +30,8 @@ from dynamics.recipe import Recipe
 from dynamics.sites import Site
 
 SHARE = 0.1
+CANDIDATES = 16
+"""Matrices, those that move most alone, among which a set is chosen together."""
 N_RANDOM = 2
 MEASURES = {"accuracy": dy.measures.accuracy, "correct_logit": dy.measures.correct_logit}
 
@@ -58,15 +60,13 @@ def chosen_and_random(
     training = [replace(c, base=base, source=source) for c in task.contrasts()]
     moves = partial(moved, recipe, start, training)
     n_top = round(SHARE * len(matrices))
-    if choose == "alone":
-        order = np.argsort(-moves(matrices))
-    else:
-        top: list[int] = []
-        for _ in range(n_top):
-            rest = [i for i in range(len(matrices)) if i not in top]
-            sets = [dy.sites.union(recipe.model, [matrices[j] for j in (*top, i)]) for i in rest]
-            top.append(rest[int(np.argmax(moves(sets)))])
-        order = np.array([*top, *(i for i in range(len(matrices)) if i not in top)])
+    order = np.argsort(-moves(matrices))
+    if choose == "together":
+        top, candidates = [int(order[0])], order[1:CANDIDATES].tolist()
+        while len(top) < n_top:
+            sets = [dy.sites.union(recipe.model, [matrices[j] for j in (*top, i)]) for i in candidates]
+            top.append(candidates.pop(int(np.argmax(moves(sets)))))
+        order = np.array([*top, *(i for i in order if i not in top)])
     ends = [
         dy.steps.advance(recipe, start, start.step + look, lambda step, b=b: b[step - start.step]).parameters
         for b in (base, source)
@@ -175,8 +175,8 @@ def table(found: pd.DataFrame, n_steps: int, look: int, choose: str) -> str:
     lines += [
         "",
         f"Seeds {seeds}; chosen {choose} by the first {look} of {n_steps} steps of X2; means over the last "
-        f"quarter; gone = ratio of means, Fieller's 95 % interval over seeds. Chosen most often: {most}. Random sets have {spans[0]} times the chosen parameters "
-        f"and {spans[1]} times their ‖Δ‖. {stamp(__file__)}",
+        f"quarter; gone = ratio of means, Fieller's 95 % interval over seeds. Chosen most often: {most}. Random sets "
+        f"have {spans[0]} times the chosen parameters and {spans[1]} times their ‖Δ‖. {stamp(__file__)}",
     ]
     return "\n".join(lines)
 
