@@ -175,8 +175,8 @@ def table(found: pd.DataFrame, n_steps: int, look: int, choose: str) -> str:
     lines += [
         "",
         f"Seeds {seeds}; chosen {choose} by the first {look} of {n_steps} steps of X2; means over the last "
-        f"quarter; gone = ratio of means, Fieller's 95 % interval over seeds. Chosen most often: {most}. Random sets "
-        f"have {spans[0]} times the chosen parameters and {spans[1]} times their ‖Δ‖. {stamp(__file__)}",
+        f"quarter; gone = ratio of means, Fieller's 95 % interval over seeds. Chosen most often: {most}. Random "
+        f"sets have {spans[0]} times the chosen parameters and {spans[1]} times their ‖Δ‖. {stamp(__file__)}",
     ]
     return "\n".join(lines)
 
