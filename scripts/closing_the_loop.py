@@ -1,6 +1,6 @@
 """Closing the loop: is the difference gone where it was localised, and only there?
 
-From the first steps of X2 the tenth of the matrices is chosen whose gradients' tags move Dt3 − Df4 most
+From the first steps of X2 a tenth of the matrices is chosen, those whose gradients' tags move Dt3 − Df4 most together
 (`patch_window` over the first recorded batches). X2 is then trained again from the same checkpoint with the tag's
 gradient difference erased in them, everywhere, or in random matrices with as many parameters and as large a
 difference.
@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument(
         "--choose",
         choices=("alone", "together"),
-        default="alone",
+        default="together",
         help="by what each matrix moves alone, or one after another by what it moves together with those before",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/loop"))
