@@ -1,7 +1,7 @@
 """Closing the loop: is the difference gone where it was localised, and only there?
 
-From the first steps of X2 a tenth of the matrices is chosen, those whose gradients' tags move Dt3 − Df4 most together
-(`patch_window` over the first recorded batches). X2 is then trained again from the same checkpoint with the tag's
+From the first steps of X2 a tenth of the matrices is chosen, those whose gradients' tags move Dt3 − Df4 most
+together (`patch_window` over recorded batches). X2 is then trained again from the same checkpoint with the tag's
 gradient difference erased in them, everywhere, or in random matrices with as many parameters and as large a
 difference.
 
