@@ -119,9 +119,9 @@ def table(run: Trajectory, data: dict[str, xr.Dataset], step: int) -> str:
         [
             *lines,
             "",
-            "Recovery of the gap; of all aliases the mean effect in logits [95 %], and its recovery where their gap "
-            f"is distinguishable from zero. X2 step {step}, correct logit, {data['fresh'].sizes['example']} aliases; "
-            f"the one whose correct logit rose most over X2 is {label}. Logits, {gaps}. {stamp(__file__)}",
+            "Recovery of the gap; of all aliases the mean effect in logits [95 %], and its recovery where their "
+            f"gap is distinguishable from zero. X2 step {step}, correct logit, {data['fresh'].sizes['example']} "
+            f"aliases; the one whose correct logit rose most over X2 is {label}. Logits, {gaps}. {stamp(__file__)}",
         ]
     )
 
