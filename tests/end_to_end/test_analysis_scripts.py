@@ -206,7 +206,8 @@ def test_a_planted_site_is_scored_by_every_method_in_every_run(runs, run_script,
     printed = run_script("planted_truth", *runs, "--plants", "attn 0", "--workers", "1")
     kept = tmp_path / "runs" / "planted"
     tables = named(kept, "-attn-0.csv")
-    assert {*kept.iterdir()} == {*tables.values(), kept / "grades.csv", kept / "planted.md"}
+    pages = {kept / name for name in ("grades.csv", "planted.md", "planted.png")}
+    assert {*kept.iterdir()} == {*tables.values()} | pages
     assert (kept / "planted.md").read_text() == printed
     for table in tables.values():
         world = pd.read_csv(table)
