@@ -78,7 +78,7 @@ class Attention(nn.Module):
         self.hook_q_input = self.hook_k_input = self.hook_v_input = self.hook_result = None
 
     def inputs(self, resid: Tensor) -> tuple[Tensor, ...]:
-        """What is normalized and read: the residual stream; with hooks there, a copy for each of q, k, v and head."""
+        """What is normalized and read: the residual stream; with hooks there, copies by q, k, v and head."""
         if self.hook_q_input is None or self.hook_k_input is None or self.hook_v_input is None:
             return (resid,)
         of_heads = resid[:, :, None].expand(-1, -1, len(self.W_Q), -1)
@@ -289,22 +289,25 @@ class ToyTransformer(HookedRootModule):
 
     def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
         """Whether each head reads its own copies: blocks.*.attn.hook_{q,k,v}_input [batch, pos, head, d_model]."""
-        for block in self.blocks:
+        for block in self._blocks():
             for part in "qkv":
                 _switch(block.attn, f"hook_{part}_input", use_split_qkv_input)
         self._switched("use_split_qkv_input", use_split_qkv_input)
 
     def set_use_attn_result(self, use_attn_result: bool) -> None:
         """Whether what each head writes is there apart: blocks.*.attn.hook_result [batch, pos, head, d_model]."""
-        for block in self.blocks:
+        for block in self._blocks():
             _switch(block.attn, "hook_result", use_attn_result)
         self._switched("use_attn_result", use_attn_result)
 
     def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
         """Whether the MLP reads its own copy: blocks.*.hook_mlp_in [batch, pos, d_model]."""
-        for block in self.blocks:
+        for block in self._blocks():
             _switch(block, "hook_mlp_in", use_hook_mlp_in and not self.config.attn_only)
         self._switched("use_hook_mlp_in", use_hook_mlp_in)
+
+    def _blocks(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
 
     def _switched(self, name: str, on: bool) -> None:
         setattr(self.cfg, name, on)
@@ -333,5 +336,5 @@ def lens_config(config: ToyConfig, d_vocab: int) -> TransformerLensConfig:
         dtype=getattr(torch, config.dtype),
         device="cpu",
     )
-    lens.use_hook_mlp_in = False  # a bridge's config has it, and the tools of edges read it
+    lens.use_hook_mlp_in = False  # type: ignore[attr-defined]  # a bridge's config has it, and the tools of edges read it
     return lens
