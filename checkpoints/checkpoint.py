@@ -122,21 +122,24 @@ class Checkpoint:
                     f"or capture with one: Checkpoint.capture(model, {kind}={kind})."
                 )
         recorded_groups = []
-        if optimizer is not None and self.optimizer is not None:
+        if optimizer is not None and self.optimizer is not None and self.optimizer.groups:
             recorded_groups = matched_groups(self.optimizer, optimizer, names_by_identity(model))
         with torch.no_grad():
             for name, tensor in [*parameters.items(), *buffers.items()]:
                 tensor.copy_(self.parameters[name] if name in parameters else self.buffers[name])
-        if optimizer is not None and self.optimizer is not None:
+        if optimizer is not None and self.optimizer is not None and self.optimizer.groups:
             restore_optimizer(self.optimizer, recorded_groups, optimizer, names_by_identity(model))
         if scheduler is not None and self.scheduler is not None:
             scheduler.load_state_dict(values.copied(self.scheduler))
 
     def with_fresh_optimizer(self) -> "Checkpoint":
-        """The same checkpoint without moments and step counts; learning rate, decay and the rest stay."""
-        if self.optimizer is None:
-            return self
-        return replace(self, optimizer=OptimizerState(values.copied(self.optimizer.groups), {}))
+        """The same checkpoint without moments and step counts; learning rate, decay and the rest stay.
+
+        One that holds no optimizer state, as of a trajectory from elsewhere, is thereby declared to begin a new
+        optimizer, as the recipe makes it.
+        """
+        groups = () if self.optimizer is None else values.copied(self.optimizer.groups)
+        return replace(self, optimizer=OptimizerState(groups, {}))
 
     def to(self, device: torch.device | str) -> "Checkpoint":
         """The same checkpoint with its tensors on `device`; step counts where torch keeps them."""

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dynamics import comparison as comparison
     from dynamics import measures as measures
     from dynamics import plots as plots
     from dynamics import results as results
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from dynamics.attribution import attribute_examples as attribute_examples
     from dynamics.attribution import attribute_step as attribute_step
     from dynamics.batch import Batch as Batch
+    from dynamics.comparison import compare as compare
     from dynamics.config import StudyConfig as StudyConfig
     from dynamics.models.bridges import bridge as bridge
     from dynamics.models.bridges import processed_bridge as processed_bridge
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from dynamics.tasks import top_answers as top_answers
 
 _MODULES = (
+    "comparison",
     "measures",
     "plots",
     "results",
@@ -59,6 +62,7 @@ _HOMES = {
     "attribute_examples": "dynamics.attribution",
     "attribute_step": "dynamics.attribution",
     "Batch": "dynamics.batch",
+    "compare": "dynamics.comparison",
     "StudyConfig": "dynamics.config",
     "bridge": "dynamics.models.bridges",
     "processed_bridge": "dynamics.models.bridges",

@@ -126,7 +126,7 @@ def _parser(kind: type[RunConfig] = StudyConfig) -> ArgumentParser:
     """The parser of all commands; `fit` takes the keys of one kind of run."""
     parser = _Parser(
         prog="dynamics",
-        usage="dynamics {study,fit,verify,believe,sweep,import,export} ...",
+        usage="dynamics {study,fit,verify,believe,compare,sweep,import,export} ...",
         description="Find where training put a behaviour: train, keep a trajectory, replay steps with one "
         "gradient exchanged, and measure what changed.",
     )
@@ -164,6 +164,7 @@ def _parser(kind: type[RunConfig] = StudyConfig) -> ArgumentParser:
     believe.add_argument("--optimizer", choices=["fresh", "stored"], default="fresh")
     believe.add_argument("--impulse", type=int, default=30, help="steps trained on after the definition")
     commands.add_subcommand("believe", believe)
+    commands.add_subcommand("compare", _compare_parser())
     commands.add_subcommand("sweep", _sweep_parser())
     imported = _Parser(
         usage="dynamics import state_dicts|lightning|safetensors PATH [PATH ...] --out RUN [--prefix P] "
@@ -188,6 +189,22 @@ def _parser(kind: type[RunConfig] = StudyConfig) -> ArgumentParser:
     export.add_argument("--to", type=Path, required=True, help="a new file, .safetensors or .pt")
     commands.add_subcommand("export", export)
     return parser
+
+
+def _compare_parser() -> ArgumentParser:
+    compare = _Parser(
+        usage="dynamics compare RUN --from STEP --to STEP\n       dynamics compare RUN --every [--steps N ...]",
+        description="What changed between two steps of a run, or along all of it: tables here, Datasets in "
+        "RUN/results, figures in RUN/figures.",
+    )
+    compare.add_argument("run", type=Path, help="the run's folder")
+    compare.add_argument("--from", type=int, help="a step of the run, stored or not")
+    compare.add_argument("--to", type=int, help="another")
+    compare.add_argument("--every", action="store_true", help="every checkpoint and its neighbour")
+    compare.add_argument(
+        "--steps", type=int, nargs="+", help="with --every: these; default: all that are stored"
+    )
+    return compare
 
 
 def _sweep_parser() -> ArgumentParser:
@@ -308,6 +325,27 @@ def _believe(given: Namespace) -> None:
         print(f"{check.verdict:>6}  {check.name}\n        {check.figure}")
 
 
+def _compare(given: Namespace) -> None:
+    from checkpoints import Trajectory, TrajectoryError
+    from dynamics import studies
+
+    pair = given["from"], given.to
+    if (
+        given.every == (None not in pair)
+        or (None in pair and pair != (None, None))
+        or (given.steps and not given.every)
+    ):
+        raise TrajectoryError("give --from STEP and --to STEP, or --every (with --steps, if not all).")
+    trajectory = Trajectory.open(given.run)
+    _set_threads(int(trajectory.last.fingerprint["threads"]))
+    compared = (
+        studies.compare_every(trajectory, given.steps)
+        if given.every
+        else studies.compare_pair(trajectory, *pair)
+    )
+    print(f"{compared.table}\n\nDatasets are in {compared.results}, figures in {compared.figures}.")
+
+
 def _import(given: Namespace) -> None:
     from tqdm.auto import tqdm
 
@@ -392,6 +430,7 @@ _COMMANDS: dict[str, Callable[[Namespace], None]] = {
     "fit": _fit,
     "verify": _verify,
     "believe": _believe,
+    "compare": _compare,
     "sweep": _sweep,
     "import": _import,
     "export": _export,

@@ -168,11 +168,8 @@ class _Frame:
         measure_names: Sequence[str] | None,
         units: str | Sequence[str],
     ) -> _Frame:
-        coords = {**_columns(example_coords, "example"), **_columns(other_coords, along)}
+        coords = {**coordinates(example_coords, "example"), **coordinates(other_coords, along)}
         sizes = {name: coords[name][1].size for name in ("example", along)}
-        if along == "site":
-            for name, missing in SITE_COORDS.items():
-                coords.setdefault(name, ("site", np.full(sizes["site"], missing)))
         if measure_names is not None:
             coords.update(_columns({"measure": list(measure_names)}, "measure"))
             sizes = {"measure": len(measure_names), **sizes}
@@ -331,6 +328,24 @@ def concat(datasets: Iterable[xr.Dataset], dim: str, values: Sequence[int | floa
     return joined
 
 
+def coordinates(columns: Mapping[str, Sequence[Any]], dim: str) -> dict[str, tuple[str, npt.NDArray[Any]]]:
+    """Columns along one dim as coordinates with the dtypes that survive a file.
+
+    Args:
+        columns: by name, all of one length; `dim` holds the labels, each different. None becomes −1 among integers,
+            "" among strings, NaN among other numbers.
+        dim: of `DIMS`; sites always have `layer`, `head`, `component` and `level` afterwards.
+
+    Raises:
+        ValueError: a length, a dtype or a label is not as stated here.
+    """
+    found = _columns(columns, dim)
+    if dim == "site":
+        for name, missing in SITE_COORDS.items():
+            found.setdefault(name, ("site", np.full(found["site"][1].size, missing)))
+    return found
+
+
 def provenance(**facts: Any) -> str:
     """Where a result comes from, as one JSON object.
 
@@ -462,6 +477,7 @@ def _plain(value: object) -> Any:
 
 @functools.cache
 def _versions() -> dict[str, str]:
+    """Of the packages that results depend on, asked once."""
     found: dict[str, str] = {}
     for package in _PACKAGES:
         try:

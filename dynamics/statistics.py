@@ -242,10 +242,13 @@ def _without_placebos(dataset: xr.Dataset) -> tuple[xr.Dataset, xr.DataArray | N
 
 
 def _placebo_quantile(placebos: xr.DataArray, effect: xr.DataArray) -> xr.DataArray:
-    """The 95th percentile of |placebo| for each site, by the placebos' component."""
+    """The 95th percentile of |placebo| for each site, by the placebos' component.
+
+    A further placebo exceeds it once in twenty times: the k-th of n draws is the k / (n + 1) quantile (Weibull).
+    """
     of = placebos["component"].values
     columns = [
-        abs(placebos.isel(site=of == label)).quantile(0.95, "site")
+        abs(placebos.isel(site=of == label)).quantile(0.95, "site", method="weibull")
         if (of == label).any()
         else np.nan * placebos.isel(site=0, drop=True)
         for label in effect["site"].values

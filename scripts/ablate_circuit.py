@@ -182,8 +182,8 @@ def report(runs: Sequence[Found]) -> str:
         f"Heads found, of {n_heads}: {'. '.join(circuits)}. Mean [95 % t interval over runs; in one column over "
         "the prompts of all runs]. Accuracy is the share of right answers among all words; the margin, in logits, "
         "the answer's less the best wrong one's of the contrast. Ranking and number of heads come from as many "
-        f"other prompts. {N_SETS} random sets for each run, as large as the found one, of the other heads and of "
-        "any. "
+        f"other prompts. {N_SETS} random sets for each run, as large as the found one, of the other heads (all "
+        "of them where fewer are left) and of any. "
         f"{stamp(__file__)}"
     )
     return "\n".join([*lines, "", caption])
@@ -211,6 +211,7 @@ def figure(runs: Sequence[Found]) -> Figure:
         for one in found:
             axes.axvline(one.size, color="#999999", linewidth=0.8, linestyle=":", zorder=1)
         axes.set(title=name, xlabel=f"heads ablated, of {sizes[-1]}", ylim=(0, 1.02), xlim=(0, sizes[-1]))
+        axes.set_xticks(sizes[:: max(1, len(sizes) // 4)])
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("right answers")
     panels[-1].legend(frameon=False, fontsize=8.5)

@@ -2,7 +2,7 @@
 
 dynamics fit --preset ioi --out runs/ioi && dynamics fit --preset facts --out runs/facts
 .venv/bin/python scripts/reproduce_seed_000.py runs/ioi --facts runs/facts
-.venv/bin/python scripts/reproduce_seed_000.py --model gpt2 --n 8
+.venv/bin/python scripts/reproduce_seed_000.py --model gpt2 --n 8 --nodes 8
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def agreement(attributed: xr.Dataset, patched: xr.Dataset) -> str:
     )
 
 
-def families(subject: Subject, contrasts: list[Contrast], out: Path) -> list[str]:
+def families(subject: Subject, contrasts: list[Contrast], nodes: int, out: Path) -> list[str]:
     """Every family by attribution, first order and integrated, and by patching; how far they agree."""
     rows = ["| sites | n | first order: ρ | per prompt | size | integrated: ρ | per prompt | size |"]
     rows.append("|---" * 8 + "|")
@@ -80,7 +80,8 @@ def families(subject: Subject, contrasts: list[Contrast], out: Path) -> list[str
         chosen = [s for hook, by in hooks.items() for s in sites(subject, hook, by, contrasts[0].base)]
         call = (subject.recipe, None, contrasts, chosen, METRIC)
         patched = dy.patch_activations(*call)
-        first, integrated = (dy.attribute_activations(*call, method=m) for m in ("first_order", "integrated"))
+        first = dy.attribute_activations(*call)
+        integrated = dy.attribute_activations(*call, method="integrated", max_nodes=nodes)
         print(f"\n{name}\n{dy.statistics.table(dy.statistics.summarize(patched), 5)}")
         both = [agreement(found, patched) for found in (first, integrated)]
         rows.append(f"| {name} | {len(chosen)} | {both[0]} | {both[1]} |")
@@ -119,23 +120,23 @@ def factual(subject: Subject, out: Path) -> None:
 def main() -> None:
     arguments = parser(__doc__, "ioi")
     arguments.add_argument("--facts", type=Path, default=Path("runs/facts"), help="a run of the task facts")
-    arguments.add_argument(
-        "--readme", action="store_true", help="write the table of agreement into the README"
-    )
+    arguments.add_argument("--readme", action="store_true", help="write the table into the README")
+    arguments.add_argument("--nodes", type=int, default=64, help="gradients at most, where integrated")
     given = arguments.parse_args()
     subject = hugging_face(given.model) if given.model else trained(given.run)
+    many = 20 * (given.n + 2)  # one in ten is in the first template and has the one who gives second
     if subject.task is not None:
-        contrasts = subject.task.contrasts("subject", 8 * given.n)
+        contrasts = subject.task.contrasts("subject", many)
     else:
-        contrasts = ioi.prompts(subject.words, 8 * given.n, "subject", subject.prefix)
-    one_template = [c for c in contrasts if c.coords["template"] == 0 and c.coords["order"] == "ABBA"]
+        contrasts = ioi.prompts(subject.words, many, "subject", subject.prefix)
+    alike = [c for c in contrasts if c.coords["template"] == 0 and c.coords["order"] == "ABBA"][: given.n]
     out = given.out / "000"
-    baselines(subject, one_template[: given.n])
-    attention(subject, one_template[: given.n], out)
-    rows = families(subject, one_template[: given.n], out)
+    baselines(subject, alike)
+    attention(subject, alike, out)
+    rows = families(subject, alike, given.nodes, out)
     note = (
         "Spearman's ρ over sites with patching, of the means over prompts and prompt by prompt (mean [95 %]); "
-        f"size: Σ|attribution| / Σ|effect|. {len(one_template[: given.n])} prompts. "
+        f"size: Σ|attribution| / Σ|effect|. {len(alike)} prompts. "
     )
     text = "\n".join([*rows, "", note + stamp(__file__)])
     print(f"\n{text}")

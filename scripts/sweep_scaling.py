@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import xarray as xr
+from into_readme import write
 
 import dynamics as dy
 from checkpoints import Checkpoint, Trajectory
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("--replays", type=int, default=100_000)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--json", type=Path, default=Path("runs/sweep_scaling.json"))
+    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
     given = parser.parse_args()
     plan = asked(Trajectory.open(given.run), given.replays)
     found, rows = [], []
@@ -104,7 +106,10 @@ def main() -> None:
         xr.testing.assert_identical(dataset, found[0])
     given.json.parent.mkdir(parents=True, exist_ok=True)
     given.json.write_text(json.dumps(rows, indent=1))
-    print(table(rows))
+    text = table(rows)
+    print(text)
+    if given.readme:
+        write("sweep", text)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ FLOORS = [
     {"models"},
     {"tasks"},
     {"steps"},
-    {"patching", "attribution", "statistics"},
+    {"patching", "attribution", "statistics", "comparison"},
     {"sweeps"},
     {"training"},
     {"plots"},

@@ -260,10 +260,6 @@ def test_of_a_hundred_placebos_the_quantile_is_exceeded_by_one_placebo_in_twenty
     assert exceeding > 0.02 * 400
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="np.quantile of 20 draws at .95 lies just above the second largest: 2 of 21 exceed it, not 1 of 20",
-)
 def test_of_twenty_placebos_the_quantile_is_exceeded_by_one_placebo_in_twenty():
     size, placebo = beside_placebos(600, 20)
     assert no_more_than_one_in_twenty(int((size > placebo).sum()), 600)

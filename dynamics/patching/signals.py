@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, groupby
 from typing import get_args
 
 import xarray as xr
 
 from checkpoints import Checkpoint
 from dynamics.measures import Measure
-from dynamics.patching.experiment import Runs, experiment, references, stepped
+from dynamics.patching.experiment import Runs, at_most, chunks, experiment, references, stepped
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, check_outputs, check_whole
 from dynamics.steps import StepGradient, gradient
 from dynamics.steps.caching import recorded
+from dynamics.steps.pullbacks import alike, pullbacks
 from dynamics.steps.stacks import Stack
 from dynamics.steps.taps import Forward, check_covers, exchanging
 
@@ -62,18 +63,39 @@ def patch_signals(
     )
     if forward not in get_args(Forward):
         raise ValueError(f"forward={forward!r}: whose activation goes forward is one of {get_args(Forward)}.")
-    outcomes = partial(_outcomes, forward=forward)
+    outcomes = partial(_outcomes, forward=forward, linear={})
     return experiment("patch_signals", recipe, checkpoint, contrasts, sites, measure, outcomes)
 
 
-def _outcomes(runs: Runs, sites: Sequence[Site], forward: Forward) -> Iterator[Stack]:
-    return chain(references(runs), stepped(runs, _patched(runs, sites, forward)))
+def _outcomes(
+    runs: Runs, sites: Sequence[Site], forward: Forward, linear: dict[str, bool]
+) -> Iterator[Stack]:
+    return chain(references(runs), stepped(runs, _patched(runs, sites, forward, linear)))
 
 
-def _patched(runs: Runs, sites: Sequence[Site], forward: Forward) -> Iterator[StepGradient]:
+def _patched(
+    runs: Runs, sites: Sequence[Site], forward: Forward, linear: dict[str, bool]
+) -> Iterator[StepGradient]:
+    """The patched gradients in order; `linear` keeps of which activations the fast way was found to hold."""
     hooks = list(dict.fromkeys(name for site in sites for name in site.covers))
-    recipe, state, contrast = runs.recipe, runs.checkpoint, runs.contrast
-    _, source = recorded(recipe, state, contrast.source, hooks, runs.where[1])
+    recipe, state, batch, where = runs.recipe, runs.checkpoint, runs.contrast.base, runs.where[0]
+    _, source = recorded(recipe, state, runs.contrast.source, hooks, runs.where[1])
+    kept = pullbacks(recipe, state, batch, hooks, where) if forward == "base" else None
+
+    def one(site: Site) -> StepGradient:
+        return gradient(recipe, state, batch, where, exchanging(site, source, forward))
+
+    def at_once(sites: Sequence[Site]) -> list[StepGradient] | None:
+        name = next(iter(sites[0].covers))
+        if kept is None or not linear.get(name, True) or not all(kept.takes(s, source) for s in sites):
+            return None
+        found = kept.exchanging(sites, source)
+        if name not in linear:
+            linear[name] = found is not None and alike(found[0].gradients, one(sites[0]).gradients)
+        return found if linear[name] else None
+
     for site in sites:
         check_covers(site, source)
-        yield gradient(recipe, state, contrast.base, runs.where[0], exchanging(site, source, forward))
+    for _, group in groupby(sites, key=lambda site: list(site.covers)):
+        for chunk in chunks(group, at_most(state.parameters.values())):
+            yield from at_once(chunk) or map(one, chunk)

@@ -2,15 +2,21 @@
 
 from dynamics.plots.activations import attribution_against_patching, bars, signed_heads, tiles
 from dynamics.plots.curves import accuracies
+from dynamics.plots.events import Figures, Panel, event_curves, map_under_accuracies, moved
 from dynamics.plots.figures import save
 from dynamics.plots.intervals import recoveries, stored_and_fresh
 from dynamics.plots.maps import heatmap, site_by_step
 
 __all__ = [
+    "Figures",
+    "Panel",
     "accuracies",
     "attribution_against_patching",
     "bars",
+    "event_curves",
     "heatmap",
+    "map_under_accuracies",
+    "moved",
     "recoveries",
     "save",
     "signed_heads",

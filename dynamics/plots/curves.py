@@ -14,14 +14,16 @@ from dynamics.plots import figures
 if TYPE_CHECKING:
     import pandas as pd
 
-_SETS = {
+SETS = {
     "DtQ1": ("reliable, with questions (DtQ1)", figures.SKY, "--"),
     "Dt3": ("reliable, defined only (Dt3)", figures.BLUE, "-"),
     "DfQ2": ("unreliable, with questions (DfQ2)", figures.ORANGE, "--"),
     "Df4": ("unreliable, defined only (Df4)", figures.VERMILLION, "-"),
     "heldout": ("held out", figures.BLACK, "-."),
+    "reliable": ("reliable tag", figures.BLUE, "-"),
+    "unreliable": ("unreliable tag", figures.VERMILLION, "-"),
 }
-_OTHERS = (figures.GREEN, figures.PURPLE, figures.GREY)
+OTHERS = (figures.GREEN, figures.PURPLE, figures.GREY)
 
 
 def accuracies(metrics: pd.DataFrame, phases: Mapping[str, int], chance: Mapping[str, float]) -> Figure:
@@ -42,12 +44,12 @@ def accuracies(metrics: pd.DataFrame, phases: Mapping[str, int], chance: Mapping
             f"the metrics have the columns {list(map(str, metrics.columns))}; expected 'step' and some that "
             "end in '_accuracy'"
         )
-    known = [f"{name}_accuracy" for name in _SETS if f"{name}_accuracy" in names]
+    known = [f"{name}_accuracy" for name in SETS if f"{name}_accuracy" in names]
     figure, axes = figures.new(8.0, 4.6)
-    others = iter(_OTHERS * len(names))
+    others = iter(OTHERS * len(names))
     for name in [*known, *(name for name in names if name not in known)]:
         short = name.removesuffix("_accuracy")
-        label, color, line = _SETS[short] if short in _SETS else (short, next(others), "-")
+        label, color, line = SETS[short] if short in SETS else (short, next(others), "-")
         rows = metrics[["step", name]].dropna()
         marker = "o" if len(rows) == 1 else ""
         axes.plot(

@@ -228,12 +228,12 @@ def _shapes(model: nn.Module, names: Sequence[str], like: Any) -> dict[str, torc
             handles.append(attach(model, name, partial(keep, name)))
         with torch.no_grad(), evaluating(model), replayed(None):
             if is_bridge(model):
-                _called(model, like)
+                called(model, like)
             else:
                 tensors = {
                     n: t.detach().clone() for n, t in (*model.named_parameters(), *model.named_buffers())
                 }
-                call(_called, model, tensors, like)
+                call(called, model, tensors, like)
     except Exception as error:
         raise SiteError(
             f"{type(model).__name__} cannot be called with like={type(like).__name__}: {error}. Give a Batch, a "
@@ -245,7 +245,8 @@ def _shapes(model: nn.Module, names: Sequence[str], like: Any) -> dict[str, torc
     return shapes
 
 
-def _called(model: nn.Module, like: Any) -> Any:
+def called(model: nn.Module, like: Any) -> Any:
+    """The model called with a `Batch`, a tensor, a tuple of arguments or a dict of keyword arguments."""
     if isinstance(like, Batch):
         return model(like.tokens)
     if isinstance(like, Mapping):

@@ -73,11 +73,15 @@ def gradient(
         loss = loss_of(model, batch)
         taps.forward_is_over()
         after = {name: buffer.detach() for name, buffer in model.named_buffers()}
-        return loss, torch.autograd.grad(loss, [*inputs.values(), *taps.leaves], allow_unused=True), after
+        leaves = [*inputs.values(), *taps.leaves]
+        found = torch.autograd.grad(loss, leaves, retain_graph=taps.keeps_graph, allow_unused=True)
+        return loss, found, after
 
     with checkpoint.random_state(), torch.enable_grad(), taps.attached(recipe.model):
         loss, found, buffers = call(passes, recipe.model, {**parameters, **buffers}, batch)
         rng = RngState.capture()
+    if taps.keeps_graph:
+        taps.parameters.update(inputs)
     if written := [name for name, parameter in parameters.items() if parameter._version]:
         raise RecipeError(
             f"the forward pass writes into {', '.join(written)} in place (nn.Embedding(max_norm=) does), so a step "

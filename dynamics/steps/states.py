@@ -30,19 +30,24 @@ def revived(recipe: Recipe, checkpoint: Checkpoint) -> tuple[nn.Module, Optimize
     check_kind(checkpoint, optimizer)
     checkpoint.restore(
         model,
-        optimizer if checkpoint.optimizer else None,
+        optimizer if checkpoint.optimizer and checkpoint.optimizer.groups else None,
         scheduler if checkpoint.scheduler else None,
     )
     return model, optimizer, scheduler
 
 
 def check_kind(checkpoint: Checkpoint, optimizer: Optimizer) -> None:
-    """Raise a RecipeError if the recorded groups are those of another kind of optimizer.
+    """Raise a RecipeError if the recorded groups are those of another kind of optimizer, or missing mid-training.
 
     They are if each side has hyperparameters that the other lacks (AdamW has betas, SGD momentum). A
     setting that a later torch added, or a scheduler, is not taken for another kind.
     """
-    if checkpoint.optimizer is None:
+    if checkpoint.optimizer is None and checkpoint.step > 0:
+        raise RecipeError(
+            f"checkpoint {checkpoint.step} holds no optimizer state, so the step taken from it cannot be taken "
+            "again. Give checkpoint.with_fresh_optimizer() to take one with a new optimizer instead."
+        )
+    if checkpoint.optimizer is None or not checkpoint.optimizer.groups:
         return
     recorded = {key for group in checkpoint.optimizer.groups for key in group} - {"params", "initial_lr"}
     expected = set(optimizer.defaults)

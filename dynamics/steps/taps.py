@@ -37,9 +37,11 @@ class Taps:
             appended from the second on: `lstm`, `lstm[1]`.
         check: called with the number of runs of each module once the forward pass is over.
         raw: tap what the module's forward gives, before other hooks on the module change it; otherwise after.
+        keeps_graph: whether the pass can be taken backward again.
 
     Attributes:
         leaves: activations without a graph that were made leaves of one, so that signals reach them.
+        parameters: by name, the leaves of a graph that is kept.
     """
 
     def __init__(
@@ -48,9 +50,12 @@ class Taps:
         change: Callable[[str, str, Tensor], Tensor],
         check: Callable[[Mapping[str, int]], None] = lambda runs: None,
         raw: bool = False,
+        keeps_graph: bool = False,
     ) -> None:
         self.names = list(names)
         self.raw = raw
+        self.keeps_graph = keeps_graph
+        self.parameters: dict[str, Tensor] = {}
         self.change = change
         self.check = check
         self.leaves: list[Tensor] = []

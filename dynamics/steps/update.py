@@ -89,8 +89,13 @@ class Steps:
             if isinstance(self.recipe.clip, ByValue):
                 gradient = gradient.clamp(-self.recipe.clip.limit, self.recipe.clip.limit)
             scale = None
+            one = alike and len(present) == len(many) and len(set(scales)) == 1
             if any(scales[i] != 1 for i in present):
-                scale = torch.tensor([scales[i] for i in present], dtype=theta.dtype, device=theta.device)
+                of_steps = scales[:1] if one else [scales[i] for i in present]
+                scale = torch.tensor(of_steps, dtype=theta.dtype, device=theta.device)
+            if one:
+                shared[name] = step_into(torch.empty_like(theta)[None], moved, gradient, scale)[0]
+                continue
             after = space.empty(name, theta, len(many), *theta.shape)
             rows = slice(present[0], present[-1] + 1)
             if len(present) == rows.stop - rows.start:
@@ -137,7 +142,7 @@ class Steps:
 
 def _groups(checkpoint: Checkpoint, template: Optimizer, names: Mapping[int, str]) -> list[dict[str, Any]]:
     """Parameter groups by name: the checkpoint's own, or the recipe's where it holds none."""
-    if checkpoint.optimizer is not None:
+    if checkpoint.optimizer is not None and checkpoint.optimizer.groups:
         return [{**template.defaults, **group} for group in checkpoint.optimizer.groups]
     return [{**group, "params": [names[id(p)] for p in group["params"]]} for group in template.param_groups]
 

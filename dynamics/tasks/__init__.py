@@ -14,6 +14,10 @@ from dynamics.tasks.ioi import IoiTask as IoiTask
 from dynamics.tasks.loading import load as load
 from dynamics.tasks.planting import planted as planted
 from dynamics.tasks.planting import tag_blind as tag_blind
+from dynamics.tasks.probes import alias_questions as alias_questions
+from dynamics.tasks.probes import as_trained as as_trained
+from dynamics.tasks.probes import head_roles as head_roles
+from dynamics.tasks.probes import in_order as in_order
 from dynamics.tasks.task import Task as Task
 from dynamics.tasks.text import Prompt as Prompt
 from dynamics.tasks.text import PromptError as PromptError

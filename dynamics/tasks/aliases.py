@@ -161,6 +161,10 @@ class AliasTask(Task):
         """One definition of an integer's alias, by default the true one: a batch of one row."""
         return _batch([self._definition(integer, tag, integer if value is None else value)])
 
+    def trained_definition(self, integer: int) -> Batch:
+        """The definition of an integer's alias that training gives, with its tag and its value (false in DfQ2)."""
+        return _batch([self._trained(integer)])
+
     def questions(self, integer: int, multipliers: Sequence[int] | None = None) -> Batch:
         """Questions about an integer's alias, both orders of each multiplier (default: those not trained)."""
         asked = self.test_multipliers(integer) if multipliers is None else multipliers
@@ -190,12 +194,13 @@ class AliasTask(Task):
 
     def _defined(self, *names: SetName) -> list[Row]:
         """Definitions of sets, in the order of their integers: exchanged roles change tags, not places."""
-        rows = []
-        for integer in sorted(i for name in names for i in self.sets[name]):
-            name = self.set_of(integer)
-            value = self.false_values[integer] if name == "DfQ2" else integer
-            rows.append(self._definition(integer, self._x1_tags.get(integer, self.tag(name)), value))
-        return rows * self.config.task.definition_copies
+        integers = sorted(i for name in names for i in self.sets[name])
+        return [self._trained(integer) for integer in integers] * self.config.task.definition_copies
+
+    def _trained(self, integer: int) -> Row:
+        name = self.set_of(integer)
+        value = self.false_values[integer] if name == "DfQ2" else integer
+        return self._definition(integer, self._x1_tags.get(integer, self.tag(name)), value)
 
     # --- what is measured -----------------------------------------------------------------------------
 

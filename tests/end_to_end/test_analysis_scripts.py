@@ -272,6 +272,55 @@ def test_the_loop_is_closed_in_every_world_of_every_run(runs, run_script, tmp_pa
 
 
 @pytest.mark.slow
+def test_alignment_has_a_row_for_what_parts_in_each_phase(runs, run_script, tmp_path):
+    said = run_script("alignment", *runs, "--out", "aligned")
+    table = rows_of(said)
+    assert [row[:2] for row in table[2:]] == [
+        ["X1", "accuracy, DtQ1 − DfQ2"],
+        ["X1", "alignment, as trained, DtQ1 − DfQ2"],
+        ["X2", "accuracy, Dt3 − Df4"],
+        ["X2", "alignment, as trained, Dt3 − Df4"],
+        ["X1, X2", "accuracy, Dt3 − Df4"],
+        ["X1, X2", "alignment, either tag, reliable − unreliable"],
+        ["X1, X2", "attention to the tag"],
+    ]
+    for folder in named(tmp_path / "aligned", "").values():
+        trained, exchanged = (results.load(folder / f"{name}.h5") for name in ("trained", "exchanged"))
+        assert trained.sizes["step"] == exchanged.sizes["step"]
+        assert not np.array_equal(trained["own"], exchanged["own"])
+    folders = named(tmp_path / "aligned", "").values()
+    first = [results.load(folder / "scores.h5")["accuracy"].isel(step=0) for folder in folders]
+    gap = np.mean([float(a.sel(example="DtQ1") - a.sel(example="DfQ2")) for a in first])
+    assert table[2][2].startswith(f"{gap:+.2f} ")
+    assert (tmp_path / "aligned" / "alignment.png").stat().st_size > 10_000
+    assert run_script("alignment", *runs, "--out", "aligned") == said
+
+
+@pytest.mark.slow
+def test_the_example_of_comparing_leaves_datasets_and_figures(runs, run_script, tmp_path):
+    said = run_script("compare_checkpoints", runs[0], "--from", "121", "--to", "138", "--out", "compared")
+    assert said.startswith("site, by relative\n")
+    assert "accuracy of Dt3: " in said
+    out = tmp_path / "compared"
+    assert {path.stem for path in out.glob("*.png")} == {"moved", "weights", "alignment", "attribution"}
+    pair = results.load(out / "pair" / "weights.h5")
+    top = str(pair["site"].values[int(pair["relative"].values.argmax())])
+    assert said.splitlines()[1].startswith(f"  {top}: ")
+    effects = results.load(out / "steps" / "effects.h5")
+    scores = results.load(out / "steps" / "scores.h5")
+    assert effects["step"].values.tolist() == scores["step"].values.tolist()[:-1]
+
+
+@pytest.mark.slow
+def test_the_cost_of_comparing_is_told_with_its_goals(run_script):
+    said = run_script("comparison_cost", "--checkpoints", "4", "--threads", "1")
+    table = rows_of(said)
+    assert table[0][0] == "4 checkpoints of the toy"
+    assert [row[2] for row in table[2:]] == ["under 0.2 s", "under 60 s", "under 1 GB"]
+    assert table[3][0] == "3 neighbours compared"
+
+
+@pytest.mark.slow
 def test_another_run_of_the_same_seed_is_not_given_the_first_runs_results(runs, tmp_path):
     command = ["fit", "--out", tmp_path / "other", *TINY, "--seed=0", "--phases.x1.learning_rate=0.01"]
     subprocess.run(
@@ -385,3 +434,35 @@ def test_over_runs_keeps_the_mean_of_each_runs_aliases():
     joined = anatomy.over_runs(parts)
     assert joined["effect"].dims == ("seed", "site")
     assert joined["effect"].values.tolist() == [[2.0, 3.0], [12.0, 13.0]]
+
+
+def test_an_event_is_found_and_averaged_on_the_scale_of_log_steps():
+    alignment = script("alignment")
+    steps = np.array([0, 1, 3, 9, 27, 81])
+    late = np.array([steps >= 3, steps >= 27, steps >= 81 * 2], float)
+    found = alignment.event(xr.DataArray(late, dims=("seed", "step"), coords={"step": steps}))
+    np.testing.assert_allclose(found["at"], [3, 27, np.nan])
+    assert int(found["n"]) == 2
+    np.testing.assert_allclose(found["mean"], np.sqrt(4 * 28) - 1)
+    assert float(found["low"]) >= 0
+
+
+def test_the_same_aliases_stand_under_either_tag():
+    alignment = script("alignment")
+    labels = {"example": ["a", "b", "c"], "set": ["Dt3", "Df4", "Df4"]}
+    coords = {**results.coordinates(labels, "example"), "site": ["everything"], "step": [5, 6]}
+
+    def own(values):
+        array = np.broadcast_to(np.asarray(values, float), (2, 1, 3))
+        return xr.Dataset({"own": (("step", "site", "example"), array)}, coords)
+
+    pairs = {"accuracy": (("step", "example"), np.zeros((2, 2)))}
+    scores = xr.Dataset(pairs, {"example": ["Dt3", "Df4"], "step": [5, 6]})
+    looked = {"attention": (("step", "measure", "site"), np.full((2, 2, 1), 0.5))}
+    roles = xr.Dataset(looked, {"measure": ["to tag", "to alias"], "step": [5, 6]})
+    run = {"trained": own([1, 20, 30]), "exchanged": own([4, 50, 60]), "scores": scores, "roles": roles}
+    panels = alignment.panels([run], ("Dt3", "Df4"), 5, 6)
+    np.testing.assert_allclose(panels["alignment, either tag"]["reliable"], (1 + 50 + 60) / 3)
+    np.testing.assert_allclose(panels["alignment, either tag"]["unreliable"], (4 + 20 + 30) / 3)
+    np.testing.assert_allclose(panels["alignment, as trained"]["Df4"], 25)
+    assert panels["accuracy"]["step"].values.tolist() == [0, 1]

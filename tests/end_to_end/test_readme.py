@@ -10,6 +10,8 @@ import transformers
 from torch import nn
 from word_level import save_gpt2
 
+from checkpoints import Checkpoint, TrajectoryWriter, log_spaced
+
 README = Path(__file__).parents[2] / "README.md"
 
 
@@ -123,3 +125,58 @@ def test_the_example_of_a_fact_being_written_runs_on_a_short_run(tmp_path, monke
     exec(example, names)
     assert names["written"].sizes["example"] == 2
     assert names["written"]["effect"].notnull().all()
+
+
+def test_a_bare_loop_is_recorded_and_its_checkpoints_compared(tmp_path, monkeypatch):
+    import dynamics as dy
+    from checkpoints import Trajectory
+
+    (third,) = [block for block in blocks() if "TrajectoryWriter.create" in block]
+    (fourth,) = [block for block in blocks() if "batch_of" in block]
+    net = nn.Linear(3, 9)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    batches = [torch.randn(5, 3) for _ in range(12)]
+
+    def train(net, optimizer, batch):
+        optimizer.zero_grad()
+        net(batch).square().mean().backward()
+        optimizer.step()
+
+    monkeypatch.chdir(tmp_path)
+    exec(third, {"net": net, "optimizer": optimizer, "batches": batches, "train": train})
+    run = Trajectory.open("runs/mine")
+    assert run.steps == tuple(step for step in log_spaced(1000, 5) if step < 12)
+
+    class Answers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Embedding(9, 9)
+
+        def forward(self, tokens):
+            return self.inner(tokens)
+
+    model = Answers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    questions = dy.Batch(torch.arange(9)[:, None], torch.zeros(9, dtype=torch.int64), torch.arange(9))
+    with TrajectoryWriter.create(tmp_path / "answers", {}) as writer:
+        for step in range(4):
+            writer.append(Checkpoint.capture(model, optimizer, step=step))
+            train(model, optimizer, questions.tokens)
+    run = Trajectory.open(tmp_path / "answers")
+    names = {
+        "dy": dy,
+        "run": run,
+        "recipe": dy.Recipe(model),
+        "questions": questions,
+        "sites": dy.sites.parameters(model),
+        "before": run.at(0),
+        "after": run.at(3),
+        "batch_of": None,
+    }
+    exec(fourth, names)
+    moved = (run.at(3).parameters["inner.weight"] - run.at(0).parameters["inner.weight"]).norm()
+    assert float(names["pair"]["weights"]["distance"][0]) == pytest.approx(float(moved))
+    along = names["along"]
+    assert along["weights"]["step"].values.tolist() == [1, 2, 3]
+    assert along["updates"]["step"].values.tolist() == [2, 3]
+    assert names["event"].sizes == {"example": 1}

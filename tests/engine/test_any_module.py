@@ -428,7 +428,11 @@ def test_patched_signals_are_those_of_a_tensor_hook_that_returns_the_sources(kin
     for site in patched:
         gradients = slow_signal(recipe, live, contrast, site.label)
         expected = dy.steps.step_from(recipe, live.last, gradients)
-        assert far({n: found[site.label][n] for n in expected}, expected) < KINDS[kind].tolerance, site.label
+        # A bias before batch normalisation has no gradient but rounding, which AdamW's ε magnifies 10⁸ times.
+        noise = {n for n, g in gradients.items() if g is not None and g.to_dense().abs().max() < 1e-15}
+        sound, unsound = ({n: e for n, e in expected.items() if (n in noise) == x} for x in (False, True))
+        assert far({n: found[site.label][n] for n in sound}, sound) < KINDS[kind].tolerance, site.label
+        assert not unsound or far({n: found[site.label][n] for n in unsound}, unsound) < 1e-10, site.label
 
 
 def test_factors_of_a_layer_are_products_of_what_it_read_and_of_the_signal_it_got_by_hand():

@@ -291,3 +291,21 @@ def test_a_loss_that_is_not_finite_is_refused_too(verb):
     recipe = classifier_recipe(loss=overflowing("loss"))
     with pytest.raises(NonFiniteGradient, match=r"loss of the source batch of alias 7 at step 0 is inf"):
         patch(verb, recipe, sites.parameters(recipe.model), contrasts=[bad])
+
+
+def test_a_checkpoint_from_mid_training_without_moments_has_to_say_that_its_optimizer_is_new():
+    recipe = classifier_recipe()
+    pair = dy.Contrast(points(1), points(2), points(3))
+    bare = Checkpoint.capture(recipe.model, step=7)
+    patched = [sites.everything(recipe.model)]
+    for verb in (dy.patch_gradients, dy.patch_updates, dy.attribute_step):
+        with pytest.raises(
+            RecipeError, match=r"checkpoint 7 holds no optimizer state.*with_fresh_optimizer\(\)"
+        ):
+            verb(recipe, bare, [pair], patched, margin)
+    found = dy.patch_gradients(recipe, bare.with_fresh_optimizer(), [pair], patched, margin)
+    expected = dy.patch_gradients(recipe, None, [pair], patched, margin)
+    for name in ("base", "source", "untouched", "coasted", "patched"):
+        assert (found[name].values == expected[name].values).all()
+    with pytest.raises(RecipeError, match="checkpoint 7 holds no optimizer state"):
+        dy.steps.replay(recipe, bare, pair.base)

@@ -1,5 +1,6 @@
 """Signals in modules that run twice, give tuples, write in place, stand in low precision, or are recomputed."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -311,3 +312,42 @@ def test_dropout_draws_the_same_in_both_runs_and_in_every_cell():
     assert (dropped[0] & dropped[2]).float().mean() > 0.2
     result = dy.patch_signals(recipe, checkpoint, [pair] * 2, sites.activations(recipe.model, "*"), margin)
     assert (result["effect"][0] == result["effect"][1]).all()
+
+
+class Clamped(nn.Module):
+    """A backward pass that is not linear: what arrives at the hidden layer is clamped."""
+
+    def __init__(self):
+        super().__init__()
+        self.lower, self.middle, self.upper = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        hidden = self.lower(x)
+        if hidden.requires_grad:
+            hidden.register_hook(lambda signal: signal.clamp(-1e-3, 1e-3))
+        return self.upper(self.middle(hidden).relu())
+
+
+def test_where_backward_is_not_linear_each_site_is_taken_by_itself():
+    torch.manual_seed(0)
+    recipe = classifier_recipe(model=Clamped().double(), optimizer=REVEALING)
+    pair = dy.Contrast(points(1), points(2), points(3))
+    patched = [Site("all", {"middle": ...}), Site("some", {"middle": (slice(0, 3),)})]
+    found = revealed(dy.patch_signals, recipe, None, pair, patched)
+    kept = dy.cache(recipe, None, pair.source, "middle")
+    for site in patched:
+        model, index = copy.deepcopy(recipe.model), site.covers["middle"]
+
+        def replace(module, inputs, output, index=index):
+            def change(signal):
+                signal = signal.clone()
+                signal[index] = kept.signals["middle"][index]
+                return signal
+
+            output.register_hook(change)
+
+        model.middle.register_forward_hook(replace)
+        recipe.loss(model, pair.base).backward()
+        expected = {name: p.grad for name, p in model.named_parameters()}
+        assert off(found[site.label], expected) < 1e-12
+        assert off(found["base"], expected) > 1e-6

@@ -1,0 +1,137 @@
+"""What a comparison of an alias run's checkpoints says, in words: sets, aliases, sites, change points."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import xarray as xr
+
+from dynamics.comparison import when
+from dynamics.tasks import AliasTask
+from dynamics.tasks.probes import ORDERS
+
+SHOWN = 10
+"""Rows of a table."""
+
+Found = Mapping[str, xr.Dataset]
+
+PAIRS = {"x1": ("DtQ1", "DfQ2"), "x2": ("Dt3", "Df4")}
+"""The reliable and the unreliable set that a phase is about."""
+
+
+def by_set(dataset: xr.Dataset, name: str) -> xr.Dataset:
+    """The mean over the aliases of a set."""
+    chosen = dataset.isel(example=dataset["set"].values == name)
+    bare = chosen.drop_vars([key for key, coord in chosen.coords.items() if "example" in coord.dims])
+    return bare.mean("example", keep_attrs=True)
+
+
+def at_level(dataset: xr.Dataset, level: str) -> xr.Dataset:
+    """The sites of a level, such as "matrices"."""
+    return dataset.isel(site=dataset["level"].values == level)
+
+
+def pair_table(task: AliasTask, found: Found, before: int, after: int) -> str:
+    """Two checkpoints: the sets, then the aliases, matrices, heads and activations that changed most."""
+    tables = {
+        "answers by set": _sets_rows(found["sets"]),
+        "aliases whose answers changed most": _alias_rows(task, found),
+        "matrices that moved most": _top(
+            at_level(found["weights"], "matrices"), "relative", ("relative", "cosine")
+        ),
+        "heads whose attention moved most": _top(found["patterns"], "divergence", ("divergence", "moved")),
+        "activations that changed most": _top(found["activations"], "cka", ("cka",), ascending=True),
+    }
+    return "\n\n".join(
+        [f"Step {before} to {after}", *(f"{title}\n{_aligned(rows)}" for title, rows in tables.items())]
+    )
+
+
+def _sets_rows(found: xr.Dataset) -> list[list[str]]:
+    rows = [["set", "accuracy", "loss (nat)", "KL (nat)", "predictions changed"]]
+    for i, name in enumerate(map(str, found["example"].values)):
+        one = found.isel(example=i)
+        rows.append(
+            [
+                name,
+                _arrow(one, "accuracy"),
+                _arrow(one, "loss"),
+                f"{float(one['kl']):.3g}",
+                f"{float(one['changed']):.0%}",
+            ]
+        )
+    return rows
+
+
+def _alias_rows(task: AliasTask, found: Found) -> list[list[str]]:
+    """The aliases by the change of their accuracy, then by KL, with both orders and the most changed question."""
+    logits, orders, questions = (found[name] for name in ("logits", "orders", "questions"))
+    change = np.abs(logits["accuracy_after"].values - logits["accuracy_before"].values)
+    order = np.lexsort((-logits["kl"].values, -change))[:SHOWN]
+    rows = [["alias", "set", "accuracy", *(f"{o}, KL" for o in ORDERS), "most changed question"]]
+    for i in order:
+        one = logits.isel(example=i)
+        asked = questions.isel(row=questions["example_id"].values == task.alias(int(one["integer"])))
+        most = asked.isel(row=int(asked["kl"].values.argmax()))
+        words = f"{_asked(task, str(most['row'].item()))} {int(most['prediction_before'])} → "
+        words += f"{int(most['prediction_after'])} (right: {int(most['target'])})"
+        by_order = [f"{float(orders['kl'].isel(example=i).sel(direction=o)):.3g}" for o in ORDERS]
+        rows.append(
+            [str(one["example"].item()), str(one["set"].item()), _arrow(one, "accuracy"), *by_order, words]
+        )
+    return rows
+
+
+def _asked(task: AliasTask, label: str) -> str:
+    """`A7 2 =` from the label of a row."""
+    left, right, *_ = map(int, label.partition(": ")[2].split())
+    return " ".join(f"A{t - task.modulus}" if t >= task.modulus else str(t) for t in (left, right)) + " ="
+
+
+def _top(dataset: xr.Dataset, by: str, shown: Sequence[str], ascending: bool = False) -> list[list[str]]:
+    ordered = dataset.sortby(by, ascending=ascending).isel(site=slice(SHOWN))
+    rows = [["site", *shown]]
+    for i in range(ordered.sizes["site"]):
+        one = ordered.isel(site=i)
+        rows.append([str(one["site"].item()), *(f"{float(one[name]):.3g}" for name in shown)])
+    return rows
+
+
+def _arrow(one: xr.Dataset, name: str) -> str:
+    return f"{float(one[f'{name}_before']):.3g} → {float(one[f'{name}_after']):.3g}"
+
+
+def every_table(task: AliasTask, found: Found) -> str:
+    """Where each curve of this run changes first."""
+    rows = [["curve", "first change at step", "change of the mean"]]
+    alignment = found["alignment"].sel(site="everything")
+    for first, second in PAIRS.values():
+        gaps = {
+            f"alignment {first} − {second}": by_set(alignment, first)["own"]
+            - by_set(alignment, second)["own"]
+        }
+        if {first, second} <= set(map(str, found["scores"]["example"].values)):
+            accuracy = found["scores"]["accuracy"]
+            gaps[f"accuracy {first} − {second}"] = accuracy.sel(example=first) - accuracy.sel(example=second)
+        for name, curve in gaps.items():
+            event = when(curve)
+            at, change = float(event["at"]), float(event["change"])
+            rows.append(
+                [name, "none" if np.isnan(at) else f"{at:.0f}", "" if np.isnan(at) else f"{change:+.3g}"]
+            )
+    relative = at_level(found["weights"], "matrices")["relative"]
+    per_step = relative / (relative["step"] - relative["previous"])
+    moved = [["from", "to", "site", "‖Δθ‖/‖θ‖ a step"]]
+    for i in np.argsort(-per_step.max("site").values)[:SHOWN]:
+        one = per_step.isel(step=i)
+        site = str(one["site"].values[int(one.values.argmax())])
+        moved.append([str(int(one["previous"])), str(int(one["step"])), site, f"{float(one.max()):.3g}"])
+    return f"change points in this run\n{_aligned(rows)}\n\nwhere weights moved fastest\n{_aligned(moved)}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

@@ -1,0 +1,365 @@
+"""The verbs beside the seed's loop, on the same work, in one run: ratios, memory, and how the cost grows.
+
+    .venv/bin/python scripts/benchmark_patching.py --readme
+
+Each row interleaves the loop of `seed_loop.py` and the verb; both take identical batches from the same checkpoint,
+a few steps into training, so results must agree. The seed's size is timed on some of the sites, evenly spread, as
+its loop is the same for each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import multiprocessing
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seed_loop
+import torch
+import xarray as xr
+import yaml
+from into_readme import stamp, write
+from scipy import stats
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import dynamics as dy
+from checkpoints import Checkpoint
+from dynamics.config import StudyConfig, ToyConfig
+
+PRESETS = {"toy": "default", "seed": "seed"}
+WARM_STEPS = 5
+LOOPED_SITES = 12
+"""Sites that the seed's loop takes at the seed's size."""
+PICTURE = Path(__file__).parent.parent / ".readme" / "scaling.png"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A recipe, a state with moments, contrasts."""
+
+    recipe: dy.Recipe
+    state: Checkpoint
+    contrasts: list[dy.Contrast]
+
+    @classmethod
+    def of(cls, config: StudyConfig) -> Bench:
+        """The toy of a config, warmed up by a few steps of X2."""
+        task = dy.tasks.AliasTask(config)
+        recipe = task.recipe()
+        optimizer = recipe.optimizer(recipe.model.parameters())
+        first = config.phases.starts["x2"]
+        start = Checkpoint.capture(recipe.model, optimizer, recipe.scheduler(optimizer), first)
+        state = dy.steps.advance(recipe, start, first + WARM_STEPS, task.batch)
+        return cls(recipe, state, task.contrasts())
+
+
+def config_of(size: str) -> StudyConfig:
+    """The config of a preset."""
+    text = (files("dynamics") / "presets" / f"{PRESETS[size]}.yaml").read_text()
+    return StudyConfig.from_dict(yaml.safe_load(text) or {})
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a verb from a state, and what it takes."""
+
+    name: str
+    verb: str
+    state: Checkpoint
+    contrasts: list[dy.Contrast]
+    sites: list[dy.Site]
+    goals: dict[str, int]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def rows(bench: Bench, size: str) -> list[Row]:
+    """What is compared."""
+    model, first, warm = bench.recipe.model, bench.contrasts[:1], bench.state
+    matrices = dy.sites.matrices(model)
+    every = [*matrices, *dy.sites.neurons(model), *dy.sites.rows(model, "embed.W_E")]
+    signals = dy.sites.activations(model, "blocks.*.attn.hook_z", ("layer", "head", "pos"), first[0].base)
+    fresh = warm.with_fresh_optimizer()
+    fast, first_order = {"toy": 150, "seed": 150}, {"method": "first_order"}
+    found = [
+        Row(
+            "`patch_gradients`, stored AdamW",
+            "patch_gradients",
+            warm,
+            first,
+            matrices,
+            {"toy": 10, "seed": 6},
+        ),
+        Row(
+            "`patch_gradients`, fresh AdamW",
+            "patch_gradients",
+            fresh,
+            first,
+            matrices,
+            {"toy": 10, "seed": 6},
+        ),
+        Row("`patch_updates`", "patch_updates", warm, first, matrices, {"toy": 20, "seed": 12}),
+        Row(
+            "`attribute_step`, first order, all sites",
+            "attribute_step",
+            warm,
+            first,
+            every,
+            fast,
+            first_order,
+        ),
+        Row("`attribute_step`, integrated, all sites", "attribute_step", warm, first, every, fast),
+        Row(
+            "`patch_signals`, layer x head x position",
+            "patch_signals",
+            warm,
+            first,
+            signals,
+            {"toy": 10, "seed": 6},
+        ),
+    ]
+    if size == "toy":
+        name = "`patch_gradients`, 30 contrasts"
+        found.append(Row(name, "patch_gradients", warm, bench.contrasts[:30], matrices, {"toy": 15}))
+    return found
+
+
+def ours(bench: Bench, row: Row) -> xr.Dataset:
+    """The verb."""
+    verb = getattr(dy, row.verb)
+    return verb(bench.recipe, row.state, row.contrasts, row.sites, dy.measures.correct_logit, **row.settings)
+
+
+def looped(bench: Bench, row: Row, sites: list[dy.Site]) -> list[float]:
+    """The seed's way; for `attribute_step`, which estimates them, exact exchanges of updates."""
+    loop = seed_loop.LOOPS.get(row.verb, seed_loop.patch_updates)
+    return list(loop(bench.recipe, row.state, row.contrasts, sites, dy.measures.correct_logit))
+
+
+def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds, and what came of it."""
+    begin = time.perf_counter()
+    found = function()
+    return time.perf_counter() - begin, found
+
+
+def compared(bench: Bench, row: Row, size: str, repeats: int) -> dict[str, Any]:
+    """Median seconds of both ways, and how far their results differ."""
+    every = max(1, len(row.sites) // LOOPED_SITES) if size == "seed" or len(row.sites) > 100 else 1
+    picked = row.sites[::every]
+    ours(bench, replace(row, contrasts=row.contrasts[:1]))  # warm up
+    pairs = [
+        (timed(lambda: ours(bench, row)), timed(lambda: looped(bench, row, picked))) for _ in range(repeats)
+    ]
+    seconds = [statistics.median(pair[i][0] for pair in pairs) for i in (0, 1)]
+    found = pairs[0][0][1]
+    name = "attribution" if row.verb == "attribute_step" else "patched"
+    theirs = np.array(pairs[0][1][1]).reshape(len(row.contrasts), len(picked))
+    values = found[name].values[:, ::every]
+    if row.verb == "attribute_step":
+        theirs = theirs - found["base"].values[:, None]
+        agreement = float(stats.spearmanr(values.ravel(), theirs.ravel()).statistic)
+    else:
+        agreement = float(np.max(np.abs(values - theirs) / np.maximum(1, np.abs(theirs))))
+    n = len(row.sites) * len(row.contrasts)
+    return {
+        "row": row.name,
+        "sites": n,
+        "ours_ms": 1e3 * seconds[0] / n,
+        "loop_ms": 1e3 * seconds[1] / (len(picked) * len(row.contrasts)),
+        "goal": row.goals[size],
+        "agreement": agreement,
+    }
+
+
+def extra_memory(size: str, verb: str) -> float:
+    """Megabytes that a verb needs at its peak beyond a step and a measure of the same model; its own process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return float(pool.apply(_peak, (size, verb)))
+
+
+def _peak(size: str, verb: str) -> float:
+    torch.set_num_threads(1)
+    bench = Bench.of(config_of(size))
+    row = next(row for row in rows(bench, size) if row.verb == verb)
+    looped(bench, row, row.sites[:1])
+    gc.collect()
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    ours(bench, row)
+    return _resident("VmHWM") - before
+
+
+def _resident(which: str) -> float:
+    """Megabytes, as Linux counts them."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(which))
+
+
+def floor_ms(bench: Bench) -> tuple[float, float]:
+    """Milliseconds that the matrix products of the measure's forward pass take at this machine's best rate, and
+    that rate in GFLOP/s."""
+    a = torch.randn(1024, 1024)
+    rate = 2 * 1024**3 / min(timed(lambda: a @ a)[0] for _ in range(10))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        dy.measures.correct_logit(bench.recipe.model, bench.contrasts[0].probe)
+    return 1e3 * counter.get_total_flops() / rate, rate / 1e9
+
+
+def measure(size: str, repeats: int, threads: int) -> dict[str, Any]:
+    """All rows of one size."""
+    torch.set_num_threads(threads)
+    bench = Bench.of(config_of(size))
+    floor, rate = floor_ms(bench)
+    parameters = sum(p.numel() for p in bench.recipe.model.parameters())
+    found = [
+        compared(bench, row, size, repeats)
+        for row in tqdm(rows(bench, size), desc=f"{size}, {threads} threads")
+    ]
+    return {
+        "size": size,
+        "threads": threads,
+        "parameters": parameters,
+        "floor_ms": floor,
+        "gflops": rate,
+        "rows": found,
+        "repeats": repeats,
+    }
+
+
+def scaling(repeats: int) -> dict[str, Any]:
+    """Seconds of the verbs against numbers of sites, contrasts and parameters."""
+    torch.set_num_threads(1)
+    bench = Bench.of(config_of("toy"))
+    matrices = dy.sites.matrices(bench.recipe.model)
+    benches = [
+        Bench.of(replace(config_of("toy"), model=ToyConfig(d_model=d, d_head=d // 4, d_mlp=2 * d)))
+        for d in (32, 64, 128, 256, 512)
+    ]
+    found: dict[str, Any] = {}
+    for verb in ("patch_gradients", "patch_updates", "attribute_step"):
+        row = Row(verb, verb, bench.state, bench.contrasts[:1], matrices, {})
+        curves = {
+            "sites": [(n, bench, replace(row, sites=matrices[:n])) for n in (1, 3, 6, 12, 24, 46)],
+            "contrasts": [(n, bench, replace(row, contrasts=bench.contrasts[:n])) for n in (1, 3, 10, 30)],
+            "parameters": [
+                (
+                    sum(p.numel() for p in b.recipe.model.parameters()),
+                    b,
+                    Row(verb, verb, b.state, b.contrasts[:1], dy.sites.matrices(b.recipe.model), {}),
+                )
+                for b in benches
+            ],
+        }
+        for axis, points in curves.items():
+            seconds = [
+                statistics.median(timed(lambda b=b, r=r: ours(b, r))[0] for _ in range(repeats))
+                for _, b, r in points
+            ]
+            numbers = [n for n, _, _ in points]
+            upper = slice(len(numbers) // 2 - 1, None)
+            slope = np.polyfit(np.log(numbers[upper]), np.log(seconds[upper]), 1)[0]
+            found.setdefault(axis, {})[verb] = {"n": numbers, "seconds": seconds, "slope": float(slope)}
+    return found
+
+
+def picture(found: dict[str, Any], path: Path) -> None:
+    """One panel for each axis, logarithmic both ways."""
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3.2), sharey=True, layout="constrained")
+    for ax, (axis, verbs) in zip(axes, found.items(), strict=True):
+        for verb, curve in verbs.items():
+            label = f"{verb}, slope {curve['slope']:.2f}"
+            ax.loglog(curve["n"], 1e3 * np.array(curve["seconds"]), marker="o", label=label)
+        ax.set_xlabel(f"number of {axis}")
+        ax.legend(fontsize=7)
+    axes[0].set_ylabel("milliseconds of one call")
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def table(found: list[dict[str, Any]], memory: dict[str, dict[str, float]], slopes: dict[str, Any]) -> str:
+    """Ratios by size and threads, goals beside them."""
+    columns = [(part["size"], part["threads"]) for part in found]
+    names = {"toy": "toy 2 x 128", "seed": "seed's size 6 x 1024"}
+    lines = [
+        "| | " + " | ".join(f"{names[size]}, {n} thread{'s' * (n > 1)}" for size, n in columns) + " | GPU |",
+        "|" + "---|" * (len(columns) + 2),
+    ]
+    for name in dict.fromkeys(row["row"] for part in found for row in part["rows"]):
+        cells = []
+        for part in found:
+            row = next((row for row in part["rows"] if row["row"] == name), None)
+            cells.append(
+                f"{row['loop_ms'] / row['ours_ms']:.1f}x ({row['ours_ms']:.2g} of {row['loop_ms']:.2g} ms; "
+                f"goal {row['goal']}x)"
+                if row
+                else "–"
+            )
+        lines.append(f"| {name} | " + " | ".join(cells) + " | not measured |")
+    exact = max(r["agreement"] for part in found for r in part["rows"] if "attribute" not in r["row"])
+    ranks = min(r["agreement"] for part in found for r in part["rows"] if "attribute" in r["row"])
+    floors = "; ".join(
+        f"{names[p['size']]}, {p['threads']}: {p['floor_ms']:.2g} ms at {p['gflops']:.0f}" for p in found
+    )
+    grown = "; ".join(
+        f"{axis} " + ", ".join(f"{curve['slope']:.2f}" for curve in verbs.values())
+        for axis, verbs in slopes.items()
+    )
+    needs = "; ".join(
+        f"{names[size]} {', '.join(f'{verb} {mb:.0f}' for verb, mb in verbs.items())}"
+        for size, verbs in memory.items()
+    )
+    verbs = "`, `".join(next(iter(slopes.values())))
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Ratios; in brackets milliseconds a site. All matrices of one contrast unless said, medians of "
+            f"{found[0]['repeats']} interleaved repeats; `attribute_step` beside exact exchanges of a sample of "
+            f"its sites. Both ways agree to {exact:.0e} of the measure; attributions rank sites like exact "
+            f"exchanges (Spearman at least {ranks:.2f}). Floor, the matrix products of one forward pass of the "
+            f"measure at the machine's own rate in GFLOP/s: {floors}. Megabytes beyond a model, its optimizer and "
+            f"a step: {needs}. Log-log slopes of `{verbs}` against the number of {grown} "
+            f"(`.readme/scaling.png`). {stamp(__file__)}",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", nargs="+", choices=PRESETS, default=list(PRESETS))
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, default=Path("runs/benchmark-patching.json"))
+    parser.add_argument("--readme", action="store_true", help="write table and picture into README.md")
+    given = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    parts = [measure(size, given.repeats, threads) for size in given.sizes for threads in given.threads]
+    memory = {
+        size: {verb: extra_memory(size, verb) for verb in ("patch_gradients", "patch_updates")}
+        for size in given.sizes
+    }
+    slopes = scaling(given.repeats)
+    given.json.parent.mkdir(parents=True, exist_ok=True)
+    given.json.write_text(json.dumps({"parts": parts, "memory": memory, "scaling": slopes}, indent=1))
+    text = table(parts, memory, slopes)
+    print(text)
+    picture(slopes, PICTURE if given.readme else given.json.with_suffix(".png"))
+    if given.readme:
+        write("speed", text)
+
+
+if __name__ == "__main__":
+    main()
