@@ -39,7 +39,7 @@ def patch_paths(
 ) -> xr.Dataset:
     """Run each contrast's base batch with what a sender writes exchanged for one receiver alone, and measure it.
 
-        patched = M(base batch | r reads Σ_w w + Σ_(s in S to r) (s(source batch) − s))    w, s: as written in this run
+        patched = M(base batch | r reads Σ_w w + Σ_s (s(source batch) − s))    s in S: w, s as written in this run
 
     All other components read what they read, and everything after the receiver follows. What is exchanged is the
     edge to r alone: neither what s does to r by way of components in between, nor anything else that s does. All

@@ -1,7 +1,7 @@
 """Sites of paths: what one component of a transformer writes, as far as one other component reads it.
 
-A transformer's residual stream is a sum of what its components write, and every component reads that sum. An edge is
-one term of the sum that one component reads; exchanging it leaves all other readers alone.
+A residual stream is the sum of what a transformer's components write, and every component reads that sum. An edge
+is one term of the sum that one component reads; exchanging it leaves all other readers alone.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ class End:
 def paths(model: nn.Module, senders: str = "*", receivers: str = "*") -> list[Path]:
     """Every edge between components that match two globs, one site each, sender by sender.
 
-    Senders are "embed" (the tokens'), heads "L0H1" and MLPs "mlp 0"; what else is written (positions, output biases) is
-    the same in every run. Receivers are heads' inputs "L2H3 q", "L2H3 k", "L2H3 v", MLPs "mlp 2", and "logits", which
-    read through the final norm. From head to head's q, k and v: `paths(model, "L*H*", "L*H* [qkv]")`; all there is
-    to one receiver: `paths(model, "*", "L2H3 q")`.
+    Senders are "embed" (the tokens'), heads "L0H1" and MLPs "mlp 0"; what else is written (positions, output
+    biases) is the same in every run. Receivers are heads' inputs "L2H3 q", "L2H3 k", "L2H3 v", MLPs "mlp 2", and
+    "logits", which read through the final norm. From head to head's q, k and v:
+    `paths(model, "L*H*", "L*H* [qkv]")`; all there is to one receiver: `paths(model, "*", "L2H3 q")`.
 
     Args:
         model: a toy or a `TransformerBridge`; with TransformerLens's switches `set_use_attn_result`,
@@ -122,9 +122,7 @@ def together(model: nn.Module, edges: Sequence[str], label: str) -> Path:
         wrong = (
             f"{some(unknown)} is no path" if unknown else "edges must differ" if edges else "there are none"
         )
-        raise SiteError(
-            f"Site {label!r}: {wrong}. sites.paths(model) lists all {len(known)}, with {known.popitem()[0]}."
-        )
+        raise SiteError(f"Site {label!r}: {wrong}. sites.paths(model) lists all {len(known)}.")
     chosen = [known[edge] for edge in edges]
     covers: dict[str, Index] = {hook: ... for site in chosen for hook in site.covers}
     return Path(

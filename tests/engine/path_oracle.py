@@ -1,4 +1,4 @@
-"""The residual graph written out: every component reads a sum whose every term may be another run's. Numpy loops."""
+"""The residual graph in numpy loops: every component reads a sum whose every term may be another run's."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""attribute_paths beside finite differences, TransformerLens's edge attribution and its own identities; circuits."""
+"""attribute_paths beside finite differences and TransformerLens's edge attribution; identities; circuits."""
 
 import itertools
 
