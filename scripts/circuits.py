@@ -1,10 +1,11 @@
-"""Which edges a small language's answer needs: circuits by threshold, kept alone, beside random ones of equal size.
+"""Which edges a small language's answer needs: circuits by threshold, kept alone, beside random ones.
 
-For each run of a language (`dynamics fit --preset ioi`, acronyms, facts): `attribute_paths`, integrated, scores every
-edge on every other prompt of the task's contrasts. The circuit is that of the highest threshold at which, on those
-prompts, the circuit alone (every other edge carries what the corrupted prompt writes) keeps 90 % of the logit
-difference. What is shown is measured on the other half of the prompts: how much the circuit keeps there, and how much
-as many edges drawn from all, and as many drawn way by way from the tokens to the answer.
+For each run of a language (`dynamics fit --preset ioi`, acronyms, facts): `attribute_paths`, integrated,
+scores every edge on every other prompt of the task's contrasts. The circuit is that of the highest threshold
+at which, on those prompts, the circuit alone (every other edge carries what the corrupted prompt writes) keeps
+90 % of the logit difference. What is shown is measured on the other half of the prompts: how much the circuit
+keeps there, and how much as many edges drawn from all, and as many drawn way by way from the tokens to the
+answer.
 
     for task in ioi acronyms facts; do for seed in 1 2 3 4 5; do
         .venv/bin/dynamics fit --preset $task --seed $seed --out runs/languages/$task-$seed
@@ -187,8 +188,8 @@ def report(runs: Sequence[Found]) -> str:
         for name, found in tasks.items()
     )
     caption = (
-        "Kept: (circuit alone − corrupted) / (clean − corrupted), a ratio of means over the prompts of a run that it "
-        "was not found on; mean [95 % t interval over runs]. By run (seeds "
+        "Kept: (circuit alone − corrupted) / (clean − corrupted), a ratio of means over the prompts of a run that "
+        "it was not found on; mean [95 % t interval over runs]. By run (seeds "
         f"{', '.join(dict.fromkeys(str(f.seed) for f in runs))}): {single}. {N_SETS} random sets of each kind for "
         f"each run, as large as its circuit. {stamp(__file__)}"
     )

@@ -1,10 +1,10 @@
 """When does each head become causal, and which edges persist: activation verbs over training, by `dy.sweep`.
 
-Runs of one language, two or more seeds each. Heads: `patch_activations` puts every head's clean output (hook_z, all
-positions) into the corrupted prompt at every stored step from 10 on; `comparison.when` says where a head's effect
-changes its level, and the run is the unit. Heads have no names across runs, so those of a layer stand for each other
-by strength: its strongest head at the end. Edges: `attribute_paths`, integrated, at some of those steps; the circuit of
-each step (threshold 0.5 % of that step's gap) beside that of the last one.
+Runs of one language, two or more seeds each. Heads: `patch_activations` puts every head's clean output
+(hook_z, all positions) into the corrupted prompt at every stored step from 10 on; `comparison.when` says where
+a head's effect changes its level, and the run is the unit. Heads have no names across runs, so those of a
+layer stand for each other by strength: its strongest head at the end. Edges: `attribute_paths`, integrated, at
+some of those steps; the circuit of each step (threshold 0.5 % of that step's gap) beside that of the last one.
 
     .venv/bin/python scripts/when_causal.py runs/languages/* --readme
 """
@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 import xarray as xr
 from into_readme import interval, stamp, write
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
@@ -233,7 +234,7 @@ def figure(found: Sequence[Found]) -> Figure:
     return drawn
 
 
-def band(axes, across: Array, curves: npt.ArrayLike, color: str, label: str) -> None:  # type: ignore[no-untyped-def]
+def band(axes: Axes, across: Array, curves: npt.ArrayLike, color: str, label: str) -> None:
     """Mean over runs [seed, step] with its 95 % t interval."""
     mean, low, high = dy.statistics.mean_interval(np.asarray(curves), axis=0)
     axes.plot(across, mean, color=color, label=label, linewidth=1.5)
