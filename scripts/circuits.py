@@ -215,7 +215,7 @@ def figure(runs: Sequence[Found]) -> Figure:
             best = curves["by attribution"][one.chosen]
             axes.plot(one.sizes[one.chosen], best, "o", color=looks["by attribution"], markersize=4)
         axes.axhline(GOAL, color="#999999", linewidth=0.8, linestyle=":", zorder=1)
-        axes.set(title=name, xlabel=f"edges kept, of {found[0].n_edges}", ylim=(-0.25, 1.05))
+        axes.set(title=name, xlabel=f"edges kept, of {found[0].n_edges}", ylim=(-0.05, 1.05))
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("logit difference kept")
     panels[-1].legend(frameon=False, fontsize=8.5)

@@ -3,8 +3,9 @@
 Runs of one language, two or more seeds each. Heads: `patch_activations` puts every head's clean output
 (hook_z, all positions) into the corrupted prompt at every stored step from 10 on; `comparison.when` says where
 a head's effect changes its level, and the run is the unit. Heads have no names across runs, so those of a
-layer stand for each other by strength: its strongest head at the end. Edges: `attribute_paths`, integrated, at
-some of those steps; the circuit of each step (threshold 0.5 % of that step's gap) beside that of the last one.
+layer stand for each other by strength: its strongest head at the end. Edges: `attribute_paths`, integrated (8
+nodes, every other prompt), at some of those steps; the circuit of each step (threshold 0.5 % of that step's
+gap) beside that of the last one.
 
     .venv/bin/python scripts/when_causal.py runs/languages/* --readme
 """
@@ -95,16 +96,19 @@ def one_task(runs: Sequence[Trajectory], out: Path) -> Found:
     steps = sorted(step for step in common if FIRST <= step <= end)
 
     def prompts(task: dy.tasks.Task, step: int) -> list[dy.Contrast]:
-        return task.contrasts()  # type: ignore[return-value]
+        return list(task.contrasts())
+
+    def every_other(task: dy.tasks.Task, step: int) -> list[dy.Contrast]:
+        return list(task.contrasts())[::2]
 
     heads = dy.sweep(
         dy.patch_activations, runs, steps, prompts, partial(heads_of, like=like), MEASURES, out=out
     )
     edges = dy.sweep(
-        partial(dy.attribute_paths, method="integrated", max_nodes=16),
+        partial(dy.attribute_paths, method="integrated", max_nodes=8),
         runs,
         steps[::-2][:N_CIRCUITS][::-1],
-        prompts,
+        every_other,
         dy.sites.paths,
         dy.measures.logit_difference,
         out=out,

@@ -1,15 +1,19 @@
 """The scripts of paths from the command line, in miniature; none touches the README unasked."""
 
+import dataclasses
 import importlib.util
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 from test_analysis_scripts import rows_of
+from test_readme import blocks
 
 import dynamics as dy
 from dynamics import results
@@ -87,6 +91,26 @@ def test_half_is_where_half_of_the_way_is_gone():
     across = np.arange(12.0)
     assert half(across, np.array([0, 0, 0, 1, 2, 4, 6, 8, 9, 10, 10, 10.0])) == 6
     assert half(across, -np.array([0, 0, 0, 1, 2, 4, 6, 8, 9, 10, 10, 10.0])) == 6
+
+
+def test_the_readmes_example_runs():
+    (example,) = [block for block in blocks() if "dy.sites.outside" in block]
+    model = ToyTransformer(ToyConfig(n_layers=2, n_heads=2, d_model=8, d_head=4, d_mlp=8, n_ctx=3), 5)
+    rows = (torch.tensor([[1, 2, 3]]), torch.tensor([2]), torch.tensor([4]), torch.tensor([[0]]))
+    clean = dy.Batch(*rows)
+    corrupted = dataclasses.replace(clean, tokens=torch.tensor([[1, 0, 3]]))
+    pairs = [dy.Contrast(corrupted, clean, coords={"example": "one"})]
+    names = {
+        "dy": dy,
+        "recipe": dy.Recipe(model),
+        "state": None,
+        "task": types.SimpleNamespace(contrasts=lambda: pairs),
+    }
+    exec(example, names)
+    assert names["one_by_one"].sizes["site"] == 4
+    rest = names["rest"].edges
+    assert len(rest) == len(names["scores"]["site"]) - len(names["kept"])
+    assert names["alone"]["base"].item() == pytest.approx(names["one_by_one"]["source"].item())
 
 
 # --- from the command line --------------------------------------------------------------------------------
