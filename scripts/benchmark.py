@@ -1,4 +1,4 @@
-"""What the Trainer and the recorder cost over a bare loop of the same steps, in one run.
+"""What the Trainer, the recorder and TransformerLens's model cost over a bare loop of the same steps, in one run.
 
 Three ways take the same steps of the same toy, interleaved, so that a busy machine disturbs all alike: a
 bare loop; Lightning with `StepModule`; Lightning with a `TrajectoryRecorder` on the default schedule. The
@@ -22,16 +22,22 @@ from pathlib import Path
 import torch
 from into_readme import stamp, write
 from lightning.pytorch import Trainer
+from torch import nn
+from transformer_lens.config import TransformerBridgeConfig
+from transformer_lens.model_bridge.sources.native import boot as boot_native
 
 import dynamics as dy
 from checkpoints import Checkpoint, TrajectoryWriter
 from dynamics.config import StudyConfig
 
+NATIVE_STEPS = 300
+"""Steps that TransformerLens's own model is trained for, beside as many of the toy."""
 
-def bare(task: dy.tasks.AliasTask, first: int, steps: int) -> None:
-    """The loop anyone would write."""
+
+def bare(task: dy.tasks.AliasTask, first: int, steps: int, model: nn.Module | None = None) -> None:
+    """The loop anyone would write; with the toy unless another model is given."""
     recipe = task.recipe()
-    model = recipe.model
+    model = model or recipe.model
     optimizer = recipe.optimizer(model.parameters())
     scheduler = recipe.scheduler(optimizer)
     for step in range(first, first + steps):
@@ -83,6 +89,18 @@ def recorded(task: dy.tasks.AliasTask, first: int, steps: int) -> None:
         by_trainer(task, first, steps, [recorder])
 
 
+def native(task: dy.tasks.AliasTask) -> nn.Module:
+    """TransformerLens's own transformer in the toy's shape, behind its bridge."""
+    given = task.config.model
+    shapes = {
+        name: getattr(given, name) for name in ("n_layers", "n_heads", "d_model", "d_head", "d_mlp", "n_ctx")
+    }
+    d_vocab = task.recipe().model.cfg.d_vocab
+    return boot_native(
+        TransformerBridgeConfig(**shapes, d_vocab=d_vocab, act_fn="relu", normalization_type="LN", seed=0)
+    )
+
+
 def timed(function: Callable[..., None], *arguments: object) -> float:
     start = time.perf_counter()
     function(*arguments)
@@ -105,6 +123,10 @@ def measure(repeats: int, threads: int) -> dict[str, float]:
         # Turn the order round every time, so that warming up or slowing down favours none.
         for name in (list(ways), list(ways)[::-1])[repeat % 2]:
             seconds[name].append(ways[name]())
+    beside = [
+        (timed(bare, task, first, NATIVE_STEPS, native(task)), timed(bare, task, first, NATIVE_STEPS))
+        for _ in range(repeats)
+    ]
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     return {
         "steps": steps,
@@ -113,6 +135,8 @@ def measure(repeats: int, threads: int) -> dict[str, float]:
         "bare_ms": 1e3 * medians["bare"] / steps,
         "trainer_ms": 1e3 * medians["trainer"] / steps,
         "recorded_ms": 1e3 * medians["recorded"] / steps,
+        "native_ms": 1e3 * statistics.median(theirs for theirs, _ in beside) / NATIVE_STEPS,
+        "native_over_bare": statistics.median(theirs / ours for theirs, ours in beside),
         "trainer_over_bare": statistics.median(
             t / b for t, b in zip(seconds["trainer"], seconds["bare"], strict=True)
         ),
@@ -132,6 +156,8 @@ def table(found: dict[str, float]) -> str:
             "loop | at most 1.10 |",
             f"| with the trajectory recorded | {found['recorded_ms']:.2f} | {found['recorded_over_trainer']:.3f} "
             "of the Trainer | at most 1.15 |",
+            f"| TransformerLens's native bridge, bare loop | {found['native_ms']:.2f} | "
+            f"{found['native_over_bare']:.3f} of the bare loop | |",
             "",
             f"Default toy, all {found['steps']} steps of X1, default schedule; medians of {found['repeats']} "
             f"interleaved repeats. {found['threads']} thread. {stamp(__file__)}",

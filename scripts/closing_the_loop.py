@@ -1,8 +1,9 @@
 """Closing the loop: is the difference gone where it was localised, and only there?
 
-From the first steps of X2 the tenth of the matrices is chosen whose gradients' tags move Dt3 − Df4 most
-(`patch_window` over 10 recorded batches). X2 is then trained again from the same checkpoint with the tag's gradient
-difference erased in them, everywhere, or in random matrices with as many parameters and as large a difference.
+From the first steps of X2 a tenth of the matrices is chosen, those whose gradients' tags move Dt3 − Df4 most
+together (`patch_window` over recorded batches). X2 is then trained again from the same checkpoint with the tag's
+gradient difference erased in them, everywhere, or in random matrices with as many parameters and as large a
+difference.
 
     .venv/bin/python scripts/closing_the_loop.py runs/seeds-fresh/train-5-seed-*/drawn --readme
 """
@@ -13,9 +14,11 @@ import argparse
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 from into_readme import interval, run_key, stamp, write
@@ -26,9 +29,9 @@ from checkpoints import Checkpoint, Trajectory
 from dynamics.recipe import Recipe
 from dynamics.sites import Site
 
-LOOK = 10
-"""Steps of X2 that the choice may look at."""
 SHARE = 0.1
+CANDIDATES = 16
+"""Matrices, those that move most alone, among which a set is chosen together."""
 N_RANDOM = 2
 MEASURES = {"accuracy": dy.measures.accuracy, "correct_logit": dy.measures.correct_logit}
 
@@ -38,23 +41,34 @@ def squared(tensors: dict[str, torch.Tensor], site: Site) -> float:
     return sum(float(tensors[name][index].double().square().sum()) for name, index in site.covers.items())
 
 
+def moved(
+    recipe: Recipe, start: Checkpoint, training: list[dy.Contrast], sites: list[Site]
+) -> npt.NDArray[np.float64]:
+    """How far Dt3 − Df4 moves when a window trains a site on the other tags, for each site."""
+    found = dy.patch_window(recipe, start, training, sites, dy.measures.correct_logit).squeeze("step")
+    effect, reliable = found["effect"].values, found["set"].values == "Dt3"
+    return np.abs(effect[reliable].mean(0) - effect[~reliable].mean(0))
+
+
 def chosen_and_random(
-    recipe: Recipe, start: Checkpoint, task: dy.tasks.AliasTask, seed: int
+    recipe: Recipe, start: Checkpoint, task: dy.tasks.AliasTask, seed: int, look: int, choose: str
 ) -> tuple[list[Site], list[list[Site]], list[tuple[float, float]]]:
     """The matrices that move Dt3 − Df4 most, random sets of others, and how well these match in size and ‖Δ‖."""
     matrices = dy.sites.matrices(recipe.model)
-    base = [task.batch(start.step + n) for n in range(LOOK)]
+    base = [task.batch(start.step + n) for n in range(look)]
     source = [task.retag(batch) for batch in base]
     training = [replace(c, base=base, source=source) for c in task.contrasts()]
-    effect = dy.patch_window(recipe, start, training, matrices, dy.measures.correct_logit).squeeze("step")[
-        "effect"
-    ]
-    reliable = effect["set"].values == "Dt3"
-    moved = np.abs(effect.values[reliable].mean(0) - effect.values[~reliable].mean(0))
+    moves = partial(moved, recipe, start, training)
     n_top = round(SHARE * len(matrices))
-    order = np.argsort(-moved)
+    order = np.argsort(-moves(matrices))
+    if choose == "together":
+        top, candidates = [int(order[0])], order[1:CANDIDATES].tolist()
+        while len(top) < n_top:
+            sets = [dy.sites.union(recipe.model, [matrices[j] for j in (*top, i)]) for i in candidates]
+            top.append(candidates.pop(int(np.argmax(moves(sets)))))
+        order = np.array([*top, *(i for i in order if i not in top)])
     ends = [
-        dy.steps.advance(recipe, start, start.step + LOOK, lambda step, b=b: b[step - start.step]).parameters
+        dy.steps.advance(recipe, start, start.step + look, lambda step, b=b: b[step - start.step]).parameters
         for b in (base, source)
     ]
     delta = {name: ends[1][name] - ends[0][name] for name in ends[0]}
@@ -94,19 +108,19 @@ def gap(recipe: Recipe, state: Checkpoint, task: dy.tasks.AliasTask, measure: dy
     return dt3 - df4
 
 
-def one_run(folder: Path, n_steps: int, out: Path) -> pd.DataFrame:
+def one_run(folder: Path, n_steps: int, look: int, choose: str, out: Path) -> pd.DataFrame:
     """All worlds of one run; kept as CSV under `out`."""
     torch.set_num_threads(1)
     warnings.filterwarnings("error")
     run = Trajectory.open(folder)
     seed = int(run.config["seed"])
-    path = out / f"{run_key(run)}-{n_steps}.csv"
+    path = out / f"{run_key(run)}-{n_steps}-{look}-{choose}.csv"
     if path.exists():
         return pd.read_csv(path)
     task = dy.tasks.load(run.config)
     recipe = task.recipe()
     start = run.at(task.config.phases.starts["x2"])
-    top, random_sets, ratios = chosen_and_random(recipe, start, task, seed)
+    top, random_sets, ratios = chosen_and_random(recipe, start, task, seed, look, choose)
     everything = [dy.sites.union(recipe.model, dy.sites.parameters(recipe.model), "everything")]
     worlds = {"nowhere": [], "everywhere": everything, "chosen": top}
     worlds |= {f"random {i}": sites for i, sites in enumerate(random_sets)}
@@ -130,7 +144,7 @@ def one_run(folder: Path, n_steps: int, out: Path) -> pd.DataFrame:
     return found
 
 
-def table(found: pd.DataFrame, n_steps: int) -> str:
+def table(found: pd.DataFrame, n_steps: int, look: int, choose: str) -> str:
     """Dt3 − Df4 in each world, and how much of what erasing everywhere takes away is gone."""
     kinds = found.assign(erased=found["erased"].str.replace(r" \d", "", regex=True))
     per_seed = kinds.groupby(["erased", "seed"])[list(MEASURES)].mean().unstack("seed")
@@ -160,9 +174,9 @@ def table(found: pd.DataFrame, n_steps: int) -> str:
     seeds = ", ".join(map(str, sorted(found["seed"].unique())))
     lines += [
         "",
-        f"Seeds {seeds}; {n_steps} steps of X2, mean over the last quarter; gone = ratio of means, Fieller's 95 % "
-        f"interval over seeds. Chosen most often: {most}. Random sets have {spans[0]} times the chosen parameters "
-        f"and {spans[1]} times their ‖Δ‖. {stamp(__file__)}",
+        f"Seeds {seeds}; chosen {choose} by the first {look} of {n_steps} steps of X2; means over the last "
+        f"quarter; gone = ratio of means, Fieller's 95 % interval over seeds. Chosen most often: {most}. Random "
+        f"sets have {spans[0]} times the chosen parameters and {spans[1]} times their ‖Δ‖. {stamp(__file__)}",
     ]
     return "\n".join(lines)
 
@@ -173,14 +187,30 @@ def main() -> None:
     )
     parser.add_argument("runs", type=Path, nargs="+", help="run folders, one per seed; at least two")
     parser.add_argument("--steps", type=int, default=500, help="steps of X2 to train again")
+    parser.add_argument("--look", type=int, default=10, help="first steps of X2 that the choice may look at")
+    parser.add_argument(
+        "--choose",
+        choices=("alone", "together"),
+        default="together",
+        help="by what each matrix moves alone, or one after another by what it moves together with those before",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/loop"))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--readme", action="store_true", help="write the table into README.md")
     given = parser.parse_args()
     n = len(given.runs)
     with ProcessPoolExecutor(given.workers) as pool:
-        parts = list(pool.map(one_run, given.runs, [given.steps] * n, [given.out] * n))
-    text = table(pd.concat(parts), given.steps)
+        parts = list(
+            pool.map(
+                one_run,
+                given.runs,
+                [given.steps] * n,
+                [given.look] * n,
+                [given.choose] * n,
+                [given.out] * n,
+            )
+        )
+    text = table(pd.concat(parts), given.steps, given.look, given.choose)
     print(text)
     if given.readme:
         write("loop", text)

@@ -18,6 +18,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import scipy.stats
@@ -42,6 +43,7 @@ IMPULSE = 10
 MEASURE = dy.measures.correct_logit
 HOOKS = {"embed": "hook_embed", "attn": "blocks.{layer}.hook_attn_out", "mlp": "blocks.{layer}.hook_mlp_out"}
 CHANCE = "chance"
+PICTURE = Path(__file__).parent.parent / ".readme" / "planted.png"
 
 
 def mean_size(found: xr.DataArray) -> np.ndarray:
@@ -281,6 +283,27 @@ def table(found: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def picture(found: pd.DataFrame, path: Path) -> None:
+    """AUC and top-1 of every method: mean and interval over seeds, and each plant's mean as a dot."""
+    order = found.groupby("method")["auc"].mean().sort_values().index
+    figure, axes = plt.subplots(1, 2, figsize=(9, 0.3 * len(order) + 1.2), sharey=True, layout="constrained")
+    chance = {"auc": 0.5, "top1": float((1 / found["n"]).mean())}
+    names = {"auc": "AUC of the planted site", "top1": "share of worlds with the plant on top"}
+    for ax, (key, name) in zip(axes, names.items(), strict=True):
+        for row, method in enumerate(order):
+            part = found[found["method"] == method]
+            dots = part.groupby("plant")[key].mean()
+            ax.plot(dots, [row] * len(dots), "o", color="0.75", markersize=4)
+            mean, low, high = dy.statistics.mean_interval(part.groupby("seed")[key].mean().to_numpy())
+            ax.plot([low, high], [row, row], color="C0")
+            ax.plot(mean, row, "o", color="C0")
+        ax.axvline(chance[key], color="k", linestyle=":", linewidth=1)
+        ax.set(xlabel=name, xlim=(-0.05, 1.05))
+    axes[0].set_yticks(range(len(order)), order)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -289,7 +312,7 @@ def main() -> None:
     parser.add_argument("--plants", nargs="+", default=list(PLANTS), choices=PLANTS)
     parser.add_argument("--out", type=Path, default=Path("runs/planted"))
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
+    parser.add_argument("--readme", action="store_true", help="write table and figure into the README")
     given = parser.parse_args()
     jobs = [(folder, plant, given.out) for folder in given.runs for plant in given.plants]
     with ProcessPoolExecutor(given.workers) as pool:
@@ -306,6 +329,7 @@ def main() -> None:
     )
     (given.out / "planted.md").write_text(text + "\n")
     print(text)
+    picture(found, PICTURE if given.readme else given.out / "planted.png")
     if given.readme:
         write("planted", text)
 

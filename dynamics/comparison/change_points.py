@@ -6,12 +6,13 @@ meant: log-spaced steps where early training matters as much as late.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, pairwise
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import ruptures
 import xarray as xr
 
 from dynamics.statistics import mean_interval
@@ -37,7 +38,7 @@ class Changes(NamedTuple):
 def level_changes(x: npt.ArrayLike, y: npt.ArrayLike, most: int = 1) -> Changes:
     """A piecewise-constant fit with as many changes as BIC asks for, by exact segmentation.
 
-    Every division into segments of two points or more is considered, by dynamic programming. A change is placed at
+    Every division into segments of two points or more is considered (`ruptures.KernelCPD`). A change is placed at
     the first point of its new level. With k changes BIC = n ln(RSS / n) + (2k + 1) ln n: a level for each segment
     and a place for each change. Neighbouring points of a training curve are not independent, so a slow drift is
     called a change too: the gain says how much it explains, not how sure it is.
@@ -46,30 +47,16 @@ def level_changes(x: npt.ArrayLike, y: npt.ArrayLike, most: int = 1) -> Changes:
         x, y: [n_points], x rising; points whose y is NaN are left out.
         most: at most so many changes.
 
-    Source: Bellman & Dreyfus 1962; Yao 1988 for the criterion.
+    Source: Bellman & Dreyfus 1962; Yao 1988 for the criterion; ruptures (Truong et al. 2020).
     """
     x, y = _points(x, y)
     n = y.size
-    cost = _segment_costs(y)
-    best = np.full((most + 1, n + 1), np.inf)  # of the first j points with k changes
-    back = np.zeros((most + 1, n + 1), dtype=np.int64)
-    best[0] = cost[0]
-    for k in range(1, most + 1):
-        for j in range(2 * (k + 1), n + 1):
-            totals = best[k - 1, : j - 1] + cost[: j - 1, j]
-            back[k, j] = int(np.argmin(totals))
-            best[k, j] = totals[back[k, j]]
-    possible = [k for k in range(most + 1) if np.isfinite(best[k, n])]
-    scores = [_bic(best[k, n], y, 2 * k + 1) for k in possible]
-    chosen = possible[int(np.argmin(scores))] if possible else 0
-    bounds, end = [n], n
-    for k in range(chosen, 0, -1):
-        end = int(back[k, end])
-        bounds.append(end)
-    edges = [0, *sorted(bounds)]
-    fitted = np.concatenate([np.full(b - a, y[a:b].mean()) for a, b in pairwise(edges)])
-    gain = float(scores[0] - min(scores)) if scores else 0.0
-    return Changes(x[edges[1:-1]], fitted, gain)
+    search = ruptures.KernelCPD(kernel="linear", min_size=2).fit(y)
+    divisions = [[n], *(search.predict(n_bkps=k) for k in range(1, most + 1) if 2 * (k + 1) <= n)]
+    fits = [_levels(y, ends) for ends in divisions]
+    scores = [_bic(((y - fit) ** 2).sum(), y, 2 * k + 1) for k, fit in enumerate(fits)]
+    chosen = int(np.argmin(scores))
+    return Changes(x[divisions[chosen][:-1]], fits[chosen], float(scores[0] - scores[chosen]))
 
 
 def bend(x: npt.ArrayLike, y: npt.ArrayLike) -> Changes:
@@ -194,15 +181,9 @@ def _points(x: npt.ArrayLike, y: npt.ArrayLike) -> tuple[Array, Array]:
     return across[present], up[present]
 
 
-def _segment_costs(y: Array) -> Array:
-    """RSS of y[i:j] about its mean: [n + 1, n + 1], infinite below two points."""
-    n = y.size
-    centred = y - y.mean()
-    sums = np.concatenate([[0.0], np.cumsum(centred)])
-    squares = np.concatenate([[0.0], np.cumsum(centred**2)])
-    length = np.arange(n + 1)[None, :] - np.arange(n + 1)[:, None]
-    rss = squares[None, :] - squares[:, None] - (sums[None, :] - sums[:, None]) ** 2 / np.maximum(length, 1)
-    return np.where(length >= 2, np.maximum(rss, 0.0), np.inf)
+def _levels(y: Array, ends: Sequence[int]) -> Array:
+    """The mean of every segment at each of its points."""
+    return np.concatenate([np.full(b - a, y[a:b].mean()) for a, b in pairwise([0, *ends])])
 
 
 def _least_squares(columns: Array, y: Array) -> Array:

@@ -244,7 +244,7 @@ def test_a_plant_that_the_model_does_not_have_is_named(runs, run_script):
 def test_the_loop_is_closed_in_every_world_of_every_run(runs, run_script, tmp_path):
     arguments = [*runs, "--steps", "4", "--workers", "1", "--out", tmp_path / "loop"]
     printed = run_script("closing_the_loop", *arguments)
-    tables = named(tmp_path / "loop", "-4.csv")
+    tables = named(tmp_path / "loop", "-4-10-together.csv")
     assert {*(tmp_path / "loop").iterdir()} == {*tables.values()}
     for table in tables.values():
         worlds = pd.read_csv(table).set_index("erased")
@@ -267,7 +267,7 @@ def test_the_loop_is_closed_in_every_world_of_every_run(runs, run_script, tmp_pa
         "nowhere", "everywhere", "the chosen 10% of matrices", "random matrices, matched",
     ]  # fmt: skip
     assert {len(row) for row in rows} == {5}
-    assert "Seeds 0, 1; 4 steps of X2" in printed
+    assert "Seeds 0, 1; chosen together by the first 10 of 4 steps of X2" in printed
     assert run_script("closing_the_loop", *arguments) == printed
 
 
@@ -330,7 +330,7 @@ def test_another_run_of_the_same_seed_is_not_given_the_first_runs_results(runs, 
         capture_output=True,
     )
     one_run = script("closing_the_loop").one_run
-    first, other = (one_run(folder, 2, tmp_path / "loop") for folder in (runs[0], tmp_path / "other"))
+    first, other = (one_run(folder, 2, 2, "alone", tmp_path / "loop") for folder in (runs[0], tmp_path / "other"))
     assert first["correct_logit"].tolist() != other["correct_logit"].tolist()
 
 

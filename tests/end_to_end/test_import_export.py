@@ -23,6 +23,7 @@ import dynamics as dy
 from checkpoints import Checkpoint, Trajectory
 from checkpoints.values import differences
 from dynamics.cli import main
+from dynamics.recipe import RecipeError
 
 # --- Lightning --------------------------------------------------------------------------------------------
 
@@ -183,11 +184,11 @@ def test_heads_are_patched_at_revisions_of_a_suite(suite, tmp_path):
     recipe = recipe_for(neox(7))
     for step in run.steps:
         assert run.at(step).differences(Checkpoint.capture(neox(step), step=step)) == []
-        effects = patched(recipe, run.at(step))
+        effects = patched(recipe, run.at(step).with_fresh_optimizer())
         directly = patched(recipe_for(neox(step)), None)
         assert effects["effect"].shape == (1, 4)
         assert bool((effects["effect"] != 0).all())
-        assert effects.drop_attrs().equals(directly.drop_attrs())  # no optimizer stored: the recipe's, new
+        assert effects.drop_attrs().equals(directly.drop_attrs())  # the recipe's optimizer, new
 
 
 def test_revisions_are_taken_in_the_dtype_they_are_loaded_in(tmp_path):
@@ -196,7 +197,9 @@ def test_revisions_are_taken_in_the_dtype_they_are_loaded_in(tmp_path):
     run = Trajectory.from_huggingface(tmp_path / "suite", "step3", tmp_path / "run", load=load)
     expected = {name: p.float() for name, p in neox(3, torch.float16).named_parameters()}
     assert differences(run.at(3).parameters, expected) == []
-    assert bool((patched(recipe_for(neox(0)), run.at(3))["effect"] != 0).all())
+    with pytest.raises(RecipeError, match="checkpoint 3 holds no optimizer state"):
+        patched(recipe_for(neox(0)), run.at(3))
+    assert bool((patched(recipe_for(neox(0)), run.at(3).with_fresh_optimizer())["effect"] != 0).all())
 
 
 def test_an_export_is_loaded_by_transformers(suite, tmp_path):

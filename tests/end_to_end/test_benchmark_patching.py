@@ -1,0 +1,88 @@
+"""The benchmark of the verbs: its loop is the seed's, both ways agree, its tables say what was found."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import dynamics as dy
+from dynamics.config import AliasConfig, PhaseConfig, PhasesConfig, StudyConfig, ToyConfig
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+import benchmark_patching as script
+import seed_loop
+import suite_costs
+
+
+@pytest.fixture(scope="module")
+def bench():
+    config = StudyConfig(
+        task=AliasConfig(modulus=8, multipliers=(2, 3, 4), train_multipliers=2),
+        model=ToyConfig(n_heads=2, d_model=16, d_head=8, d_mlp=16, dtype="float64"),
+        phases=PhasesConfig(pretrain=PhaseConfig(20), x1=PhaseConfig(20), x2=PhaseConfig(20)),
+        patching=replace(StudyConfig().patching, x2_steps=(0, 10)),
+    )
+    return script.Bench.of(config)
+
+
+def test_the_verbs_and_the_seeds_loop_agree_in_double_precision(bench):
+    torch.set_num_threads(1)
+    for row in script.rows(bench, "toy"):
+        found = script.compared(bench, row, "toy", repeats=1)
+        if row.verb == "attribute_step":
+            assert found["agreement"] > 0.9
+        else:
+            assert found["agreement"] < 1e-10
+        assert found["sites"] == len(row.sites) * len(row.contrasts)
+
+
+def test_the_loop_patches_something_and_clips(bench):
+    sites = dy.sites.matrices(bench.recipe.model)[:4]
+    first = bench.contrasts[:1]
+    given = (bench.recipe, bench.state, first, sites, dy.measures.correct_logit)
+    values = list(seed_loop.patch_gradients(*given))
+    assert len(set(values)) == len(values)
+    norm = sum(
+        g.square().sum() for g in seed_loop.backward(bench.recipe, bench.recipe.model, first[0].base).values()
+    )
+    assert norm**0.5 > bench.recipe.clip.max_norm
+
+
+def test_ratios_agreement_and_slopes_are_in_the_table(tmp_path):
+    rows = [
+        {"row": "`patch_updates`", "sites": 4, "ours_ms": 2.0, "loop_ms": 9.0, "goal": 20, "agreement": 3e-7},
+        {
+            "row": "`attribute_step`",
+            "sites": 4,
+            "ours_ms": 0.5,
+            "loop_ms": 9.0,
+            "goal": 150,
+            "agreement": 0.98,
+        },
+    ]
+    part = {"size": "toy", "threads": 1, "floor_ms": 0.5, "gflops": 90.0, "rows": rows, "repeats": 3}
+    curve = {"n": [1, 2, 4], "seconds": [1.0, 2.0, 4.0], "slope": 1.0}
+    slopes = {axis: {"patch_updates": curve} for axis in ("sites", "contrasts", "parameters")}
+    text = script.table([part], {"toy": {"patch_updates": 12.0}}, slopes)
+    assert "| `patch_updates` | 4.5x (2 of 9 ms; goal 20x) | not measured |" in text
+    assert "| `attribute_step` | 18.0x (0.5 of 9 ms; goal 150x) | not measured |" in text
+    assert "agree to 3e-07" in text
+    assert "at least 0.98" in text
+    script.picture(slopes, tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").stat().st_size > 1000
+    (tmp_path / "benchmark.json").write_text(json.dumps({"parts": [part]}))
+    assert part["floor_ms"] / rows[0]["ours_ms"] == 0.25
+
+
+def test_costs_of_the_suite_are_operations_over_rate_plus_bytes_over_bandwidth():
+    model = suite_costs.Model("one", 1e9, 2, 3)
+    assert model.sites == 10
+    forward, backward = 2 * 1e9 * suite_costs.PROBE_TOKENS, 2 * 6 * 1e9 * suite_costs.BATCH_TOKENS
+    expected = (backward + 14 * forward) / suite_costs.FLOPS + (3 * 28e9 + 10 * 4e9) / suite_costs.BANDWIDTH
+    assert suite_costs.seconds(model, "patch_updates", 0.5) == pytest.approx(expected / 0.5)
+    text = suite_costs.table(0.25)
+    assert "| `attribute_step`, first order |" in text
+    assert "at 25 % of its data sheet" in text
