@@ -249,7 +249,8 @@ def report(found: Sequence[Story]) -> str:
         "n: facts or aliases, the units of the intervals (mean [95 % t interval]). Shares of the sum over places; "
         "heads of a layer together. Read: growth over the stretch of what the place restores; written: sum over "
         "its steps. ρ: Spearman's over places, of one fact's writes and reads. Half: the step where half of the "
-        f"final value is there. {stamp(__file__)}"
+        "final value is there. Exchanging the embedding is asking about the other subject altogether, so as a "
+        f"reader it restores the whole difference by construction. {stamp(__file__)}"
     )
     return "\n".join([*lines, "", caption])
 
