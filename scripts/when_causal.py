@@ -77,6 +77,11 @@ class Found:
         return xr.concat(layers, "layer").transpose("layer", "seed", "step")
 
     @property
+    def gap(self) -> xr.DataArray:
+        """Mean logit difference between clean and corrupted prompts: [seed, step]."""
+        return (self.heads["source"] - self.heads["base"]).sel(measure="logit_difference").mean("example")
+
+    @property
     def accuracy(self) -> xr.DataArray:
         """Of clean prompts: [seed, step]."""
         return self.heads["source"].sel(measure="accuracy").mean("example")
@@ -127,19 +132,15 @@ def one_task(runs: Sequence[Trajectory], out: Path) -> Found:
 
 
 def events(found: Found) -> list[list[str]]:
-    """A line for each layer's strongest head: when, how much, and how long before the answers are right."""
-    changes = when(found.strongest)
-    answered = when(found.accuracy)["at"].values
+    """A line for each layer's strongest head: when, how much, and how long before the whole difference is there."""
+    changes, opened, answered = (when(curve) for curve in (found.strongest, found.gap, found.accuracy))
     rows = []
     for layer in range(found.strongest.sizes["layer"]):
         at = changes["at"].isel(layer=layer).values
-        order = order_of_events({"head": at, "answer": answered})
-        later, low, high = (
-            float(order[key].sel(example="head", other="answer")) for key in ("later", "low", "high")
-        )
-        final = found.strongest.isel(layer=layer, step=-1).values
-        gap = found.heads["source"] - found.heads["base"]
-        share = final / gap.sel(measure="logit_difference").isel(step=-1).mean("example").values
+        order = order_of_events({"head": at, "gap": opened["at"].values})
+        after = order.sel(example="head", other="gap")
+        later, low, high = (float(after[key]) for key in ("later", "low", "high"))
+        share = (found.strongest.isel(layer=layer) / found.gap).isel(step=-1).values
         rows.append(
             [
                 found.task,
@@ -147,7 +148,8 @@ def events(found: Found) -> list[list[str]]:
                 interval(share),
                 " ".join(f"{step:.0f}" if np.isfinite(step) else "–" for step in at),
                 f"{later:+.0f} [{low:+.0f}, {high:+.0f}]",
-                " ".join(f"{step:.0f}" for step in answered),
+                " ".join(f"{step:.0f}" for step in opened["at"].values),
+                " ".join(f"{step:.0f}" for step in answered["at"].values),
             ]
         )
     return rows
@@ -186,15 +188,15 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def report(found: Sequence[Found]) -> str:
     """Both tables and their caption."""
     heads = ["task", "layer", "its strongest head's share of the gap at the end", "causal from step, by seed"]
-    heads += ["answers right later by", "right from step, by seed"]
+    heads += ["whole gap later by", "gap from step, by seed", "right answers from step, by seed"]
     edges = ["task", "step", "edges of its circuit, by seed", "of these in the last circuit", "by chance"]
     edges += ["of the last circuit already there", "in every circuit from here on, by seed"]
     caption = (
         "Change points: one change of level, by BIC, over steps evenly spaced on the logarithm; – where there is "
         "none. Mean [95 % t interval over runs], seeds "
         + ", ".join(str(seed) for seed in found[0].circuits)
-        + ". By chance: as large a random set's share of edges in the last circuit. "
-        + stamp(__file__)
+        + ". Gap: what the logit difference of clean prompts has over that of corrupted ones. By chance: as large "
+        "a random set's share of edges in the last circuit. " + stamp(__file__)
     )
     first, second = (
         table(head, [row for one in found for row in rows(one)])
@@ -212,8 +214,7 @@ def figure(found: Sequence[Found]) -> Figure:
     grid = drawn.subplots(2, len(found), sharex="col", sharey="row", squeeze=False, height_ratios=(3, 2))
     colors = ("#009E73", "#0072B2", "#CC79A7", "#D55E00")
     for (above, below), one in zip(grid.T, found, strict=True):
-        gap = (one.heads["source"] - one.heads["base"]).sel(measure="logit_difference").mean("example")
-        curves = one.strongest / gap.isel(step=-1)
+        curves = one.strongest / one.gap.isel(step=-1)
         steps = curves["step"].values
         for layer, color in zip(range(curves.sizes["layer"]), colors * curves.sizes["layer"], strict=False):
             band(above, steps, curves.isel(layer=layer), color, f"layer {layer}")
@@ -231,7 +232,7 @@ def figure(found: Sequence[Found]) -> Figure:
         below.set(xlabel="training step", ylim=(0, 1.02))
         for axes in (above, below):
             axes.spines[["top", "right"]].set_visible(False)
-    grid[0, 0].set_ylabel("share of the final gap restored")
+    grid[0, 0].set_ylabel("of the final gap, by the layer's\nstrongest head; right answers")
     grid[1, 0].set_ylabel("edges")
     for axes in grid[:, -1]:
         axes.legend(frameon=False, fontsize=7.5)

@@ -330,7 +330,9 @@ def test_another_run_of_the_same_seed_is_not_given_the_first_runs_results(runs, 
         capture_output=True,
     )
     one_run = script("closing_the_loop").one_run
-    first, other = (one_run(folder, 2, 2, "alone", tmp_path / "loop") for folder in (runs[0], tmp_path / "other"))
+    first, other = (
+        one_run(folder, 2, 2, "alone", tmp_path / "loop") for folder in (runs[0], tmp_path / "other")
+    )
     assert first["correct_logit"].tolist() != other["correct_logit"].tolist()
 
 
