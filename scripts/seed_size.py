@@ -90,16 +90,20 @@ def table(run: Trajectory, data: dict[str, xr.Dataset], step: int) -> str:
     one = most_changed(run)
     label = str(data["fresh"]["example"].values[one])
     lines = [
-        "| exchanged gradients | the seed | one alias, fresh | stored | all, fresh [95 %] | stored [95 %] |",
+        "| exchanged gradients | the seed | one alias, fresh | stored | all, logits, fresh | stored |",
         "|---|---|---|---|---|---|",
     ]
     for i, (name, theirs) in enumerate(THEIRS.items()):
         cells = []
         for dataset in data.values():
             effect, gap = dataset["effect"].values, (dataset["source"] - dataset["base"]).values
-            cells.append((effect[one, i] / gap[one], dy.statistics.recovery(effect[:, i], gap)))
+            mean, share = dy.statistics.mean_interval(effect[:, i]), dy.statistics.recovery(effect[:, i], gap)
+            text = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*map(float, mean))
+            if np.isfinite(share.low):
+                text += " = {:.2f} [{:.2f}, {:.2f}]".format(*map(float, share))
+            cells.append((effect[one, i] / gap[one], text))
         alone = " | ".join(f"{single:.3f}" for single, _ in cells)
-        together = " | ".join("{:.3f} [{:.2f}, {:.2f}]".format(*map(float, r)) for _, r in cells)
+        together = " | ".join(text for _, text in cells)
         lines.append(f"| {name} | {theirs:.3f} | {alone} | {together} |")
     gaps = "; ".join(
         name
@@ -115,8 +119,9 @@ def table(run: Trajectory, data: dict[str, xr.Dataset], step: int) -> str:
         [
             *lines,
             "",
-            f"X2 step {step}, correct logit, {data['fresh'].sizes['example']} aliases; the one whose correct logit "
-            f"rose most over X2 is {label}. Logits, {gaps}. {stamp(__file__)}",
+            "Recovery of the gap; of all aliases the mean effect in logits [95 %], and its recovery where their "
+            f"gap is distinguishable from zero. X2 step {step}, correct logit, {data['fresh'].sizes['example']} "
+            f"aliases; the one whose correct logit rose most over X2 is {label}. Logits, {gaps}. {stamp(__file__)}",
         ]
     )
 

@@ -242,9 +242,9 @@ def test_a_plant_that_the_model_does_not_have_is_named(runs, run_script):
 
 @pytest.mark.slow
 def test_the_loop_is_closed_in_every_world_of_every_run(runs, run_script, tmp_path):
-    arguments = [*runs, "--steps", "4", "--workers", "1", "--out", tmp_path / "loop"]
+    arguments = [*runs, "--steps", "4", "--look", "2", "--workers", "1", "--out", tmp_path / "loop"]
     printed = run_script("closing_the_loop", *arguments)
-    tables = named(tmp_path / "loop", "-4-10-together.csv")
+    tables = named(tmp_path / "loop", "-4-2-together.csv")
     assert {*(tmp_path / "loop").iterdir()} == {*tables.values()}
     for table in tables.values():
         worlds = pd.read_csv(table).set_index("erased")
@@ -267,7 +267,7 @@ def test_the_loop_is_closed_in_every_world_of_every_run(runs, run_script, tmp_pa
         "nowhere", "everywhere", "the chosen 10% of matrices", "random matrices, matched",
     ]  # fmt: skip
     assert {len(row) for row in rows} == {5}
-    assert "Seeds 0, 1; chosen together by the first 10 of 4 steps of X2" in printed
+    assert "Seeds 0, 1; chosen together by the first 2 of 4 steps of X2" in printed
     assert run_script("closing_the_loop", *arguments) == printed
 
 
