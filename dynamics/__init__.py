@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from dynamics import training as training
     from dynamics.attribution import attribute_activations as attribute_activations
     from dynamics.attribution import attribute_examples as attribute_examples
+    from dynamics.attribution import attribute_paths as attribute_paths
     from dynamics.attribution import attribute_step as attribute_step
+    from dynamics.attribution import circuit as circuit
     from dynamics.batch import Batch as Batch
     from dynamics.comparison import compare as compare
     from dynamics.config import StudyConfig as StudyConfig
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from dynamics.patching import patch_activations as patch_activations
     from dynamics.patching import patch_factors as patch_factors
     from dynamics.patching import patch_gradients as patch_gradients
+    from dynamics.patching import patch_paths as patch_paths
     from dynamics.patching import patch_signals as patch_signals
     from dynamics.patching import patch_updates as patch_updates
     from dynamics.patching import patch_window as patch_window
@@ -60,7 +63,9 @@ _MODULES = (
 _HOMES = {
     "attribute_activations": "dynamics.attribution",
     "attribute_examples": "dynamics.attribution",
+    "attribute_paths": "dynamics.attribution",
     "attribute_step": "dynamics.attribution",
+    "circuit": "dynamics.attribution",
     "Batch": "dynamics.batch",
     "compare": "dynamics.comparison",
     "StudyConfig": "dynamics.config",
@@ -73,6 +78,7 @@ _HOMES = {
     "patch_activations": "dynamics.patching",
     "patch_gradients": "dynamics.patching",
     "patch_window": "dynamics.patching",
+    "patch_paths": "dynamics.patching",
     "patch_signals": "dynamics.patching",
     "patch_factors": "dynamics.patching",
     "patch_updates": "dynamics.patching",

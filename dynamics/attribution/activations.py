@@ -102,8 +102,8 @@ def attribute_activations(
                 fill(references["source"], one_pass, pack, exchange.source_values)
                 cell = np.ix_(one_pass.places, pack.members)
                 if method == "first_order":
-                    gradients = _gradients(standing, one_pass, pack, _hooks(exchange.base), {})
-                    delta = _differences(exchange, list(exchange.base))
+                    gradients = gradients_at(standing, one_pass, pack, _hooks(exchange.base), {})
+                    delta = differences(exchange, list(exchange.base))
                     products = [{key: g[key].double() * d for key, d in delta.items()} for g in gradients]
                 else:
                     products, residual[cell], nodes[cell] = _integrated(
@@ -143,7 +143,7 @@ Elements = dict[str, Tensor]
 """Something for every element of the activations, by key: [rows, ...]."""
 
 
-def _gradients(
+def gradients_at(
     standing: Standing, one_pass: Pass, pack: Pack, names: Sequence[str], at: Activations
 ) -> list[Elements]:
     """For each measure of a pass its gradient with respect to activations; a row's mean is its contrast's.
@@ -189,7 +189,7 @@ def _gradients(
     return gradients
 
 
-def _differences(exchange: Exchange, keys: Sequence[str]) -> Elements:
+def differences(exchange: Exchange, keys: Sequence[str]) -> Elements:
     """What is put in less what was there, in fp64; zero where they are equal, as at masked scores of −inf."""
     pairs = {key: (exchange.new[key].double(), exchange.base[key].double()) for key in keys}
     return {key: torch.where(new == old, 0.0, new - old) for key, (new, old) in pairs.items()}
@@ -203,16 +203,16 @@ def _integrated(
     shape = len(one_pass.places), len(pack.members)
     found: list[Elements] = [{} for _ in one_pass.places]
     residual, nodes = np.zeros(shape), np.zeros(shape, dtype=np.int64)
-    start = _by_member(pack, exchange.base_values)
+    start = by_member(pack, exchange.base_values)
     for name in _hooks(exchange.base):
         keys = _keys(exchange.base, name)
-        delta = _differences(exchange, keys)
+        delta = differences(exchange, keys)
         whole = measured(standing, one_pass, pack.base, exchanging(Site(name, {name: ...}), exchange.new))
-        change = _by_member(pack, whole) - start
+        change = by_member(pack, whole) - start
         for rule in quadrature.rules():
             products = _along(standing, one_pass, exchange, name, delta, rule)
-            missed = _sums_by_member(pack, products, torch.sum) - change
-            size = _sums_by_member(pack, products, _sum_of_sizes)
+            missed = sums_by_member(pack, products, torch.sum) - change
+            size = sums_by_member(pack, products, sum_of_sizes)
             if bool((np.abs(missed) <= quadrature.tolerance * size).all()):
                 break
         for place, elements in enumerate(products):
@@ -234,7 +234,7 @@ def _along(
     total = [{key: torch.zeros_like(d) for key, d in delta.items()} for _ in one_pass.places]
     for place, weight in rule:
         at = {key: (exchange.base[key] + place * d).to(exchange.base[key].dtype) for key, d in delta.items()}
-        gradients = _gradients(standing, one_pass, exchange.pack, [name], at)
+        gradients = gradients_at(standing, one_pass, exchange.pack, [name], at)
         for elements, gradient in zip(total, gradients, strict=True):
             for key, d in delta.items():
                 elements[key] += weight * gradient[key] * d
@@ -251,12 +251,12 @@ def _keys(activations: Activations, name: str) -> list[str]:
     return [f"{name}[{n}]" if n else name for n in range(len(runs_of(activations, name)))]
 
 
-def _by_member(pack: Pack, values: Sequence[Tensor]) -> Array:
+def by_member(pack: Pack, values: Sequence[Tensor]) -> Array:
     """Means of what measures gave: [n_measures, n_members]."""
     return np.array([[float(mean) for mean in pack.means(value)] for value in values])
 
 
-def _sums_by_member(pack: Pack, products: Sequence[Elements], summed: Callable[[Tensor], Tensor]) -> Array:
+def sums_by_member(pack: Pack, products: Sequence[Elements], summed: Callable[[Tensor], Tensor]) -> Array:
     """Sums over all elements of each member's rows: [n_measures, n_members]."""
     return np.array(
         [
@@ -266,7 +266,7 @@ def _sums_by_member(pack: Pack, products: Sequence[Elements], summed: Callable[[
     )
 
 
-def _sum_of_sizes(elements: Tensor) -> Tensor:
+def sum_of_sizes(elements: Tensor) -> Tensor:
     """Σ |ΣA| over the first two axes, rows and positions."""
     return elements.reshape(*elements.shape[:2], -1).sum(-1).abs().sum()
 

@@ -58,6 +58,10 @@ class Attention(nn.Module):
     """Causal attention; every projection has its heads on the first axis."""
 
     mask: Tensor
+    hook_q_input: HookPoint | None
+    hook_k_input: HookPoint | None
+    hook_v_input: HookPoint | None
+    hook_result: HookPoint | None
 
     def __init__(self, config: ToyConfig) -> None:
         super().__init__()
@@ -71,22 +75,38 @@ class Attention(nn.Module):
         self.register_load_state_dict_pre_hook(_without_old_buffers)  # type: ignore[no-untyped-call]
         self.hook_q, self.hook_k, self.hook_v, self.hook_z = (_hook() for _ in range(4))
         self.hook_attn_scores, self.hook_pattern = _hook(), _hook()
+        self.hook_q_input = self.hook_k_input = self.hook_v_input = self.hook_result = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalized residual stream [batch, pos, d_model] -> attention output, same shape."""
-        pos, d_head = x.shape[1], self.W_Q.shape[-1]
+    def inputs(self, resid: Tensor) -> tuple[Tensor, ...]:
+        """What is normalized and read: the residual stream; with hooks there, copies by q, k, v and head."""
+        if self.hook_q_input is None or self.hook_k_input is None or self.hook_v_input is None:
+            return (resid,)
+        of_heads = resid[:, :, None].expand(-1, -1, len(self.W_Q), -1)
+        return tuple(
+            hook(of_heads.clone()) for hook in (self.hook_q_input, self.hook_k_input, self.hook_v_input)
+        )
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Normalized residual stream [batch, pos, d_model] -> attention output, same shape.
+
+        Args:
+            inputs: one for q, k and v together, or one for each of them, [batch, pos, head, d_model].
+        """
+        pos, d_head = inputs[0].shape[1], self.W_Q.shape[-1]
         q, k, v = (
-            hook(_to_heads(x, weight, bias))
-            for hook, weight, bias in (
-                (self.hook_q, self.W_Q, self.b_Q),
-                (self.hook_k, self.W_K, self.b_K),
-                (self.hook_v, self.W_V, self.b_V),
+            hook(_to_heads(_input_of(part, inputs), weight, bias))
+            for part, hook, weight, bias in (
+                ("Q", self.hook_q, self.W_Q, self.b_Q),
+                ("K", self.hook_k, self.W_K, self.b_K),
+                ("V", self.hook_v, self.W_V, self.b_V),
             )
         )
         scores = torch.einsum("bqhe,bkhe->bhqk", q, k) / math.sqrt(d_head)
         scores = self.hook_attn_scores(scores.masked_fill(~self.mask[:pos, :pos], -torch.inf))
         pattern = self.hook_pattern(scores.softmax(-1))
         z = self.hook_z(torch.einsum("bhqk,bkhe->bqhe", pattern, v))
+        if self.hook_result is not None:
+            return self.hook_result(torch.einsum("bphe,hed->bphd", z, self.W_O)).sum(2) + self.b_O  # type: ignore[no-any-return]
         return _from_heads(z, self.W_O, self.b_O)
 
     def projections(self) -> list[Projection]:
@@ -95,7 +115,7 @@ class Attention(nn.Module):
             *(
                 Projection(
                     (f"W_{part}", f"b_{part}"),
-                    lambda p, x, part=part: _to_heads(x, p[f"W_{part}"], p[f"b_{part}"]),
+                    lambda p, *x, part=part: _to_heads(_input_of(part, x), p[f"W_{part}"], p[f"b_{part}"]),
                     writes=f"hook_{part.lower()}",
                 )
                 for part in "QKV"
@@ -104,8 +124,12 @@ class Attention(nn.Module):
         ]
 
 
+def _input_of(part: str, inputs: tuple[Tensor, ...]) -> Tensor:
+    return inputs["QKV".index(part)] if len(inputs) > 1 else inputs[0]
+
+
 def _to_heads(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return torch.einsum("bpd,hde->bphe", x, weight) + bias
+    return torch.einsum("bpd,hde->bphe" if x.ndim == 3 else "bphd,hde->bphe", x, weight) + bias
 
 
 def _from_heads(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -155,6 +179,8 @@ def _norm(config: ToyConfig) -> nn.Module:
 class Block(nn.Module):
     """Attention and MLP, each added to the residual stream."""
 
+    hook_mlp_in: HookPoint | None
+
     def __init__(self, config: ToyConfig) -> None:
         super().__init__()
         self.ln1 = _norm(config)
@@ -167,15 +193,17 @@ class Block(nn.Module):
         self.hook_resid_pre = _hook()
         self.hook_attn_out = _hook()
         self.hook_resid_post = _hook()
+        self.hook_mlp_in = None
         self.attn_only = config.attn_only
 
     def forward(self, resid: Tensor) -> Tensor:
         """Residual stream [batch, pos, d_model] -> the same after this block."""
         resid = self.hook_resid_pre(resid)
-        resid = resid + self.hook_attn_out(self.attn(self.ln1(resid)))
+        resid = resid + self.hook_attn_out(self.attn(*map(self.ln1, self.attn.inputs(resid))))
         if not self.attn_only:
             resid = self.hook_resid_mid(resid)
-            resid = resid + self.hook_mlp_out(self.mlp(self.ln2(resid)))
+            read = resid if self.hook_mlp_in is None else self.hook_mlp_in(resid.clone())
+            resid = resid + self.hook_mlp_out(self.mlp(self.ln2(read)))
         return self.hook_resid_post(resid)  # type: ignore[no-any-return]
 
 
@@ -207,8 +235,17 @@ class _Unembed(nn.Module):
         return resid @ self.W_U + self.b_U
 
 
+def _switch(module: nn.Module, name: str, on: bool) -> None:
+    """Give a module a hook point or take it away; one that is there stays, with what hooks it has."""
+    if on != (getattr(module, name) is not None):
+        setattr(module, name, _hook() if on else None)
+
+
 class ToyTransformer(HookedRootModule):
     """Decoder-only transformer with learned positions: tokens [batch, pos] -> logits [batch, pos, vocab].
+
+    TransformerLens's switches `set_use_split_qkv_input`, `set_use_attn_result` and `set_use_hook_mlp_in` add hook
+    points where single paths can be exchanged; then logits may differ in their last bits. They start off.
 
     Args:
         config: shapes and options; `config.seed` (0 if None) draws the weights.
@@ -250,6 +287,32 @@ class ToyTransformer(HookedRootModule):
             resid = block(resid)
         return self.unembed(self.ln_final(resid))  # type: ignore[no-any-return]
 
+    def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
+        """Whether each head reads its own copies: blocks.*.attn.hook_{q,k,v}_input [batch, pos, head, d_model]."""
+        for block in self._blocks():
+            for part in "qkv":
+                _switch(block.attn, f"hook_{part}_input", use_split_qkv_input)
+        self._switched("use_split_qkv_input", use_split_qkv_input)
+
+    def set_use_attn_result(self, use_attn_result: bool) -> None:
+        """Whether what each head writes is there apart: blocks.*.attn.hook_result [batch, pos, head, d_model]."""
+        for block in self._blocks():
+            _switch(block.attn, "hook_result", use_attn_result)
+        self._switched("use_attn_result", use_attn_result)
+
+    def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
+        """Whether the MLP reads its own copy: blocks.*.hook_mlp_in [batch, pos, d_model]."""
+        for block in self._blocks():
+            _switch(block, "hook_mlp_in", use_hook_mlp_in and not self.config.attn_only)
+        self._switched("use_hook_mlp_in", use_hook_mlp_in)
+
+    def _blocks(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
+
+    def _switched(self, name: str, on: bool) -> None:
+        setattr(self.cfg, name, on)
+        self.setup()  # type: ignore[no-untyped-call]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ToyTransformer:
         """Every way of moving or converting a module ends here; the config that TransformerLens reads follows."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -259,7 +322,7 @@ class ToyTransformer(HookedRootModule):
 
 def lens_config(config: ToyConfig, d_vocab: int) -> TransformerLensConfig:
     """The same shapes as a config that TransformerLens's tools read."""
-    return TransformerLensConfig(
+    lens = TransformerLensConfig(
         n_layers=config.n_layers,
         n_heads=config.n_heads,
         d_model=config.d_model,
@@ -273,3 +336,5 @@ def lens_config(config: ToyConfig, d_vocab: int) -> TransformerLensConfig:
         dtype=getattr(torch, config.dtype),
         device="cpu",
     )
+    lens.use_hook_mlp_in = False  # type: ignore[attr-defined]  # a bridge's config has it, and the tools of edges read it
+    return lens

@@ -6,6 +6,10 @@ A site is a value; a list of sites is patched one by one and never as a union, s
 from dynamics.sites.any_module import everything as everything
 from dynamics.sites.any_module import matching as matching
 from dynamics.sites.any_module import parameters as parameters
+from dynamics.sites.edges import Path as Path
+from dynamics.sites.edges import outside as outside
+from dynamics.sites.edges import paths as paths
+from dynamics.sites.edges import together as together
 from dynamics.sites.fine import neurons as neurons
 from dynamics.sites.fine import rows as rows
 from dynamics.sites.outputs import activations as activations

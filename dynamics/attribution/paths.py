@@ -1,0 +1,180 @@
+"""attribute_paths: read off a few gradients of the measure what patching paths finds one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xarray as xr
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from checkpoints import Checkpoint
+from dynamics import measures, results
+from dynamics.attribution.activations import (
+    Elements,
+    by_member,
+    differences,
+    gradients_at,
+    sum_of_sizes,
+    sums_by_member,
+)
+from dynamics.attribution.lines import Method, Quadrature
+from dynamics.measures import Measure
+from dynamics.patching.activations import check_activation_sites, fill
+from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS, columns
+from dynamics.patching.forwards import Exchange, Pass, Standing, exchanges, exchanging, measured, passes
+from dynamics.patching.paths import by_hooks, with_heads, written_at
+from dynamics.recipe import Contrast, Recipe
+from dynamics.sites import Site
+from dynamics.sites.edges import End, Path, apart, check_paths, receivers_of, senders_of
+
+Array = npt.NDArray[np.float64]
+
+EMBED = "hook_embed"
+
+
+def attribute_paths(
+    recipe: Recipe,
+    checkpoint: Checkpoint | None,
+    contrasts: Sequence[Contrast],
+    sites: Sequence[Site],
+    measure: Measure | Mapping[str, Measure],
+    method: Method = "first_order",
+    tolerance: float = 0.01,
+    max_nodes: int = 64,
+) -> xr.Dataset:
+    """Estimate what `patch_paths` would find at all edges from one gradient of the measure, or a few.
+
+        first_order:  A_(s to r) = Σ_pos ⟨∂M/∂(input of r), Δs⟩            Δs = s(source batch) − s(base batch)
+        integrated:   A_(s to r) = Σ_pos ⟨∫₀¹ ∂M/∂(input of r) dα, Δs⟩     tokens' embedding at e_base + α Δe
+
+    The integrated gradients are taken while the embedding of the tokens goes in a straight line from the base
+    batch's to the source batch's. The edges out of the embedding then divide the whole difference of the two runs,
+    Σ_r A_(embed to r) = M(source) − M(base), exactly up to `residual`; the edges of other senders have no such sum.
+
+    Args:
+        recipe, checkpoint, contrasts, sites: as `patch_paths`; of a site of several edges the sum is given.
+        measure: as there, and differentiable.
+        method: "first_order" or "integrated".
+        tolerance: nodes are doubled, from 8, until |ΣA − change| / Σ|A| over rows and positions of the embedding is
+            at most this.
+        max_nodes: at most so many nodes.
+
+    Returns:
+        As `attribute_activations`: `attribution` [example, site], positive where the exchange raises the measure;
+        `base`, `source`, `nodes` [example]; for the integrated method `residual` [example].
+
+    Raises:
+        As `patch_paths`; a ValueError also for a measure that cannot be differentiated, a NonFiniteGradient where a
+        gradient is not finite.
+
+    Source: edge attribution patching (Syed et al. 2023), with integrated gradients over inputs (Hanna et al. 2024).
+    """
+    quadrature = Quadrature(method, tolerance, max_nodes)
+    chosen = check_paths(sites, recipe.model)
+    by_name = measures.named(measure)
+    shape = len(by_name), len(contrasts)
+    attribution = np.full((*shape, len(sites)), np.nan)
+    residual, nodes = np.full(shape, np.nan), np.ones(shape, dtype=np.int64)
+    references = {name: np.full(shape, np.nan) for name in ("base", "source")}
+    asked = passes(by_name)
+    total, delay = len(asked) * len(contrasts), SECONDS_BEFORE_PROGRESS
+    with (
+        apart(recipe.model),
+        tqdm(total=total, desc="attribute_paths", unit="contrast", delay=delay) as bar,
+    ):
+        standing = Standing.of(recipe, checkpoint)
+        begins, ends = senders_of(recipe.model), receivers_of(recipe.model)
+        written = written_at(chosen, begins)
+        check_activation_sites("attribute_paths", recipe, contrasts, written, "source")
+        if EMBED not in [site.label for site in written]:
+            written.append(Site(EMBED, {EMBED: ...}))
+        read = list(dict.fromkeys(hook for site in chosen for hook in site.covers))
+        for one_pass in asked:
+            for exchange in exchanges(standing, one_pass, contrasts, written, "source"):
+                pack = exchange.pack
+                fill(references["base"], one_pass, pack, exchange.base_values)
+                fill(references["source"], one_pass, pack, exchange.source_values)
+                cell = np.ix_(one_pass.places, pack.members)
+                found, residual[cell], nodes[cell] = _mean_gradients(
+                    standing, one_pass, exchange, read, quadrature
+                )
+                delta = differences(exchange, list(exchange.base))
+                for place, of_measure in zip(one_pass.places, found, strict=True):
+                    values = _edges(chosen, begins, ends, of_measure, delta)
+                    for member, rows in zip(pack.members, pack.rows, strict=True):
+                        attribution[place, member] = values[rows].sum(0).numpy()
+                bar.update(len(pack.members))
+    several = isinstance(measure, Mapping)
+    units = [str(getattr(m, "units", "")) for m in by_name.values()]
+    return results.attributions(
+        attribution=attribution if several else attribution[0],
+        residual=None if method == "first_order" else residual if several else residual[0],
+        nodes=nodes if several else nodes[0],
+        references={name: found if several else found[0] for name, found in references.items()},
+        example_coords=columns([{"example": f"contrast {i}", **c.coords} for i, c in enumerate(contrasts)]),
+        along="site",
+        coords=columns([{"site": s.label, **s.coords} for s in sites]),
+        measure_names=list(by_name) if several else None,
+        units=units if several else units[0],
+        provenance=results.provenance(
+            verb="attribute_paths", step=standing.step, measure=list(by_name), method=method
+        ),
+    )
+
+
+def _mean_gradients(
+    standing: Standing, one_pass: Pass, exchange: Exchange, read: Sequence[str], quadrature: Quadrature
+) -> tuple[list[Elements], Array, npt.NDArray[np.int64]]:
+    """Each measure's gradient at what is read, by key in fp64; residual and nodes, each [n_measures, n_members]."""
+    pack = exchange.pack
+    delta = differences(exchange, [EMBED])[EMBED]
+    whole = measured(standing, one_pass, pack.base, exchanging(Site(EMBED, {EMBED: ...}), exchange.new))
+    change = by_member(pack, whole) - by_member(pack, exchange.base_values)
+    for rule in quadrature.rules():
+        mean: list[Elements] = [{} for _ in one_pass.places]
+        for place, weight in rule:
+            embedded = (exchange.base[EMBED] + place * delta).to(exchange.base[EMBED].dtype)
+            for sums, found in zip(
+                mean, gradients_at(standing, one_pass, pack, [EMBED, *read], {EMBED: embedded}), strict=True
+            ):
+                for key, gradient in found.items():
+                    sums[key] = sums.get(key, 0.0) + weight * gradient.double()
+        products = [{EMBED: of_measure[EMBED] * delta} for of_measure in mean]
+        missed = sums_by_member(pack, products, torch.sum) - change
+        size = sums_by_member(pack, products, sum_of_sizes)
+        if bool((np.abs(missed) <= quadrature.tolerance * size).all()):
+            break
+    return mean, missed, np.full(missed.shape, len(rule), dtype=np.int64)
+
+
+def _edges(
+    chosen: Sequence[Path],
+    begins: Mapping[str, End],
+    ends: Mapping[str, End],
+    of_measure: Elements,
+    delta: Elements,
+) -> Tensor:
+    """⟨gradient at the receiver, difference of the sender⟩ by row: [rows, n_sites]."""
+    products: dict[tuple[str, str], Tensor] = {}
+
+    def edges(receiver: str, sender: str) -> Tensor:
+        """[rows, receiver's heads, sender's heads]"""
+        if (receiver, sender) not in products:
+            signal, moved = with_heads(of_measure[receiver]), with_heads(delta[sender])
+            products[receiver, sender] = torch.einsum("bprd,bpsd->brs", signal, moved)
+        return products[receiver, sender]
+
+    found = []
+    for site in chosen:
+        parts = [
+            edges(receiver, sender)[:, heads[0], heads[1]]
+            for receiver, senders in by_hooks(site, begins, ends).items()
+            for sender, pairs in senders.items()
+            for heads in pairs
+        ]
+        found.append(torch.stack(parts).sum(0))
+    return torch.stack(found, -1)
