@@ -285,6 +285,7 @@ def picture(found: dict[str, Any], path: Path) -> None:
     axes[0].set_ylabel("milliseconds of one call")
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def table(found: list[dict[str, Any]], memory: dict[str, dict[str, float]], slopes: dict[str, Any]) -> str:

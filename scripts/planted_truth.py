@@ -302,6 +302,7 @@ def picture(found: pd.DataFrame, path: Path) -> None:
     axes[0].set_yticks(range(len(order)), order)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def main() -> None:

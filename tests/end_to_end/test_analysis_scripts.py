@@ -402,7 +402,7 @@ def test_what_is_gone_is_the_ratio_of_means_over_seeds():
          "difference of the chosen": 1.0, "accuracy": value[i] / 10, "correct_logit": value[i]}
         for name, value in gaps.items() for i in range(3)
     ]  # fmt: skip
-    by_name = {row[0]: row for row in rows_of(closing.table(pd.DataFrame(rows), 4))[2:]}
+    by_name = {row[0]: row for row in rows_of(closing.table(pd.DataFrame(rows), 4, 10, "together"))[2:]}
     mean = {name: np.mean(value) for name, value in gaps.items()}
     mean["random"] = (mean.pop("random 0") + mean.pop("random 1")) / 2
     for name, row in {"chosen": "the chosen 10% of matrices", "random": "random matrices, matched"}.items():
