@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dynamics.patching import both_directions as both_directions
     from dynamics.patching import interactions as interactions
     from dynamics.patching import interchange as interchange
+    from dynamics.patching import max_memory as max_memory
     from dynamics.patching import patch_activations as patch_activations
     from dynamics.patching import patch_factors as patch_factors
     from dynamics.patching import patch_gradients as patch_gradients
@@ -74,6 +75,7 @@ _HOMES = {
     "both_directions": "dynamics.patching",
     "interchange": "dynamics.patching",
     "interactions": "dynamics.patching",
+    "max_memory": "dynamics.patching",
     "shapley_values": "dynamics.patching",
     "patch_activations": "dynamics.patching",
     "patch_gradients": "dynamics.patching",

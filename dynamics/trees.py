@@ -8,6 +8,9 @@ from types import EllipsisType
 import torch
 from torch import Tensor
 
+_BLOCK = 16384
+"""Elements whose squares are added up in one go: few enough for the cache."""
+
 Gradients = Mapping[str, Tensor | None]
 Index = tuple[int | slice | Tensor, ...] | Tensor | EllipsisType
 """What of a tensor is meant: a tuple of ints, slices and at most one 1-D integer tensor, a boolean mask of its
@@ -21,7 +24,10 @@ def stored(tensor: Tensor) -> Tensor:
 
 def squared_norm(tensor: Tensor | None) -> float:
     """Σ x², accumulated in fp64; 0 for None."""
-    return 0.0 if tensor is None else float(stored(tensor.detach()).double().square().sum())
+    if tensor is None:
+        return 0.0
+    blocks = (block.double() for block in torch.split(stored(tensor.detach()).flatten(), _BLOCK))
+    return sum(float(block.square().sum()) for block in blocks)
 
 
 def mask(index: Index, shape: torch.Size, device: torch.device) -> Tensor:

@@ -10,6 +10,7 @@ its loop is the same for each.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import multiprocessing
@@ -183,17 +184,22 @@ def compared(bench: Bench, row: Row, size: str, repeats: int) -> dict[str, Any]:
 
 
 def extra_memory(size: str, verb: str) -> float:
-    """Megabytes that a verb needs at its peak beyond a step and a measure of the same model; its own process."""
+    """Megabytes that a verb needs at its peak beyond the model and the checkpoint; in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return float(pool.apply(_peak, (size, verb)))
 
 
 def _peak(size: str, verb: str) -> float:
     torch.set_num_threads(1)
-    bench = Bench.of(config_of(size))
-    row = next(row for row in rows(bench, size) if row.verb == verb)
-    looped(bench, row, row.sites[:1])
+
+    def row_of(size: str) -> tuple[Bench, Row]:
+        bench = Bench.of(config_of(size))
+        return bench, next(row for row in rows(bench, size) if row.verb == verb)
+
+    ours(*row_of("toy"))  # the code itself is loaded
+    bench, row = row_of(size)
     gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     ours(bench, row)

@@ -79,7 +79,7 @@ def attribute_examples(
     rows = rows_of(batch)
     runs = Runs(Steps(recipe, state), Contrast(batch, batch), "attribute_examples")
     shares = gradients_of_rows(runs, rows)
-    untouched, base, _, coasted = chain.from_iterable(references(runs))
+    untouched, coasted, base, _ = chain.from_iterable(references(runs))
     moved = moved_by_each(runs, shares, base)
     models = {"untouched": untouched, "base": base, "coasted": coasted}
     table = Table(measure, len(probes), len(rows), list(models))

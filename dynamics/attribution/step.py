@@ -13,7 +13,7 @@ from dynamics.attribution.lines import Line, Method, Quadrature
 from dynamics.attribution.sums import SiteSums
 from dynamics.attribution.tables import Table
 from dynamics.measures import Measure
-from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS, Runs, columns, references
+from dynamics.patching.experiment import REFERENCE_ORDER, SECONDS_BEFORE_PROGRESS, Runs, columns, references
 from dynamics.patching.measuring import Measuring
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, SiteError, check
@@ -87,13 +87,12 @@ def attribute_step(
         )
     state = starting_point(recipe, checkpoint)
     sums = SiteSums(sites, {n: p.shape for n, p in recipe.model.named_parameters() if p.requires_grad})
-    names = ("untouched", "base", "source", "coasted")
-    table = Table(measure, len(contrasts), len(sites), names)
+    table = Table(measure, len(contrasts), len(sites), REFERENCE_ORDER)
     steps, measuring = Steps(recipe, state), Measuring(recipe, state, table.by_name)
     progress = tqdm(contrasts, desc="attribute_step", unit="contrast", delay=SECONDS_BEFORE_PROGRESS)
     for i, contrast in enumerate(progress):
         runs = Runs(steps, contrast, str(contrast.coords.get("example", f"contrast {i}")))
-        models = dict(zip(names, chain.from_iterable(references(runs)), strict=True))
+        models = dict(zip(REFERENCE_ORDER, chain.from_iterable(references(runs)), strict=True))
         table.evaluate(measuring, i, contrast, models)
         base, source = models["base"], models["source"]
         line = Line(recipe, state, base, source, contrast.probe, runs.name)

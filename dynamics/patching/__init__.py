@@ -7,6 +7,7 @@ from dynamics.patching.directions import both_directions as both_directions
 from dynamics.patching.factors import patch_factors as patch_factors
 from dynamics.patching.gradients import patch_gradients as patch_gradients
 from dynamics.patching.interchanges import interchange as interchange
+from dynamics.patching.memory import max_memory as max_memory
 from dynamics.patching.paths import patch_paths as patch_paths
 from dynamics.patching.signals import patch_signals as patch_signals
 from dynamics.patching.updates import patch_updates as patch_updates

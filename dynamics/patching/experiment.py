@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import islice
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +16,7 @@ from checkpoints import Checkpoint
 from dynamics import measures, results
 from dynamics.measures import Measure
 from dynamics.patching.measuring import Measuring
+from dynamics.patching.memory import HALF, at_most, chunks
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site
 from dynamics.steps import StepGradient, gradient
@@ -26,13 +25,9 @@ from dynamics.steps.stacks import Stack, Workspace, stack
 from dynamics.steps.states import starting_point
 from dynamics.steps.update import Steps
 
-T = TypeVar("T")
-
-CHUNK = 16
-"""Models stacked at most."""
-
-STACKED_BYTES = 2**27
-"""Tensors stacked at most, one model's always; both fixed, so that the same call gives the same bits."""
+REFERENCE_ORDER = ("untouched", "coasted", "base", "source")
+"""What every patched step is compared with, in the order in which the models are made: where they are large, no
+more than two of them are held, and two gradients."""
 
 SECONDS_BEFORE_PROGRESS = 5
 
@@ -89,10 +84,15 @@ class Runs:
             buffers=dict(self.checkpoint.buffers),
         )
 
-    @cached_property
+    @property
     def coasting(self) -> StepGradient:
         """The base gradient set to zero: momentum and decay alone move what it would have moved."""
         return replace(self.base, gradients={n: _zero(g) for n, g in self.base.gradients.items()})
+
+    def forget(self) -> None:
+        """Let go of the gradients, which are as large as the model."""
+        for name in ("base", "source", "nothing"):
+            self.__dict__.pop(name, None)
 
     @cached_property
     def base_factors(self) -> Factors:
@@ -140,8 +140,8 @@ def experiment(
     Args:
         verb: its name, for provenance and the progress bar.
         recipe, checkpoint, contrasts, patched_sites, measure: as the verb was called.
-        outcomes: yields the model after no step, the base step, the source step, the coasting step, and then the
-            step patched at each site, in order; each of them once for every entry of `measured_after`.
+        outcomes: yields the models of `REFERENCE_ORDER`, then that of the step patched at each site, in order; each
+            of them once for every entry of `measured_after`.
         measured_after: numbers of steps, which become the dim `step`; None where a single step is taken.
 
     Returns:
@@ -159,7 +159,8 @@ def experiment(
     if len(set(examples["example"])) < len(contrasts):
         raise ValueError("contrasts share a label in coords['example']; give each its own.")
     n_times = 1 if measured_after is None else len(measured_after)
-    values = np.full((len(contrasts), 4 + len(patched_sites), n_times, len(by_name)), np.nan)
+    n_references = len(REFERENCE_ORDER)
+    values = np.full((len(contrasts), n_references + len(patched_sites), n_times, len(by_name)), np.nan)
     steps, measuring, space = Steps(recipe, state), Measuring(recipe, state, by_name), Workspace()
     with tqdm(total=values[..., 0].size, desc=verb, unit="step", delay=SECONDS_BEFORE_PROGRESS) as bar:
         for members in _sharing_batches(contrasts):
@@ -171,22 +172,24 @@ def experiment(
                 for i in members:
                     cells, probe = values[i].reshape(-1, len(by_name)), contrasts[i].probe
                     if isinstance(models, Beside):
-                        found = measuring.beside(models.models, probe, cells[n_times])
+                        found = measuring.beside(
+                            models.models, probe, cells[REFERENCE_ORDER.index("base") * n_times]
+                        )
                     else:
                         found = measuring(models, probe)
                     cells[filled : filled + len(found)] = found
                     bar.update(len(found))
                 filled += len(found)
+                del models  # before the next ones are made
             if filled != values[0, ..., 0].size:
                 raise AssertionError(f"{verb} measured {filled} models of {values[0, ..., 0].size}")
     several = isinstance(measure, Mapping)
     units = [getattr(m, "units", "") for m in by_name.values()]
     labelled = [
         results.effects(
-            patched=np.moveaxis(at[:, 4:], -1, 0) if several else at[:, 4:, 0],
+            patched=np.moveaxis(at[:, n_references:], -1, 0) if several else at[:, n_references:, 0],
             references={
-                name: at[:, i].T if several else at[:, i, 0]
-                for i, name in enumerate(("untouched", "base", "source", "coasted"))
+                name: at[:, i].T if several else at[:, i, 0] for i, name in enumerate(REFERENCE_ORDER)
             },
             example_coords=columns(
                 [{"example": f"contrast {i}", **c.coords} for i, c in enumerate(contrasts)]
@@ -212,8 +215,14 @@ def _sharing_batches(contrasts: Sequence[Contrast]) -> list[list[int]]:
 
 
 def references(runs: Runs) -> Iterator[Stack]:
-    """The models after no step, the base step, the source step and the coasting step."""
-    return _stepped(runs, (runs.nothing, runs.base, runs.source, runs.coasting), Workspace)
+    """The models of `REFERENCE_ORDER`, each in memory of its own."""
+    steps = {
+        "untouched": lambda: runs.nothing,
+        "coasted": lambda: runs.coasting,
+        "base": lambda: runs.base,
+        "source": lambda: runs.source,
+    }
+    return _stepped(runs, (steps[name]() for name in REFERENCE_ORDER), Workspace, HALF)
 
 
 def stepped(runs: Runs, gradients: Iterable[StepGradient]) -> Iterator[Stack]:
@@ -225,24 +234,14 @@ def stepped(runs: Runs, gradients: Iterable[StepGradient]) -> Iterator[Stack]:
 
 
 def _stepped(
-    runs: Runs, gradients: Iterable[StepGradient], space: Callable[[], Workspace]
+    runs: Runs, gradients: Iterable[StepGradient], space: Callable[[], Workspace], share: float = 1
 ) -> Iterator[Stack]:
-    for chunk in chunks(gradients, at_most(runs.checkpoint.parameters.values())):
-        after = runs.steps.take([step.gradients for step in chunk], space())
+    def after(chunk: list[StepGradient]) -> Stack:
+        moved = runs.steps.take([step.gradients for step in chunk], space())
         buffers = stack([step.buffers for step in chunk])
-        yield Stack(len(chunk), {**after.shared, **buffers.shared}, {**after.stacked, **buffers.stacked})
+        return Stack(len(chunk), {**moved.shared, **buffers.shared}, {**moved.stacked, **buffers.stacked})
 
-
-def at_most(tensors: Iterable[Tensor]) -> int:
-    """How many copies of these tensors are stacked."""
-    return min(CHUNK, max(1, STACKED_BYTES // max(1, sum(t.nbytes for t in tensors))))
-
-
-def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Consecutive lists of `size` items; the last may be shorter."""
-    iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
-        yield chunk
+    return map(after, chunks(gradients, at_most(runs.checkpoint.parameters.values(), share)))
 
 
 def columns(rows: Sequence[Mapping[str, str | int | float]]) -> dict[str, list[str | int | float | None]]:

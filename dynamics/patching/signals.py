@@ -11,7 +11,8 @@ import xarray as xr
 
 from checkpoints import Checkpoint
 from dynamics.measures import Measure
-from dynamics.patching.experiment import Runs, at_most, chunks, experiment, references, stepped
+from dynamics.patching.experiment import Runs, experiment, references, stepped
+from dynamics.patching.memory import at_most, chunks
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, check_outputs, check_whole
 from dynamics.steps import StepGradient, gradient

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from checkpoints import Checkpoint
 from dynamics.measures import Measure
-from dynamics.patching.experiment import Beside, Runs, at_most, experiment, references
+from dynamics.patching.experiment import REFERENCE_ORDER, Beside, Runs, experiment, references
+from dynamics.patching.memory import QUARTER, at_most
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, check, check_whole
 from dynamics.steps.stacks import Stack, Workspace
@@ -46,16 +47,19 @@ def patch_updates(
 
 
 def _outcomes(runs: Runs, sites: Sequence[Site]) -> Iterator[Stack | Beside]:
-    kept: list[dict[str, Tensor]] = []
+    kept: dict[str, dict[str, Tensor]] = {}
+    names = iter(REFERENCE_ORDER)
     for models in references(runs):
         yield models
-        kept += models
-    _, base, source, _ = kept
+        kept |= {name: m for m, name in zip(models, names, strict=False) if name in ("base", "source")}
+        if kept:
+            runs.forget()
+    base, source = kept["base"], kept["source"]
     covered: dict[str, Tensor] = {}
     pending: list[Site] = []
     for site in sites:
         wider = covered | {name: base[name] for name in site.covers}
-        if len(pending) + 2 > at_most(wider.values()) and pending:
+        if len(pending) + 2 > at_most(wider.values(), QUARTER) and pending:
             yield _exchanged(base, source, pending, runs.space)
             pending, wider = [], {name: base[name] for name in site.covers}
         pending, covered = [*pending, site], wider
@@ -67,7 +71,10 @@ def _exchanged(
 ) -> Beside:
     """The base model, and beside it those with the source's value on one of the sites each."""
     names = dict.fromkeys(name for site in sites for name in site.covers)
-    stacked = {name: space.empty(name, base[name], 1 + len(sites), *base[name].shape) for name in names}
+    stacked = {
+        name: space.empty(place, base[name], 1 + len(sites), *base[name].shape)
+        for place, name in enumerate(names)
+    }
     for name, tensor in stacked.items():
         tensor[:] = base[name]
     for row, site in enumerate(sites, start=1):

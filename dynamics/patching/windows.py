@@ -75,9 +75,9 @@ StepOf = Callable[[Runs], StepGradient]
 
 def _outcomes(window: Runs, sites: Sequence[Site], after: Sequence[int]) -> Iterator[Stack]:
     ways: list[StepOf] = [
+        lambda runs: runs.coasting,
         lambda runs: runs.base,
         lambda runs: runs.source,
-        lambda runs: runs.coasting,
         *(partial(_patched_at, site=site) for site in sites),
     ]
     untouched = stack([{**window.checkpoint.parameters, **window.checkpoint.buffers}])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 from torch import Tensor
 
@@ -16,9 +15,7 @@ def coefficient(total_squared_norm: float, max_norm: float) -> float:
     return min(1.0, max_norm / (math.sqrt(total_squared_norm) + 1e-6))
 
 
-def clipped(
-    gradients: Gradients, clip: Clip, norm_of: Callable[[Tensor | None], float] = squared_norm
-) -> dict[str, Tensor | None]:
+def clipped(gradients: Gradients, clip: Clip) -> dict[str, Tensor | None]:
     """The gradient as the optimizer sees it.
 
     By norm, N² = Σ ‖g‖² is added up in fp64 over the tensors in their order, never by subtraction, so that
@@ -28,12 +25,11 @@ def clipped(
     Args:
         gradients: by parameter name, None where there is none; only the optimizer's own parameters.
         clip: `ByNorm`, `ByValue` or None.
-        norm_of: Σ g² of one tensor; given where it is remembered across gradients.
     """
     if clip is None:
         return dict(gradients)
     if isinstance(clip, ByValue):
         return {n: None if g is None else g.clamp(-clip.limit, clip.limit) for n, g in gradients.items()}
     assert isinstance(clip, ByNorm), f"unknown kind of clipping {clip!r}"
-    factor = coefficient(sum(norm_of(g) for g in gradients.values()), clip.max_norm)
+    factor = coefficient(sum(squared_norm(g) for g in gradients.values()), clip.max_norm)
     return {n: None if g is None else g * factor for n, g in gradients.items()}

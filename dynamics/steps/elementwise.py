@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 BLOCK = 16384
-"""Elements of a parameter taken at a time, whatever the number of gradients: bits do not depend on it."""
+"""Elements of a parameter taken at a time under 9 gradients or more; under n, so many times as n goes into 16. A
+multiple of what a processor takes at once: bits do not depend on it."""
 
 Moved = Callable[[slice, Tensor, Tensor], None]
 """(elements of the flat parameter, gradient [n, width], out [n, width]) -> writes θ' into `out`, in the order of
@@ -103,8 +104,9 @@ def step_into(out: Tensor, moved: Moved, gradients: Tensor, scale: Tensor | None
         scale: [n], what each is multiplied by (clipping); None for one.
     """
     n, (flat, after) = len(out), (gradients.reshape(len(gradients), -1), out.view(len(out), -1))
-    for begin in range(0, flat.shape[1], BLOCK):
-        at = slice(begin, begin + BLOCK)
+    width = BLOCK * max(1, 16 // n)
+    for begin in range(0, flat.shape[1], width):
+        at = slice(begin, begin + width)
         block = flat[:, at] if scale is None else flat[:, at] * scale[:, None]
         moved(at, block.expand(n, -1), after[:, at])
     return out

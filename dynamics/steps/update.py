@@ -7,14 +7,15 @@ element by element, and every other step the obvious way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from checkpoints import Checkpoint
 from dynamics.recipe import ByNorm, ByValue, Recipe
@@ -60,6 +61,7 @@ class Steps:
 
     recipe: Recipe
     checkpoint: Checkpoint
+    _norms: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary, init=False, repr=False)
 
     def take(self, many: Sequence[Gradients], space: Workspace | None = None) -> Stack:
         """The parameters after a step with each of the gradients, of which there is at least one.
@@ -135,9 +137,16 @@ class Steps:
         clip = self.recipe.clip
         if not isinstance(clip, ByNorm):
             return [1.0] * len(many)
-        norm_of = _remembered(squared_norm)
-        totals = (sum(norm_of(g) for name, g in gradients.items() if name in held) for gradients in many)
+        totals = (sum(self._norm(g) for name, g in gradients.items() if name in held) for gradients in many)
         return [coefficient(total, clip.max_norm) for total in totals]
+
+    def _norm(self, gradient: Tensor | None) -> float:
+        """Σ g², added up once as long as the tensor lives and is not written into."""
+        if gradient is None:
+            return 0.0
+        if gradient not in self._norms or self._norms[gradient][0] != gradient._version:
+            self._norms[gradient] = gradient._version, squared_norm(gradient)
+        return float(self._norms[gradient][1])
 
 
 def _groups(checkpoint: Checkpoint, template: Optimizer, names: Mapping[int, str]) -> list[dict[str, Any]]:
@@ -150,15 +159,3 @@ def _groups(checkpoint: Checkpoint, template: Optimizer, names: Mapping[int, str
 def _of_optimizer(gradients: Gradients, model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor | None]:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     return {name: gradients[name] for name, p in model.named_parameters() if id(p) in held}
-
-
-def _remembered(function: Callable[[Tensor | None], float]) -> Callable[[Tensor | None], float]:
-    """The function, computed once per tensor object while this call lasts."""
-    known: dict[int, tuple[Tensor | None, float]] = {}
-
-    def lookup(tensor: Tensor | None) -> float:
-        if id(tensor) not in known:
-            known[id(tensor)] = tensor, function(tensor)
-        return known[id(tensor)][1]
-
-    return lookup

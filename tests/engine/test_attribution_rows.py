@@ -116,7 +116,7 @@ def test_of_a_token_that_one_row_alone_has_nothing_is_left_without_it():
     batch = replace(batch, tokens=batch.tokens.clone())
     batch.tokens[3, 0] = 10
     runs = Runs(Steps(recipe, checkpoint), dy.Contrast(batch, batch), "a batch")
-    ((_, base, _, coasted),) = references(runs)
+    ((_, coasted, base, _),) = references(runs)
     moved = moved_by_each(runs, gradients_of_rows(runs, rows_of(batch)), base)
     alone = (base["embed.W_E"] - coasted["embed.W_E"])[10]
     assert torch.equal(moved["embed.W_E"][3, 10], alone)

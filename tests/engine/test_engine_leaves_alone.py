@@ -242,7 +242,7 @@ def test_a_measure_that_writes_to_the_model_changes_neither_checkpoint_nor_model
     mine = belongings()
     site = sites.Site("bias", {"head.bias": ...})
     VERBS[verb](mine.recipe, mine.checkpoint, [mine.pair], [site], measure)
-    untouched, base, _, _, patched = found
+    untouched, _, base, _, patched = found
     name = "norm.running_mean" if touches == "buffer" else "head.weight"
     assert mine.changes() == []
     assert torch.equal(
