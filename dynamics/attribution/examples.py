@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from checkpoints import Checkpoint
 from dynamics.attribution.lines import Line, Method, Quadrature
 from dynamics.attribution.rows import gradients_of_rows, moved_by_each, rows_of
+from dynamics.attribution.slopes import Slopes
 from dynamics.attribution.tables import Array, Table
 from dynamics.measures import Measure
 from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS, Runs, references
@@ -84,11 +85,12 @@ def attribute_examples(
     models = {"untouched": untouched, "base": base, "coasted": coasted}
     table = Table(measure, len(probes), len(rows), list(models))
     measuring = Measuring(recipe, state, table.by_name)
+    slopes = Slopes(recipe, state)
     progress = tqdm(probes, desc="attribute_examples", unit="probe", delay=SECONDS_BEFORE_PROGRESS)
     for i, probe in enumerate(progress):
         table.evaluate(measuring, i, probe, models)
         name = str(probe.coords.get("example", f"contrast {i}"))
-        line = Line(recipe, state, base, coasted, probe.probe, name)
+        line = Line(slopes, base, coasted, probe.probe, name)
         for m, (measure_name, function) in enumerate(table.by_name.items()):
             change = table.references["coasted"][m, i] - table.references["base"][m, i]
             mean, table.nodes[m, i] = line.mean_gradient(measure_name, function, change, quadrature)

@@ -5,7 +5,7 @@ Only the measure is ever differentiated; where the line leads is the optimizer's
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
@@ -14,13 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoints import Checkpoint
-from dynamics import measures
-from dynamics.calls import call, evaluating
+from dynamics.attribution.slopes import Slopes
 from dynamics.measures import Measure
-from dynamics.recipe import Recipe
-from dynamics.steps import NonFiniteGradient
-from dynamics.trees import stored
+from dynamics.patching.memory import QUARTER, at_most, chunks
 
 Method = Literal["first_order", "integrated"]
 
@@ -70,16 +66,14 @@ class Line:
     """Two models that differ in trained parameters alone, and what is measured along the way.
 
     Attributes:
-        recipe: its model gives the code and says which parameters are trained.
-        checkpoint: whose random numbers a measure draws.
+        slopes: how gradients are taken; shared by the lines of one call.
         start: all tensors where the line begins.
         stop: parameters where it ends. Buffers are those of `start` throughout.
         probe: what the measure is evaluated on.
         name: how errors name it.
     """
 
-    recipe: Recipe
-    checkpoint: Checkpoint
+    slopes: Slopes
     start: Mapping[str, Tensor]
     stop: Mapping[str, Tensor]
     probe: object
@@ -88,7 +82,7 @@ class Line:
     @cached_property
     def change(self) -> dict[str, Tensor]:
         """Stop − start of every trained parameter, in fp64."""
-        trained = [name for name, p in self.recipe.model.named_parameters() if p.requires_grad]
+        trained = [name for name, p in self.slopes.recipe.model.named_parameters() if p.requires_grad]
         return {name: self.stop[name].double() - self.start[name].double() for name in trained}
 
     def mean_gradient(
@@ -105,42 +99,27 @@ class Line:
         """
         mean: dict[str, Tensor] = {}
         n_nodes = 0
+        others = {n: t for n, t in self.start.items() if n not in self.change}
         for rule in quadrature.rules():
             mean = {n: torch.zeros_like(delta) for n, delta in self.change.items()}
-            for place, weight in rule:
-                for n, g in self._gradient(name, measure, place).items():
-                    mean[n].add_(g, alpha=weight)
+            for nodes in chunks(rule, at_most((self.start[n] for n in self.change), QUARTER)):
+                places, weights = zip(*nodes, strict=True)
+                found = self.slopes.summed(
+                    name, measure, self._at(places), weights, others, self.probe, self.name
+                )
+                for n, g in found.items():
+                    mean[n].add_(g)
             n_nodes = len(rule)
             parts = [float((mean[n] * delta).sum()) for n, delta in self.change.items()]
             if abs(sum(parts) - change_of_measure) <= quadrature.tolerance * sum(map(abs, parts)):
                 break
         return mean, n_nodes
 
-    def _gradient(self, name: str, measure: Measure, place: float) -> dict[str, Tensor]:
-        """The measure's gradient at start + place · change; parameters it does not depend on are left out."""
-        leaves = {
-            n: (self.start[n] + place * delta).to(self.start[n].dtype) for n, delta in self.change.items()
-        }
-        for leaf in leaves.values():
-            leaf.requires_grad_()
-        with self.checkpoint.random_state(), torch.enable_grad(), evaluating(self.recipe.model):
-            tensors = {n: leaves[n].clone() if n in leaves else t.clone() for n, t in self.start.items()}
-            value = call(
-                lambda m, b: measures.evaluate({name: measure}, m, b)[0],
-                self.recipe.model,
-                tensors,
-                self.probe,
-            )
-        if not value.requires_grad:
-            raise ValueError(
-                f"measure {name!r} has no gradient with respect to any trained parameter, so nothing can be "
-                "attributed. Give one that can be differentiated, such as a logit; patch_updates takes any."
-            )
-        found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-        gradients = {n: g.double() for n, g in zip(leaves, found, strict=True) if g is not None}
-        for n, g in gradients.items():
-            if not bool(torch.isfinite(stored(g)).all()):
-                raise NonFiniteGradient(
-                    f"The gradient of measure {name!r} of {self.name} at {n} is not finite."
-                )
-        return gradients
+    def _at(self, places: Sequence[float]) -> dict[str, Tensor]:
+        """Trained parameters at start + place · change: [n_places, *shape]."""
+        found = {}
+        for n, delta in self.change.items():
+            start = self.start[n].detach()
+            step = delta.to(start.dtype)
+            found[n] = torch.stack([torch.add(start, step, alpha=place) for place in places])
+        return found

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from checkpoints import Checkpoint
 from dynamics.attribution.lines import Line, Method, Quadrature
+from dynamics.attribution.slopes import Slopes
 from dynamics.attribution.sums import SiteSums
 from dynamics.attribution.tables import Table
 from dynamics.measures import Measure
@@ -89,13 +90,14 @@ def attribute_step(
     sums = SiteSums(sites, {n: p.shape for n, p in recipe.model.named_parameters() if p.requires_grad})
     table = Table(measure, len(contrasts), len(sites), REFERENCE_ORDER)
     steps, measuring = Steps(recipe, state), Measuring(recipe, state, table.by_name)
+    slopes = Slopes(recipe, state)
     progress = tqdm(contrasts, desc="attribute_step", unit="contrast", delay=SECONDS_BEFORE_PROGRESS)
     for i, contrast in enumerate(progress):
         runs = Runs(steps, contrast, str(contrast.coords.get("example", f"contrast {i}")))
         models = dict(zip(REFERENCE_ORDER, chain.from_iterable(references(runs)), strict=True))
         table.evaluate(measuring, i, contrast, models)
         base, source = models["base"], models["source"]
-        line = Line(recipe, state, base, source, contrast.probe, runs.name)
+        line = Line(slopes, base, source, contrast.probe, runs.name)
         end = measuring.alone({**source, **runs.base.buffers}, contrast.probe)
         for m, (name, function) in enumerate(table.by_name.items()):
             start = table.references["base"][m, i]

@@ -17,6 +17,8 @@ from dynamics.trees import Index
 
 Array = npt.NDArray[np.float64]
 
+_ALL = slice(None)
+
 
 @dataclass(frozen=True)
 class _Term:
@@ -67,9 +69,13 @@ def _term(name: str, index: Index, shape: torch.Size) -> _Term:
         return _Term(name, (), index.cpu().numpy())
     parts = () if isinstance(index, EllipsisType) else index
     padded = [*parts, *[slice(None)] * (len(shape) - len(parts))]
-    whole = [isinstance(p, slice) and len(range(n)[p]) == n for p, n in zip(padded, shape, strict=True)]
-    left = tuple(_part(p, n) for p, n, w in zip(padded, shape, whole, strict=True) if not w)
-    return _Term(name, tuple(axis for axis, is_whole in enumerate(whole) if is_whole), left)
+    whole, left = [], []
+    for axis, (part, n) in enumerate(zip(padded, shape, strict=True)):
+        if isinstance(part, slice) and (part == _ALL or len(range(n)[part]) == n):
+            whole.append(axis)
+        else:
+            left.append(_part(part, n))
+    return _Term(name, tuple(whole), tuple(left))
 
 
 def _part(part: int | slice | Tensor, size: int) -> int | slice | npt.NDArray[np.int64]:

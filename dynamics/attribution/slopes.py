@@ -1,0 +1,153 @@
+"""Gradients of measures, at one model or at several at once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from checkpoints import Checkpoint
+from dynamics import measures
+from dynamics.calls import call, evaluating
+from dynamics.measures import LogitMeasure, Measure
+from dynamics.recipe import Recipe
+from dynamics.steps import NonFiniteGradient
+from dynamics.steps.pullbacks import alike
+from dynamics.trees import Gradients, stored
+
+
+@dataclass
+class Slopes:
+    """Gradients of measures with respect to the trained parameters, at models that differ in these alone.
+
+    Of a measure of the logits those of several models are taken at once, by vmap; the first time one of them is
+    taken both ways, and where vmap cannot take the model or finds something else, all are taken one by one. So are
+    those of the user's functions, which may keep or change what they see.
+
+    Attributes:
+        recipe: its model gives the code and says which parameters are trained.
+        checkpoint: whose random numbers a measure draws.
+    """
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    _at_once: dict[str, bool] = field(default_factory=dict, init=False)
+
+    def summed(
+        self,
+        name: str,
+        measure: Measure,
+        leaves: Mapping[str, Tensor],
+        weights: Sequence[float],
+        others: Mapping[str, Tensor],
+        probe: object,
+        where: str,
+    ) -> dict[str, Tensor]:
+        """Σ_k w_k ∇M(θ_k) by trained parameter, in fp64; parameters the measure does not depend on are left out.
+
+        Args:
+            name, measure: what is differentiated.
+            leaves: θ, the trained parameters of all models, [k, *shape].
+            weights: w, length k.
+            others: tensors that all models share.
+            probe: what the measure is evaluated on.
+            where: how errors name it.
+
+        Raises:
+            ValueError: the measure cannot be differentiated.
+            NonFiniteGradient: a gradient is NaN or infinite; names the parameter.
+        """
+
+        def alone(i: int) -> dict[str, Tensor | None]:
+            own = {n: leaf[i] for n, leaf in leaves.items()}
+            return self._alone(name, measure, own, weights[i], others, probe, where)
+
+        if len(weights) > 1 and isinstance(measure, LogitMeasure) and self._at_once.get(name, True):
+            together = self._together(name, measure, leaves, weights, others, probe)
+            if name not in self._at_once:
+                first = {n: None if g is None else g[0] for n, g in together.items()}
+                self._at_once[name] = bool(together) and alike(first, alone(0))
+            if together and self._at_once[name]:
+                return {n: g.sum(0, dtype=torch.float64) for n, g in together.items() if g is not None}
+        total: dict[str, Tensor] = {}
+        for i in range(len(weights)):
+            for n, g in alone(i).items():
+                if g is not None:
+                    total[n] = total[n].add_(g) if n in total else g.double()
+        return total
+
+    def _alone(
+        self,
+        name: str,
+        measure: Measure,
+        leaves: Mapping[str, Tensor],
+        weight: float,
+        others: Mapping[str, Tensor],
+        probe: object,
+        where: str,
+    ) -> dict[str, Tensor | None]:
+        """One model's gradient times its weight."""
+        inputs = {n: leaf.detach().requires_grad_() for n, leaf in leaves.items()}
+        with self.checkpoint.random_state(), torch.enable_grad(), evaluating(self.recipe.model):
+            copies = {n: t.clone() for n, t in {**others, **inputs}.items()}
+            value = call(
+                lambda m, b: measures.evaluate({name: measure}, m, b)[0], self.recipe.model, copies, probe
+            )
+        if not value.requires_grad:
+            raise ValueError(
+                f"measure {name!r} has no gradient with respect to any trained parameter, so nothing can be "
+                "attributed. Give one that can be differentiated, such as a logit; patch_updates takes any."
+            )
+        grads = torch.autograd.grad(value, list(inputs.values()), value.new_tensor(weight), allow_unused=True)
+        found: dict[str, Tensor | None] = dict(zip(inputs, grads, strict=True))
+        if not _finite(found):
+            n = next(n for n, g in found.items() if not _finite({n: g}))
+            raise NonFiniteGradient(f"The gradient of measure {name!r} of {where} at {n} is not finite.")
+        return found
+
+    def _together(
+        self,
+        name: str,
+        measure: Measure,
+        leaves: Mapping[str, Tensor],
+        weights: Sequence[float],
+        others: Mapping[str, Tensor],
+        probe: object,
+    ) -> dict[str, Tensor | None]:
+        """Every model's gradient times its weight, [k, *shape]; nothing where vmap cannot take it."""
+        inputs = {n: leaf.detach().requires_grad_() for n, leaf in leaves.items()}
+        buffers = self.checkpoint.buffers  # a forward pass may write into them
+        shared = {n: t.clone() if n in buffers else t for n, t in others.items()}
+
+        def of_one(own: dict[str, Tensor]) -> Tensor:
+            return call(
+                lambda m, b: measures.evaluate({name: measure}, m, b)[0],
+                self.recipe.model,
+                {**shared, **own},
+                probe,
+            )
+
+        try:
+            with (
+                warnings.catch_warnings(),
+                self.checkpoint.random_state(),
+                torch.enable_grad(),
+                evaluating(self.recipe.model),
+            ):
+                warnings.simplefilter("error")
+                values = torch.vmap(of_one, randomness="same")(inputs)
+                grads = torch.autograd.grad(
+                    values, list(inputs.values()), values.new_tensor(weights), allow_unused=True
+                )
+        except Exception:  # noqa: BLE001 (one by one it is said what is wrong, if anything is)
+            return {}
+        found: dict[str, Tensor | None] = dict(zip(inputs, grads, strict=True))
+        return found if _finite(found) else {}
+
+
+def _finite(gradients: Gradients) -> bool:
+    return bool(get_total_norm([stored(g) for g in gradients.values() if g is not None]).isfinite())
