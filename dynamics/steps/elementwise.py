@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from dynamics.steps.stacks import Workspace
+
 BLOCK = 16384
 """Elements of a parameter taken at a time under 9 gradients or more; under n, so many times as n goes into 16. A
 multiple of what a processor takes at once: bits do not depend on it."""
 
-Moved = Callable[[slice, Tensor, Tensor], None]
-"""(elements of the flat parameter, gradient [n, width], out [n, width]) -> writes θ' into `out`, in the order of
-operations that torch has."""
+Moved = Callable[[slice, Tensor, Tensor, Tensor], None]
+"""(elements of the flat parameter, gradient, scratch, out, each [n, width]) -> writes θ' into `out`, in the order
+of operations that torch has."""
 
 
 def rule(
@@ -63,12 +65,12 @@ def _adam(group: Mapping[str, Any], state: Mapping[str, Any], theta: Tensor, dec
         for key in ("exp_avg", "exp_avg_sq")
     )
 
-    def moved(at: slice, gradient: Tensor, out: Tensor) -> None:
+    def moved(at: slice, gradient: Tensor, scratch: Tensor, out: Tensor) -> None:
         start = theta[at]
         if decay and not decoupled:
             gradient = torch.add(gradient, start, alpha=decay)
-        root = torch.addcmul(second[at] * beta2, gradient, gradient, value=1 - beta2)
-        mean = torch.lerp(first[at], gradient, 1 - beta1)
+        root = torch.addcmul(second[at] * beta2, gradient, gradient, value=1 - beta2, out=scratch)
+        mean = torch.lerp(first[at], gradient, 1 - beta1, out=out)
         kept = start * (1 - lr * decay) if decoupled else start
         torch.addcdiv(kept, mean, root.sqrt_().div_(spread).add_(eps), value=-size, out=out)
 
@@ -81,7 +83,7 @@ def _sgd(group: Mapping[str, Any], state: Mapping[str, Any], theta: Tensor) -> M
     recorded = state.get("momentum_buffer")
     buffer = None if recorded is None else recorded.reshape(-1)
 
-    def moved(at: slice, gradient: Tensor, out: Tensor) -> None:
+    def moved(at: slice, gradient: Tensor, scratch: Tensor, out: Tensor) -> None:
         start = theta[at]
         direction = torch.add(gradient, start, alpha=decay) if decay else gradient
         if momentum:
@@ -94,7 +96,7 @@ def _sgd(group: Mapping[str, Any], state: Mapping[str, Any], theta: Tensor) -> M
     return moved
 
 
-def step_into(out: Tensor, moved: Moved, gradients: Tensor, scale: Tensor | None) -> Tensor:
+def step_into(out: Tensor, moved: Moved, gradients: Tensor, scale: Tensor | None, space: Workspace) -> Tensor:
     """θ' under each gradient.
 
     Args:
@@ -102,11 +104,15 @@ def step_into(out: Tensor, moved: Moved, gradients: Tensor, scale: Tensor | None
         moved: the parameter's rule.
         gradients: [n, *shape], or [1, *shape] where all are alike but for their scale.
         scale: [n], what each is multiplied by (clipping); None for one.
+        space: memory for what lies between.
     """
     n, (flat, after) = len(out), (gradients.reshape(len(gradients), -1), out.view(len(out), -1))
     width = BLOCK * max(1, 16 // n)
     for begin in range(0, flat.shape[1], width):
         at = slice(begin, begin + width)
-        block = flat[:, at] if scale is None else flat[:, at] * scale[:, None]
-        moved(at, block.expand(n, -1), after[:, at])
+        block, shape = flat[:, at], after[:, at].shape
+        if scale is not None:
+            scaled = space.empty("scaled", out, len(scale), shape[1])
+            block = torch.mul(block, scale[:, None], out=scaled)
+        moved(at, block.expand(n, -1), space.empty("scratch", out, *shape), after[:, at])
     return out

@@ -96,17 +96,17 @@ class Steps:
                 of_steps = scales[:1] if one else [scales[i] for i in present]
                 scale = torch.tensor(of_steps, dtype=theta.dtype, device=theta.device)
             if one:
-                shared[name] = step_into(torch.empty_like(theta)[None], moved, gradient, scale)[0]
+                shared[name] = step_into(torch.empty_like(theta)[None], moved, gradient, scale, space)[0]
                 continue
             after = space.empty(name, theta, len(many), *theta.shape)
             rows = slice(present[0], present[-1] + 1)
             if len(present) == rows.stop - rows.start:
-                step_into(after[rows], moved, gradient, scale)
+                step_into(after[rows], moved, gradient, scale, space)
                 after[: rows.start], after[rows.stop :] = theta, theta
             else:
                 after[:] = theta
                 after[present] = step_into(
-                    after.new_empty(len(present), *theta.shape), moved, gradient, scale
+                    after.new_empty(len(present), *theta.shape), moved, gradient, scale, space
                 )
             stacked[name] = after
         return Stack(len(many), shared, stacked)
