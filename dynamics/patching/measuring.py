@@ -75,10 +75,14 @@ class Measuring:
         return np.stack([self.alone(models[i], probe) for i in range(first, len(models))])
 
     def _both_ways(self, models: Stack, probe: Any) -> Array:
+        """A later stack may have other tensors stacked, so here all parameters are."""
+        alike = {n: t for n, t in models.shared.items() if n in self.checkpoint.parameters}
+        apart = {n: t.expand(len(models), *t.shape) for n, t in alike.items()}
+        shared = {n: t for n, t in models.shared.items() if n not in alike}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
-                together = self._together(models, probe)
+                together = self._together(Stack(len(models), shared, {**apart, **models.stacked}), probe)
         except Exception:  # noqa: BLE001 (the loop says what is wrong, if anything is)
             self._at_once = False
         else:

@@ -1,0 +1,134 @@
+"""Gradients of a measure at several models: at once what they are one by one."""
+
+import pytest
+import torch
+from engine_models import classifier_recipe, points, tokens, transformer, transformer_recipe
+from torch import nn
+
+import dynamics as dy
+from dynamics.attribution.slopes import Slopes
+from dynamics.steps import NonFiniteGradient
+from dynamics.steps.states import starting_point
+
+WEIGHTS = (0.5, -1.5, 0.25)
+
+
+def at_several(recipe, n=3):
+    """A state, its buffers, and trained parameters of n models near it."""
+    state = starting_point(recipe, None)
+    generator = torch.Generator().manual_seed(0)
+    leaves = {
+        name: torch.stack(
+            [p + 0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype) for _ in range(n)]
+        )
+        for name, p in state.parameters.items()
+    }
+    return state, dict(state.buffers), leaves
+
+
+def by_hand(recipe, others, leaves, weights, measure, probe):
+    """The model's own parameters overwritten, and a plain backward pass."""
+    total = {name: torch.zeros_like(leaf[0]) for name, leaf in leaves.items()}
+    recipe.model.eval()
+    for i, weight in enumerate(weights):
+        recipe.model.load_state_dict({**others, **{name: leaf[i] for name, leaf in leaves.items()}})
+        parameters = dict(recipe.model.named_parameters())
+        value = torch.as_tensor(measure(recipe.model, probe)).mean() * weight
+        for name, g in zip(parameters, torch.autograd.grad(value, parameters.values()), strict=True):
+            total[name] += g
+    return total
+
+
+def counting(recipe):
+    calls = []
+    recipe.model.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def slopes_of(recipe, measure, probe, weights=WEIGHTS):
+    state, others, leaves = at_several(recipe, len(weights))
+    slopes = Slopes(recipe, state)
+    found = slopes.summed("m", measure, leaves, weights, others, probe, "a test")
+    calls = counting(recipe)
+    again = slopes.summed("m", measure, leaves, weights, others, probe, "a test")
+    n_calls = len(calls)
+    assert all(torch.equal(again[name], g) for name, g in found.items())
+    return found, by_hand(recipe, others, leaves, weights, measure, probe), n_calls
+
+
+def assert_alike(found, expected):
+    assert found.keys() == expected.keys()
+    for name, g in expected.items():
+        assert float((found[name] - g).abs().max()) <= 1e-12 * max(1.0, float(g.abs().max())), name
+
+
+def test_gradients_of_a_transformer_are_taken_at_once():
+    found, expected, n_calls = slopes_of(transformer_recipe(), dy.measures.correct_log_prob, tokens(1))
+    assert_alike(found, expected)
+    assert n_calls == 1
+
+
+def test_gradients_of_a_users_function_are_taken_one_by_one():
+    def measure(model, batch):
+        return dy.measures.correct_log_prob(model, batch)
+
+    found, expected, n_calls = slopes_of(transformer_recipe(), measure, tokens(1))
+    assert_alike(found, expected)
+    assert n_calls == len(WEIGHTS)
+
+
+class Odd(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.inner, self.how = transformer(), how
+
+    def forward(self, ids):
+        logits = self.inner(ids)
+        if self.how == "branches on a value":
+            return logits * (2.0 if logits.sum() > -1e9 else 1.0)
+        if self.how == "calls .item()":
+            return logits * (1.0 + 0 * logits.mean().item())
+        return logits * (2.0 if torch._C._functorch.is_batchedtensor(self.inner.unembed.W_U) else 1.0)
+
+
+@pytest.mark.parametrize("how", ["branches on a value", "calls .item()", "does otherwise under vmap"])
+def test_a_model_that_vmap_does_not_take_gives_the_same_one_by_one(how):
+    found, expected, n_calls = slopes_of(
+        transformer_recipe(model=Odd(how)), dy.measures.correct_logit, tokens(1)
+    )
+    assert_alike(found, expected)
+    assert n_calls == len(WEIGHTS)
+
+
+def test_one_model_by_itself_is_not_taken_both_ways():
+    found, expected, n_calls = slopes_of(transformer_recipe(), dy.measures.correct_logit, tokens(1), (1.0,))
+    assert_alike(found, expected)
+    assert n_calls == 1
+
+
+def test_what_a_measure_does_not_read_has_no_gradient():
+    recipe = classifier_recipe()
+    state, others, leaves = at_several(recipe)
+    found = Slopes(recipe, state).summed(
+        "m", lambda model, batch: model.encoder(batch[0]).mean(), leaves, WEIGHTS, others, points(0), "a test"
+    )
+    assert sorted(found) == ["encoder.bias", "encoder.weight"]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_gradient_that_is_not_finite_is_named(n):
+    recipe = transformer_recipe()
+    state, others, leaves = at_several(recipe, n)
+    leaves["unembed.b_U"][-1, 3] = float("nan")
+    with pytest.raises(NonFiniteGradient, match=r"measure 'm' of a test at \S+ is not finite"):
+        Slopes(recipe, state).summed(
+            "m", dy.measures.correct_log_prob, leaves, WEIGHTS[:n], others, tokens(1), "a test"
+        )
+
+
+def test_leaves_are_left_as_they_are():
+    recipe = transformer_recipe()
+    state, others, leaves = at_several(recipe)
+    before = {name: leaf.clone() for name, leaf in leaves.items()}
+    Slopes(recipe, state).summed("m", dy.measures.correct_logit, leaves, WEIGHTS, others, tokens(1), "a test")
+    assert all(torch.equal(leaf, before[name]) and not leaf.requires_grad for name, leaf in leaves.items())

@@ -1,0 +1,154 @@
+"""How many models are stacked at a time changes how long a verb takes, and nothing else."""
+
+import contextlib
+
+import pytest
+import torch
+from engine_models import ADAMW, perturbed, tokens, trained, transformer, transformer_recipe
+from torch import nn
+
+import dynamics as dy
+from dynamics import sites
+from dynamics.steps.update import Steps, step_from
+
+CONTRASTS = [dy.Contrast(tokens(i), tokens(i + 10), tokens(i + 20), {"example": f"{i}"}) for i in range(2)]
+VERBS = {
+    "patch_gradients": dy.patch_gradients,
+    "patch_updates": dy.patch_updates,
+    "patch_signals": dy.patch_signals,
+}
+every_verb = pytest.mark.parametrize("verb", VERBS)
+
+
+def found_by(verb, recipe, checkpoint, measure=dy.measures.correct_logit):
+    model = recipe.model
+    if verb == "patch_signals":
+        chosen = sites.activations(model, "blocks.*.attn.hook_z", ("layer", "head"), CONTRASTS[0].base)
+    else:
+        chosen = sites.parameters(model)
+    return VERBS[verb](recipe, checkpoint, CONTRASTS, chosen, measure)
+
+
+def counted(recipe, function):
+    """What the function gives, and how often it calls the model."""
+    calls = []
+    handle = recipe.model.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        return function(), len(calls)
+    finally:
+        handle.remove()
+
+
+@every_verb
+def test_under_any_budget_a_verb_finds_the_same_to_rounding(verb):
+    recipe = transformer_recipe()
+    checkpoint = trained(recipe, [tokens(i) for i in range(3)]).last
+    usual, calls = counted(recipe, lambda: found_by(verb, recipe, checkpoint))
+    for n_bytes, compare in ((1, "__gt__"), (2**34, "__le__")):
+        with dy.max_memory(n_bytes):
+            other, n = counted(recipe, lambda: found_by(verb, recipe, checkpoint))
+        assert getattr(n, compare)(calls), (n, calls)
+        for name in usual.data_vars:
+            assert float(abs(other[name] - usual[name]).max()) < 1e-12, (n_bytes, name)
+
+
+@every_verb
+def test_under_one_budget_a_verb_finds_the_same_bits(verb):
+    recipe = transformer_recipe()
+    checkpoint = trained(recipe, [tokens(0)]).last
+    with dy.max_memory(10_000):
+        one, other = (found_by(verb, recipe, checkpoint).drop_attrs() for _ in range(2))
+    assert one.identical(other)
+
+
+def test_a_budget_ends_where_its_block_ends_also_by_an_error():
+    recipe = transformer_recipe()
+
+    def n_calls():
+        return counted(recipe, lambda: found_by("patch_updates", recipe, None))[1]
+
+    usual = n_calls()
+    with dy.max_memory(1):
+        assert n_calls() > usual
+    with contextlib.suppress(KeyError), dy.max_memory(1):
+        raise KeyError
+    assert n_calls() == usual
+
+
+@pytest.mark.parametrize("n_bytes", [0, -1])
+def test_a_budget_of_nothing_is_refused(n_bytes):
+    with pytest.raises(ValueError, match="above 0"), dy.max_memory(n_bytes):
+        pass
+
+
+class Unstackable(nn.Module):
+    """A transformer that vmap cannot take, or that does otherwise under it."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.inner, self.how = transformer(), how
+
+    def forward(self, ids):
+        weight = self.inner.unembed.W_U
+        if self.how == "branches on a value":
+            return self.inner(ids) * (2.0 if weight.sum() > -1e9 else 1.0)
+        return self.inner(ids) + float(torch._C._functorch.is_batchedtensor(weight))
+
+
+@every_verb
+@pytest.mark.parametrize("how", ["branches on a value", "does otherwise under vmap"])
+@pytest.mark.parametrize("n_bytes", [2**27, 40_000], ids=["all stacked", "references alone"])
+def test_a_model_that_cannot_be_stacked_is_measured_one_at_a_time(verb, how, n_bytes):
+    """Also where the first models are too large to be stacked and later ones are not."""
+    recipe = transformer_recipe(model=Unstackable(how))
+    module = recipe.model
+    chosen = (
+        sites.activations(module, "inner.blocks.*.attn.hook_z", ("layer", "head"), CONTRASTS[0].base)
+        if verb == "patch_signals"
+        else sites.parameters(module)
+    )
+    with dy.max_memory(n_bytes):
+        found = VERBS[verb](recipe, None, CONTRASTS, chosen, dy.measures.correct_logit)
+    slow = VERBS[verb](
+        recipe, None, CONTRASTS, chosen, lambda model, batch: dy.measures.correct_logit(model, batch)
+    )
+    for name in ("patched", "base", "source", "untouched", "coasted"):
+        assert float(abs(found[name] - slow[name]).max()) < 1e-12, name
+
+
+def test_a_gradient_that_was_written_into_is_clipped_by_its_new_norm():
+    recipe = transformer_recipe(max_grad_norm=0.1)
+    checkpoint = trained(recipe, [tokens(0)]).last
+    gradients = {n: torch.randn_like(p) for n, p in checkpoint.parameters.items()}
+    steps = Steps(recipe, checkpoint)
+    steps.take([gradients])
+    for gradient in gradients.values():
+        gradient.mul_(7).add_(0.1)
+    (after,) = steps.take([gradients])
+    expected = step_from(recipe, checkpoint, gradients)
+    assert all(float((after[n] - t).abs().max()) < 1e-12 for n, t in expected.items())
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "Adam", "SGD"])
+def test_a_step_has_the_same_bits_however_many_are_taken_beside_it(kind):
+    """Of a tensor whose length is no multiple of anything; blocks are wider where fewer steps are taken."""
+    optimizers = {
+        "AdamW": ADAMW,
+        "Adam": lambda ps: torch.optim.Adam(ps, lr=0.01, weight_decay=0.1),
+        "SGD": lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+    }
+
+    class Long(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(300_007))
+
+        def forward(self, x):
+            return self.weight.square().sum() * x
+
+    recipe = dy.Recipe(perturbed(Long()), lambda model, x: model(x), optimizers[kind], max_grad_norm=1.0)
+    checkpoint = trained(recipe, [torch.tensor(1.0), torch.tensor(0.5)]).last
+    many = [{"weight": torch.randn(300_007)} for _ in range(16)]
+    expected = step_from(recipe, checkpoint, many[0])["weight"]
+    for n in (1, 2, 3, 5, 8, 9, 16):
+        assert torch.equal(Steps(recipe, checkpoint).take(many[:n])[0]["weight"], expected), n
