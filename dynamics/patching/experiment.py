@@ -41,12 +41,14 @@ class Runs:
         contrast: on which batches.
         name: how errors name the contrast.
         space: memory for stacks that are measured one after another.
+        known: gradients that were taken already, by "base" and "source".
     """
 
     steps: Steps
     contrast: Contrast
     name: str
     space: Workspace = field(default_factory=Workspace)
+    known: Mapping[str, StepGradient] = field(default_factory=dict)
 
     @property
     def recipe(self) -> Recipe:
@@ -66,14 +68,18 @@ class Runs:
     @cached_property
     def base(self) -> StepGradient:
         """Gradient and buffers of the base batch, before clipping."""
-        return gradient(self.recipe, self.checkpoint, self.contrast.base, self.where[0])
+        return self.known.get("base") or gradient(
+            self.recipe, self.checkpoint, self.contrast.base, self.where[0]
+        )
 
     @cached_property
     def source(self) -> StepGradient:
         """Gradient and buffers of the source batch, before clipping; the base's own where the batches are one."""
         if self.contrast.source is self.contrast.base:
             return self.base
-        return gradient(self.recipe, self.checkpoint, self.contrast.source, self.where[1])
+        return self.known.get("source") or gradient(
+            self.recipe, self.checkpoint, self.contrast.source, self.where[1]
+        )
 
     @cached_property
     def nothing(self) -> StepGradient:

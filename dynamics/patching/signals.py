@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain, groupby
 from typing import get_args
@@ -17,9 +18,9 @@ from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, check_outputs, check_whole
 from dynamics.steps import StepGradient, gradient
 from dynamics.steps.caching import recorded
-from dynamics.steps.pullbacks import alike, pullbacks
+from dynamics.steps.pullbacks import Pullbacks, alike, pullbacks
 from dynamics.steps.stacks import Stack
-from dynamics.steps.taps import Forward, check_covers, exchanging
+from dynamics.steps.taps import Cache, Forward, check_covers, exchanging
 
 
 def patch_signals(
@@ -71,17 +72,33 @@ def patch_signals(
 def _outcomes(
     runs: Runs, sites: Sequence[Site], forward: Forward, linear: dict[str, bool]
 ) -> Iterator[Stack]:
-    return chain(references(runs), stepped(runs, _patched(runs, sites, forward, linear)))
+    hooks = list(dict.fromkeys(name for site in sites for name in site.covers))
+    recipe, state = runs.recipe, runs.checkpoint
+    step, source = recorded(recipe, state, runs.contrast.source, hooks, runs.where[1])
+    known, kept = {"source": step}, None
+    if forward == "base":
+        kept = pullbacks(recipe, state, runs.contrast.base, hooks, runs.where[0])
+        known["base"] = kept.step
+    runs = replace(runs, known=known)
+    return chain(references(runs), stepped(runs, _patched(runs, sites, forward, linear, source, kept)))
 
 
 def _patched(
-    runs: Runs, sites: Sequence[Site], forward: Forward, linear: dict[str, bool]
+    runs: Runs,
+    sites: Sequence[Site],
+    forward: Forward,
+    linear: dict[str, bool],
+    source: Cache,
+    kept: Pullbacks | None,
 ) -> Iterator[StepGradient]:
-    """The patched gradients in order; `linear` keeps of which activations the fast way was found to hold."""
-    hooks = list(dict.fromkeys(name for site in sites for name in site.covers))
+    """The patched gradients in order.
+
+    Args:
+        linear: of which activations the fast way was found to hold; kept from contrast to contrast.
+        source: what passed the sites in the source run.
+        kept: the base run with its graph, where its backward pass may be taken up from the sites.
+    """
     recipe, state, batch, where = runs.recipe, runs.checkpoint, runs.contrast.base, runs.where[0]
-    _, source = recorded(recipe, state, runs.contrast.source, hooks, runs.where[1])
-    kept = pullbacks(recipe, state, batch, hooks, where) if forward == "base" else None
 
     def one(site: Site) -> StepGradient:
         return gradient(recipe, state, batch, where, exchanging(site, source, forward))
