@@ -37,6 +37,10 @@ from tqdm import tqdm
 import dynamics as dy
 from checkpoints import Checkpoint
 from dynamics.config import StudyConfig, ToyConfig
+from dynamics.patching.experiment import Runs, references, stepped
+from dynamics.patching.gradients import patched
+from dynamics.patching.measuring import Measuring
+from dynamics.steps.update import Steps
 
 PRESETS = {"toy": "default", "seed": "seed"}
 WARM_STEPS = 5
@@ -243,6 +247,45 @@ def measure(size: str, repeats: int, threads: int) -> dict[str, Any]:
     }
 
 
+def parts(bench: Bench, repeats: int) -> dict[str, float]:
+    """Milliseconds of what `patch_gradients` does with one contrast, all matrices, by part."""
+    torch.set_num_threads(1)
+    recipe, state, contrast = bench.recipe, bench.state, bench.contrasts[0]
+    sites = dy.sites.matrices(recipe.model)
+    steps = Steps(recipe, state)
+    measuring = Measuring(recipe, state, {"": dy.measures.correct_logit})
+
+    def gradients() -> Runs:
+        runs = Runs(steps, contrast, "parts")
+        return replace(runs, known={"base": runs.base, "source": runs.source})
+
+    def referred(runs: Runs) -> None:
+        for models in references(runs):
+            measuring(models, contrast.probe)
+
+    def stepping(runs: Runs) -> None:
+        for _ in stepped(runs, patched(runs, sites)):
+            pass
+
+    def both(runs: Runs) -> None:
+        for models in stepped(runs, patched(runs, sites)):
+            measuring(models, contrast.probe)
+
+    def median(function: Callable[[], Any]) -> float:
+        function()
+        return 1e3 * statistics.median(timed(function)[0] for _ in range(repeats))
+
+    runs = gradients()
+    found = {
+        "both gradients": median(gradients),
+        "the four references": median(lambda: referred(runs)),
+        "steps": median(lambda: stepping(runs)),
+    }
+    found["the measure"] = median(lambda: both(runs)) - found["steps"]
+    whole = median(lambda: ours(bench, Row("", "patch_gradients", state, [contrast], sites, {})))
+    return {**found, "checks and labels": whole - sum(found.values())}
+
+
 def scaling(repeats: int) -> dict[str, Any]:
     """Seconds of the verbs against numbers of sites, contrasts and parameters."""
     torch.set_num_threads(1)
@@ -294,7 +337,12 @@ def picture(found: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def table(found: list[dict[str, Any]], memory: dict[str, dict[str, float]], slopes: dict[str, Any]) -> str:
+def table(
+    found: list[dict[str, Any]],
+    memory: dict[str, dict[str, float]],
+    slopes: dict[str, Any],
+    shares: dict[str, float],
+) -> str:
     """Ratios by size and threads, goals beside them."""
     columns = [(part["size"], part["threads"]) for part in found]
     names = {"toy": "toy 2 x 128", "seed": "seed's size 6 x 1024"}
@@ -326,6 +374,12 @@ def table(found: list[dict[str, Any]], memory: dict[str, dict[str, float]], slop
         f"{names[size]} {', '.join(f'{verb} {mb:.0f}' for verb, mb in verbs.items())}"
         for size, verbs in memory.items()
     )
+    spent = ", ".join(f"{name} {ms:.0f}" for name, ms in shares.items())
+    n_sites = found[0]["rows"][0]["sites"]
+    own = ", ".join(
+        f"{names[size]} {next(p for p in found if p['size'] == size)['parameters'] * 4 / 2**20:.0f}"
+        for size in memory
+    )
     verbs = "`, `".join(next(iter(slopes.values())))
     return "\n".join(
         [
@@ -335,8 +389,10 @@ def table(found: list[dict[str, Any]], memory: dict[str, dict[str, float]], slop
             f"{found[0]['repeats']} interleaved repeats; `attribute_step` beside exact exchanges of a sample of "
             f"its sites. Both ways agree to {exact:.0e} of the measure; attributions rank sites like exact "
             f"exchanges (Spearman at least {ranks:.2f}). Floor, the matrix products of one forward pass of the "
-            f"measure at the machine's own rate in GFLOP/s: {floors}. Megabytes beyond a model, its optimizer and "
-            f"a step: {needs}. Log-log slopes of `{verbs}` against the number of {grown} "
+            f"measure at the machine's own rate in GFLOP/s: {floors}. Milliseconds of `patch_gradients`, "
+            f"{n_sites} matrices of the toy, stored AdamW, 1 thread: {spent}. "
+            f"Resident megabytes at the peak beyond model and checkpoint (the models themselves: {own}): {needs}. "
+            f"Log-log slopes of `{verbs}` against the number of {grown} "
             f"(`.readme/scaling.png`). {stamp(__file__)}",
         ]
     )
@@ -353,15 +409,17 @@ def main() -> None:
     parser.add_argument("--readme", action="store_true", help="write table and picture into README.md")
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
-    parts = [measure(size, given.repeats, threads) for size in given.sizes for threads in given.threads]
+    tables = [measure(size, given.repeats, threads) for size in given.sizes for threads in given.threads]
     memory = {
         size: {verb: extra_memory(size, verb) for verb in ("patch_gradients", "patch_updates")}
         for size in given.sizes
     }
     slopes = scaling(given.repeats)
+    shares = parts(Bench.of(config_of("toy")), given.repeats)
     given.json.parent.mkdir(parents=True, exist_ok=True)
-    given.json.write_text(json.dumps({"parts": parts, "memory": memory, "scaling": slopes}, indent=1))
-    text = table(parts, memory, slopes)
+    kept = {"tables": tables, "memory": memory, "scaling": slopes, "parts": shares}
+    given.json.write_text(json.dumps(kept, indent=1))
+    text = table(tables, memory, slopes, shares)
     print(text)
     picture(slopes, PICTURE if given.readme else given.json.with_suffix(".png"))
     if given.readme:

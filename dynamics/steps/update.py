@@ -7,6 +7,7 @@ element by element, and every other step the obvious way.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from checkpoints import Checkpoint
 from dynamics.recipe import ByNorm, ByValue, Recipe
@@ -61,7 +61,9 @@ class Steps:
 
     recipe: Recipe
     checkpoint: Checkpoint
-    _norms: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary, init=False, repr=False)
+    _norms: dict[int, tuple[weakref.ref[Tensor], int, float]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def take(self, many: Sequence[Gradients], space: Workspace | None = None) -> Stack:
         """The parameters after a step with each of the gradients, of which there is at least one.
@@ -144,9 +146,11 @@ class Steps:
         """Σ g², added up once as long as the tensor lives and is not written into."""
         if gradient is None:
             return 0.0
-        if gradient not in self._norms or self._norms[gradient][0] != gradient._version:
-            self._norms[gradient] = gradient._version, squared_norm(gradient)
-        return float(self._norms[gradient][1])
+        alive, version, norm = self._norms.get(id(gradient), (None, 0, 0.0))
+        if alive is None or alive() is not gradient or version != gradient._version:
+            norm = squared_norm(gradient)
+            self._norms[id(gradient)] = weakref.ref(gradient), gradient._version, norm
+        return norm
 
 
 def _groups(checkpoint: Checkpoint, template: Optimizer, names: Mapping[int, str]) -> list[dict[str, Any]]:

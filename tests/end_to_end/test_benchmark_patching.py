@@ -73,7 +73,7 @@ def test_ratios_agreement_and_slopes_are_in_the_table(tmp_path):
     assert "at least 0.98" in text
     script.picture(slopes, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").stat().st_size > 1000
-    (tmp_path / "benchmark.json").write_text(json.dumps({"parts": [part]}))
+    (tmp_path / "benchmark.json").write_text(json.dumps({"tables": [part]}))
     assert part["floor_ms"] / rows[0]["ours_ms"] == 0.25
 
 
