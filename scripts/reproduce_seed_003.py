@@ -1,7 +1,7 @@
 """The acronym circuit: one letter after another, the current word corrupted, residual stream and heads (seed 003).
 
 dynamics fit --preset acronyms --out runs/acronyms
-.venv/bin/python scripts/reproduce_seed_003.py runs/acronyms
+.venv/bin/python scripts/reproduce_seed_003.py runs/acronyms --readme
 .venv/bin/python scripts/reproduce_seed_003.py --model gpt2 --acronyms data/acronyms.txt --n 250
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import into_readme
 from reproducing import draw, hugging_face, parser, sites, trained
 
 import dynamics as dy
@@ -20,6 +21,7 @@ def main() -> None:
     arguments.add_argument(
         "--acronyms", type=Path, help="with --model: a file with a line `prompt, acronym` each"
     )
+    arguments.add_argument("--readme", action="store_true", help="put the residual stream into the README")
     given = arguments.parse_args()
     if given.model:
         subject = hugging_face(given.model, processed=True)
@@ -56,11 +58,10 @@ def main() -> None:
         summary = dy.statistics.summarize(own)
         print(f"\nletter {letter}, its word corrupted\n{dy.statistics.table(summary, 5)}")
         print(f"top heads: {', '.join(f'L{i}H{j}' for i, j in dy.statistics.top_heads(own, 5))}")
-    draw(
-        out,
-        residual_stream=dy.plots.tiles(resid, facet="letter", x_labels=labels),
-        heads=dy.plots.tiles(heads, facet="letter", x="head"),
-    )
+    residual_stream = dy.plots.tiles(resid, facet="letter", x_labels=labels)
+    draw(out, residual_stream=residual_stream, heads=dy.plots.tiles(heads, facet="letter", x="head"))
+    if given.readme:
+        draw(into_readme.README.parent / ".readme", acronyms=residual_stream)
 
 
 if __name__ == "__main__":

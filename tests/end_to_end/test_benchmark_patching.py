@@ -51,6 +51,13 @@ def test_the_loop_patches_something_and_clips(bench):
     assert norm**0.5 > bench.recipe.clip.max_norm
 
 
+def test_the_parts_of_a_call_add_up_to_it(bench):
+    torch.set_num_threads(1)
+    found = script.parts(bench, repeats=3)
+    assert all(found[name] > 0 for name in ("both gradients", "the four references", "steps", "the measure"))
+    assert list(found)[-1] == "checks and labels"
+
+
 def test_ratios_agreement_and_slopes_are_in_the_table(tmp_path):
     rows = [
         {"row": "`patch_updates`", "sites": 4, "ours_ms": 2.0, "loop_ms": 9.0, "goal": 20, "agreement": 3e-7},
@@ -63,14 +70,24 @@ def test_ratios_agreement_and_slopes_are_in_the_table(tmp_path):
             "agreement": 0.98,
         },
     ]
-    part = {"size": "toy", "threads": 1, "floor_ms": 0.5, "gflops": 90.0, "rows": rows, "repeats": 3}
+    part = {
+        "size": "toy",
+        "threads": 1,
+        "parameters": 2**20,
+        "floor_ms": 0.5,
+        "gflops": 90.0,
+        "rows": rows,
+        "repeats": 3,
+    }
     curve = {"n": [1, 2, 4], "seconds": [1.0, 2.0, 4.0], "slope": 1.0}
     slopes = {axis: {"patch_updates": curve} for axis in ("sites", "contrasts", "parameters")}
-    text = script.table([part], {"toy": {"patch_updates": 12.0}}, slopes)
+    text = script.table([part], {"toy": {"patch_updates": 12.0}}, slopes, {"steps": 31.4, "the measure": 6.6})
     assert "| `patch_updates` | 4.5x (2 of 9 ms; goal 20x) | not measured |" in text
     assert "| `attribute_step` | 18.0x (0.5 of 9 ms; goal 150x) | not measured |" in text
     assert "agree to 3e-07" in text
     assert "at least 0.98" in text
+    assert "4 matrices of the toy, stored AdamW, 1 thread: steps 31, the measure 7." in text
+    assert "(the models themselves: toy 2 x 128 4): toy 2 x 128 patch_updates 12." in text
     script.picture(slopes, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").stat().st_size > 1000
     (tmp_path / "benchmark.json").write_text(json.dumps({"tables": [part]}))

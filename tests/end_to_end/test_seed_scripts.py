@@ -113,8 +113,9 @@ def test_the_acronym_circuit_letter_by_letter(kind, runs, gpt2, reproduce, tmp_p
         "The Chief Executive Officer (, CEO\nThe Bank Air Art (, BAA\nThe Data Day East (, DDE\n"
     )
     arguments = ["--acronyms", listed] if kind == "model" else ["--n", 3]
-    printed, figures = reproduce("003", *subject(kind, runs, gpt2, "acronyms"), *arguments)
+    printed, figures = reproduce("003", *subject(kind, runs, gpt2, "acronyms"), *arguments, "--readme")
     assert figures == {"residual_stream", "heads"}
+    assert [p.name for p in (tmp_path / ".readme").iterdir()] == ["acronyms.png"]
     assert len(re.findall(r"^letter \d: clean -?\d+\.\d\d, all words shuffled", printed, flags=re.M)) == 3
     assert printed.count("n = 3 (unit: example, in this run)") == 3
     top = re.findall(r"^top heads: (.*)$", printed, flags=re.M)
