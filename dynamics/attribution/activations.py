@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from checkpoints import Checkpoint
-from dynamics import measures, results
+from dynamics import measures
 from dynamics.attribution.lines import Method, Quadrature
 from dynamics.attribution.sums import SiteSums
 from dynamics.measures import Measure
 from dynamics.patching.activations import check_activation_sites, fill
-from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS, columns
+from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS
 from dynamics.patching.forwards import (
     Activations,
     Exchange,
@@ -31,6 +31,7 @@ from dynamics.patching.forwards import (
     measured,
     passes,
 )
+from dynamics.patching.labels import Labels, site_columns
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site
 from dynamics.steps import NonFiniteGradient
@@ -113,29 +114,19 @@ def attribute_activations(
                     for member, rows in zip(pack.members, pack.rows, strict=True):
                         attribution[place, member] = sums({key: e[rows] for key, e in elements.items()})
                 bar.update(len(pack.members))
-    several = isinstance(measure, Mapping)
-    units = [str(getattr(m, "units", "")) for m in by_name.values()]
-
-    def shown(found: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return found if several else found[0]
-
-    return results.attributions(
-        attribution=shown(attribution),
-        residual=None if method == "first_order" else shown(residual),
-        nodes=shown(nodes),
-        references={name: shown(found) for name, found in references.items()},
-        example_coords=columns([{"example": f"contrast {i}", **c.coords} for i, c in enumerate(contrasts)]),
-        along="site",
-        coords=columns([{"site": s.label, **s.coords} for s in sites]),
-        measure_names=list(by_name) if several else None,
-        units=units if several else units[0],
-        provenance=results.provenance(
-            verb="attribute_activations",
-            step=standing.step,
-            measure=list(by_name),
-            method=method,
-            values=values,
-        ),
+    return Labels(
+        measure,
+        contrasts,
+        "attribute_activations",
+        standing.step,
+        {"method": method, "values": values},
+    ).attributions(
+        attribution,
+        None if method == "first_order" else residual,
+        nodes,
+        references,
+        "site",
+        site_columns(sites),
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from checkpoints import Checkpoint
-from dynamics import measures, results
+from dynamics import measures
 from dynamics.attribution.activations import (
     Elements,
     by_member,
@@ -24,8 +24,9 @@ from dynamics.attribution.activations import (
 from dynamics.attribution.lines import Method, Quadrature
 from dynamics.measures import Measure
 from dynamics.patching.activations import check_activation_sites, fill
-from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS, columns
+from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS
 from dynamics.patching.forwards import Exchange, Pass, Standing, exchanges, exchanging, measured, passes
+from dynamics.patching.labels import Labels, site_columns
 from dynamics.patching.paths import by_hooks, with_heads, written_at
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site
@@ -108,22 +109,9 @@ def attribute_paths(
                     for member, rows in zip(pack.members, pack.rows, strict=True):
                         attribution[place, member] = values[rows].sum(0).numpy()
                 bar.update(len(pack.members))
-    several = isinstance(measure, Mapping)
-    units = [str(getattr(m, "units", "")) for m in by_name.values()]
-    return results.attributions(
-        attribution=attribution if several else attribution[0],
-        residual=None if method == "first_order" else residual if several else residual[0],
-        nodes=nodes if several else nodes[0],
-        references={name: found if several else found[0] for name, found in references.items()},
-        example_coords=columns([{"example": f"contrast {i}", **c.coords} for i, c in enumerate(contrasts)]),
-        along="site",
-        coords=columns([{"site": s.label, **s.coords} for s in sites]),
-        measure_names=list(by_name) if several else None,
-        units=units if several else units[0],
-        provenance=results.provenance(
-            verb="attribute_paths", step=standing.step, measure=list(by_name), method=method
-        ),
-    )
+    labels = Labels(measure, contrasts, "attribute_paths", standing.step, {"method": method})
+    missed = None if method == "first_order" else residual
+    return labels.attributions(attribution, missed, nodes, references, "site", site_columns(sites))
 
 
 def _mean_gradients(

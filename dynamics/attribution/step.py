@@ -14,7 +14,8 @@ from dynamics.attribution.slopes import Slopes
 from dynamics.attribution.sums import SiteSums
 from dynamics.attribution.tables import Table
 from dynamics.measures import Measure
-from dynamics.patching.experiment import REFERENCE_ORDER, SECONDS_BEFORE_PROGRESS, Runs, columns, references
+from dynamics.patching.experiment import REFERENCE_ORDER, SECONDS_BEFORE_PROGRESS, Runs, references
+from dynamics.patching.labels import site_columns
 from dynamics.patching.measuring import Measuring
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, SiteError, check
@@ -106,5 +107,4 @@ def attribute_step(
             table.attribution[m, i] = sums(elements)
             total = sum(float(part.sum()) for part in elements.values())
             table.residual[m, i] = total - (table.references["source"][m, i] - start)
-    coords = columns([{"site": s.label, **s.coords} for s in sites])
-    return table.labelled("attribute_step", state, contrasts, "site", coords)
+    return table.labelled("attribute_step", state, contrasts, "site", site_columns(sites))

@@ -11,9 +11,9 @@ import xarray as xr
 from torch import Tensor
 
 from checkpoints import Checkpoint
-from dynamics import measures, results
+from dynamics import measures
 from dynamics.measures import Measure
-from dynamics.patching.experiment import columns
+from dynamics.patching.labels import Labels
 from dynamics.patching.measuring import Measuring
 from dynamics.recipe import Contrast
 
@@ -70,23 +70,6 @@ class Table:
         coords: Mapping[str, Sequence[Any]],
     ) -> xr.Dataset:
         """The Dataset, with a dim `measure` where several were asked for."""
-        several = isinstance(self._measure, Mapping)
-        units = [str(getattr(m, "units", "")) for m in self.by_name.values()]
-
-        def shown(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-            return values if several else values[0]
-
-        return results.attributions(
-            attribution=shown(self.attribution),
-            residual=shown(self.residual),
-            nodes=shown(self.nodes),
-            references={name: shown(values) for name, values in self.references.items()},
-            example_coords=columns(
-                [{"example": f"contrast {i}", **c.coords} for i, c in enumerate(contrasts)]
-            ),
-            along=along,
-            coords=coords,
-            measure_names=list(self.by_name) if several else None,
-            units=units if several else units[0],
-            provenance=results.provenance(verb=verb, step=state.step, measure=list(self.by_name)),
+        return Labels(self._measure, contrasts, verb, state.step, {}).attributions(
+            self.attribution, self.residual, self.nodes, self.references, along, coords
         )

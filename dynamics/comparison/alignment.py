@@ -19,9 +19,10 @@ from tqdm.auto import tqdm
 from checkpoints import Checkpoint
 from dynamics import measures, results
 from dynamics.calls import evaluating
-from dynamics.comparison.tables import Array, Products, cosine, presented, site_coords
+from dynamics.comparison.tables import Array, Products, cosine, presented
 from dynamics.measures import Measure
-from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS, columns
+from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS
+from dynamics.patching.labels import columns, site_columns
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, check, check_whole
 from dynamics.steps import gradient
@@ -81,7 +82,7 @@ def align_gradients(
     several = isinstance(measure, Mapping)
     base, source = values if several else values[:, 0]
     dims = ("measure", "example", "site") if several else ("example", "site")
-    coords = _coords(contrasts, "example") | results.coordinates(site_coords(sites), "site")
+    coords = _coords(contrasts, "example") | results.coordinates(site_columns(sites), "site")
     if several:
         coords |= results.coordinates({"measure": list(by_name)}, "measure")
     variables = {
@@ -124,7 +125,7 @@ def align_groups(
         sources.append(_down(recipe, state, contrast.source, f"the source batch of {name}"))
         ups.append(_up(recipe, state, function, contrast.probe, f"the probe of {name}"))
     base, source = np.split(_cosines([*bases, *sources], ups, sites), 2)
-    coords = _coords(contrasts, "example") | results.coordinates(site_coords(sites), "site")
+    coords = _coords(contrasts, "example") | results.coordinates(site_columns(sites), "site")
     for name, (_, column) in _coords(contrasts, "example").items():
         coords["other" if name == "example" else f"other_{name}"] = ("other", column)
     dims, units = ("example", "other", "site"), {"units": "1"}

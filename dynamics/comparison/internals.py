@@ -14,7 +14,8 @@ from checkpoints import Checkpoint
 from dynamics import results
 from dynamics.batch import Batch
 from dynamics.calls import call, evaluating
-from dynamics.comparison.tables import labelled, site_coords
+from dynamics.comparison.tables import labelled
+from dynamics.patching.labels import site_columns
 from dynamics.recipe import Recipe
 from dynamics.sites import Site, SiteError, check_outputs
 from dynamics.sites.outputs import called
@@ -115,11 +116,11 @@ def compare_internals(
         values = [linear_cka(*(a.reshape(-1, a.shape[-1]) for a in pair)) for pair in pairs[: len(outputs)]]
         facts = results.provenance(quantity="activations", **steps)
         cka = {"cka": (values, "linear CKA, before and after", "1")}
-        found["activations"] = labelled("site", site_coords(outputs), cka, facts)
+        found["activations"] = labelled("site", site_columns(outputs), cka, facts)
     if patterns:
         variables = _divergences(patterns, pairs[len(outputs) :])
         facts = results.provenance(quantity="patterns", **steps)
-        found["patterns"] = labelled("site", site_coords(patterns), variables, facts)
+        found["patterns"] = labelled("site", site_columns(patterns), variables, facts)
     return found
 
 
@@ -157,7 +158,7 @@ def head_roles(
                     'Cut the pattern with by=("layer", "head").'
                 )
             columns[-1].append(float(pattern[rows, batch.target_pos, positions].mean()))
-    coords = results.coordinates(site_coords(sites), "site") | results.coordinates(
+    coords = results.coordinates(site_columns(sites), "site") | results.coordinates(
         {"measure": list(roles)}, "measure"
     )
     words = {"long_name": "attention from the scored position", "units": "share"}

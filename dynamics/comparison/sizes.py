@@ -17,8 +17,8 @@ from dynamics.comparison.tables import (
     differences,
     labelled,
     presented,
-    site_coords,
 )
+from dynamics.patching.labels import site_columns
 from dynamics.recipe import ByNorm, Recipe
 from dynamics.sites import Site, check, check_whole
 from dynamics.steps import gradient, steps_from
@@ -92,7 +92,7 @@ def step_sizes(
         ),
     }
     return labelled(
-        "site", site_coords(sites), variables, results.provenance(quantity="step", step=state.step)
+        "site", site_columns(sites), variables, results.provenance(quantity="step", step=state.step)
     )
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dynamics import results
 from dynamics.attribution.sums import SiteSums
-from dynamics.patching.experiment import columns
 from dynamics.sites import Site
 
 Array = npt.NDArray[np.float64]
@@ -59,11 +58,6 @@ def presented(gradients: Mapping[str, Tensor | None], like: Tensors) -> dict[str
     return {
         name: torch.zeros_like(t) if (g := gradients.get(name)) is None else g for name, t in like.items()
     }
-
-
-def site_coords(sites: Sequence[Site]) -> Mapping[str, Sequence[Any]]:
-    """The columns along `site`."""
-    return columns([{"site": s.label, **s.coords} for s in sites])
 
 
 def labelled(

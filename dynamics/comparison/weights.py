@@ -9,7 +9,8 @@ import xarray as xr
 
 from checkpoints import Checkpoint
 from dynamics import results
-from dynamics.comparison.tables import Products, cosine, differences, labelled, site_coords
+from dynamics.comparison.tables import Products, cosine, differences, labelled
+from dynamics.patching.labels import site_columns
 from dynamics.recipe import Recipe
 from dynamics.sites import Site, check, check_whole
 from dynamics.steps.states import starting_point
@@ -54,7 +55,7 @@ def compare_weights(
         ),
     }
     facts = results.provenance(quantity="weights", before=before.step, after=after.step)
-    return labelled("site", site_coords(sites), variables, facts)
+    return labelled("site", site_columns(sites), variables, facts)
 
 
 def compare_updates(
@@ -87,7 +88,7 @@ def compare_updates(
         "cosine": (cosine(products(first, second), *squares), "cosine of the two updates", "1"),
     }
     facts = results.provenance(quantity="updates", start=start.step, middle=middle.step, end=end.step)
-    return labelled("site", site_coords(sites), variables, facts)
+    return labelled("site", site_columns(sites), variables, facts)
 
 
 def _parameters(checkpoint: Checkpoint, recipe: Recipe, sites: Sequence[Site], what: str) -> Checkpoint:

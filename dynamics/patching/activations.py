@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from checkpoints import Checkpoint
-from dynamics import measures, results
+from dynamics import measures
 from dynamics.batch import Batch
 from dynamics.measures import Measure
-from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS, columns
+from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS
 from dynamics.patching.forwards import (
     Exchange,
     Pack,
@@ -28,6 +28,7 @@ from dynamics.patching.forwards import (
     measured,
     passes,
 )
+from dynamics.patching.labels import Labels
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, check_outputs, check_whole
 from dynamics.steps.taps import runs_of
@@ -99,19 +100,8 @@ def patch_activations(
                     bar.update(len(pack.members))
 
                 _patch(standing, one_pass, exchange, sites, keep)
-    several = isinstance(measure, Mapping)
-    units = [str(getattr(m, "units", "")) for m in by_name.values()]
-    return results.effects(
-        patched=patched if several else patched[0],
-        references={name: value if several else value[0] for name, value in references.items()},
-        example_coords=columns([{"example": f"contrast {i}", **c.coords} for i, c in enumerate(contrasts)]),
-        site_coords=columns([{"site": s.label, **s.coords} for s in sites]),
-        measure_names=list(by_name) if several else None,
-        units=units if several else units[0],
-        provenance=results.provenance(
-            verb="patch_activations", step=standing.step, measure=list(by_name), values=values
-        ),
-    )
+    labels = Labels(measure, contrasts, "patch_activations", standing.step, {"values": values})
+    return labels.effects(patched, references, sites)
 
 
 def _patch(

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from checkpoints import Checkpoint
 from dynamics import measures, results
 from dynamics.measures import Measure
+from dynamics.patching.labels import Labels, example_columns
 from dynamics.patching.measuring import Measuring
 from dynamics.patching.memory import HALF, at_most, chunks
 from dynamics.recipe import Contrast, Recipe
@@ -161,8 +162,7 @@ def experiment(
     by_name = measures.named(measure)
     if not by_name:
         raise ValueError(f"{verb} was given no measures; it needs at least one.")
-    examples = columns([{"example": f"contrast {i}", **c.coords} for i, c in enumerate(contrasts)])
-    if len(set(examples["example"])) < len(contrasts):
+    if len(set(example_columns(contrasts)["example"])) < len(contrasts):
         raise ValueError("contrasts share a label in coords['example']; give each its own.")
     n_times = 1 if measured_after is None else len(measured_after)
     n_references = len(REFERENCE_ORDER)
@@ -189,23 +189,14 @@ def experiment(
                 del models  # before the next ones are made
             if filled != values[0, ..., 0].size:
                 raise AssertionError(f"{verb} measured {filled} models of {values[0, ..., 0].size}")
-    several = isinstance(measure, Mapping)
-    units = [getattr(m, "units", "") for m in by_name.values()]
+    labels = Labels(measure, contrasts, verb, state.step, {})
     labelled = [
-        results.effects(
-            patched=np.moveaxis(at[:, n_references:], -1, 0) if several else at[:, n_references:, 0],
-            references={
-                name: at[:, i].T if several else at[:, i, 0] for i, name in enumerate(REFERENCE_ORDER)
-            },
-            example_coords=columns(
-                [{"example": f"contrast {i}", **c.coords} for i, c in enumerate(contrasts)]
-            ),
-            site_coords=columns([{"site": s.label, **s.coords} for s in patched_sites]),
-            measure_names=list(by_name) if several else None,
-            units=units if several else units[0],
-            provenance=results.provenance(verb=verb, step=state.step, measure=list(by_name)),
+        labels.effects(
+            patched=at[..., n_references:],
+            references={name: at[..., i] for i, name in enumerate(REFERENCE_ORDER)},
+            sites=patched_sites,
         )
-        for at in np.moveaxis(values, 2, 0)
+        for at in np.moveaxis(values, (2, 3), (0, 1))
     ]
     if measured_after is None:
         return labelled[0]
@@ -248,9 +239,3 @@ def _stepped(
         return Stack(len(chunk), {**moved.shared, **buffers.shared}, {**moved.stacked, **buffers.stacked})
 
     return map(after, chunks(gradients, at_most(runs.checkpoint.parameters.values(), share)))
-
-
-def columns(rows: Sequence[Mapping[str, str | int | float]]) -> dict[str, list[str | int | float | None]]:
-    """Rows of labels as columns; a label that a row lacks is None there."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}

@@ -11,10 +11,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from checkpoints import Checkpoint
-from dynamics import measures, results
+from dynamics import measures
 from dynamics.measures import Measure
 from dynamics.patching.activations import check_activation_sites, fill
-from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS, columns
+from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS
 from dynamics.patching.forwards import (
     Exchange,
     Standing,
@@ -23,6 +23,7 @@ from dynamics.patching.forwards import (
     measured,
     passes,
 )
+from dynamics.patching.labels import Labels
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site
 from dynamics.sites.edges import End, Path, apart, check_paths, receivers_of, senders_of
@@ -91,19 +92,8 @@ def patch_paths(
                     found = measured(standing, one_pass, pack.base, taps)
                     fill(patched[..., number], one_pass, pack, found)
                     bar.update(len(pack.members))
-    several = isinstance(measure, Mapping)
-    units = [str(getattr(m, "units", "")) for m in by_name.values()]
-    return results.effects(
-        patched=patched if several else patched[0],
-        references={name: value if several else value[0] for name, value in references.items()},
-        example_coords=columns([{"example": f"contrast {i}", **c.coords} for i, c in enumerate(contrasts)]),
-        site_coords=columns([{"site": s.label, **s.coords} for s in sites]),
-        measure_names=list(by_name) if several else None,
-        units=units if several else units[0],
-        provenance=results.provenance(
-            verb="patch_paths", step=standing.step, measure=list(by_name), values=values
-        ),
-    )
+    labels = Labels(measure, contrasts, "patch_paths", standing.step, {"values": values})
+    return labels.effects(patched, references, sites)
 
 
 def written_at(paths: Sequence[Path], begins: Mapping[str, End]) -> list[Site]:
