@@ -27,8 +27,8 @@ class Measuring:
     """Evaluates measures on stacks of models, in eval mode and with the checkpoint's random numbers.
 
     Measures of the logits are taken of all models at once, by vmap; functions of the user's one model at a time,
-    each with tensors of its own, since they may keep or change what they see. Of the first real stack one model
-    is taken both ways: where vmap cannot take it (an LSTM, `.item()`, a branch on values) or finds something else,
+    each with tensors of its own, since they may keep or change what they see. Of the first stack one model is
+    taken both ways: where vmap cannot take it (an LSTM, `.item()`, a branch on values) or finds something else,
     all are taken one at a time.
 
     Attributes:
@@ -48,9 +48,9 @@ class Measuring:
 
     def __call__(self, models: Stack, probe: Any) -> Array:
         """[n_models, n_measures], rows of the probe averaged."""
-        if self._at_once is None and models.stacked:
+        if self._at_once is None:
             return self._both_ways(models, probe)
-        return self._one_by_one(models, probe) if self._at_once is False else self._together(models, probe)
+        return self._together(models, probe) if self._at_once else self._one_by_one(models, probe)
 
     def beside(self, models: Stack, probe: Any, base: Array) -> Array:
         """The same of all but the first, the base model, of which `base` is known: [n_models − 1, n_measures].

@@ -2,6 +2,7 @@
 
 import contextlib
 
+import numpy as np
 import pytest
 import torch
 from engine_models import ADAMW, perturbed, tokens, trained, transformer, transformer_recipe
@@ -9,6 +10,9 @@ from torch import nn
 
 import dynamics as dy
 from dynamics import sites
+from dynamics.patching.measuring import Measuring
+from dynamics.steps.stacks import Stack
+from dynamics.steps.states import starting_point
 from dynamics.steps.update import Steps, step_from
 
 CONTRASTS = [dy.Contrast(tokens(i), tokens(i + 10), tokens(i + 20), {"example": f"{i}"}) for i in range(2)]
@@ -152,3 +156,24 @@ def test_a_step_has_the_same_bits_however_many_are_taken_beside_it(kind):
     expected = step_from(recipe, checkpoint, many[0])["weight"]
     for n in (1, 2, 3, 5, 8, 9, 16):
         assert torch.equal(Steps(recipe, checkpoint).take(many[:n])[0]["weight"], expected), n
+
+
+@pytest.mark.parametrize("n_bytes", [2**27, 20_000, 1])
+def test_an_update_exchanged_with_itself_has_no_effect_at_all_in_single_precision(n_bytes):
+    """Kernels round by what is stacked beside a model; the base model is in every stack."""
+    recipe = transformer_recipe(model=transformer("float32", d_model=128, d_head=32, n_heads=4, d_mlp=256))
+    batch = tokens(0, rows=9)
+    same = dy.Contrast(batch, batch, tokens(1, rows=12))
+    with dy.max_memory(n_bytes):
+        found = dy.patch_updates(
+            recipe, None, [same], sites.parameters(recipe.model), dy.measures.correct_log_prob
+        )
+    assert float(abs(found["effect"]).max()) == 0.0
+
+
+def test_what_a_stack_rounds_otherwise_than_the_base_model_alone_is_taken_off_all(monkeypatch):
+    recipe = transformer_recipe()
+    measuring = Measuring(recipe, starting_point(recipe, None), {"m": dy.measures.correct_logit})
+    monkeypatch.setattr(Measuring, "__call__", lambda self, models, probe: np.array([[1.0], [1.5], [1.0]]))
+    found = measuring.beside(Stack(3, {}, {}), None, np.array([0.9]))
+    np.testing.assert_array_equal(found, [[1.4], [0.9]])
