@@ -98,8 +98,7 @@ class Measuring:
         return eps**0.7, eps**0.7
 
     def _together(self, models: Stack, probe: Any) -> Array:
-        buffers = self.checkpoint.buffers  # a forward pass may write into them
-        shared = {name: t.clone() if name in buffers else t for name, t in models.shared.items()}
+        shared, stacked = map(self._with_own_buffers, (models.shared, models.stacked))
 
         def of_one(own: dict[str, Tensor]) -> Tensor:
             return call(self._evaluate, self.recipe.model, {**shared, **own}, probe)
@@ -107,8 +106,12 @@ class Measuring:
         with torch.no_grad(), evaluating(self.recipe.model), self.checkpoint.random_state():
             if not models.stacked:
                 return of_one({}).double().cpu().numpy()[None].repeat(len(models), 0)
-            found = torch.vmap(of_one, randomness="same")(dict(models.stacked))
+            found = torch.vmap(of_one, randomness="same")(stacked)
         return found.double().cpu().numpy()
+
+    def _with_own_buffers(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A forward pass may write into them."""
+        return {n: t.clone() if n in self.checkpoint.buffers else t for n, t in tensors.items()}
 
     def _evaluate(self, model: Any, batch: Any) -> Tensor:
         return measures.evaluate(self.by_name, model, batch)

@@ -120,6 +120,35 @@ def test_a_model_that_cannot_be_stacked_is_measured_one_at_a_time(verb, how, n_b
         assert float(abs(found[name] - slow[name]).max()) < 1e-12, name
 
 
+class Counting(nn.Module):
+    """Counts its forward passes, and says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = transformer()
+        self.register_buffer("passes", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, ids):
+        self.passes += 1
+        return self.inner(ids) * self.passes
+
+
+@pytest.mark.parametrize("verb", ["patch_gradients", "patch_updates", "attribute_step"])
+def test_a_buffer_that_a_measure_writes_into_begins_anew_for_every_stack(verb):
+    recipe = transformer_recipe(model=Counting())
+    checkpoint = trained(recipe, [tokens(0)]).last
+    before = checkpoint.buffers["passes"].clone()
+    chosen, take = sites.parameters(recipe.model), getattr(dy, verb)
+    found = take(recipe, checkpoint, CONTRASTS, chosen, dy.measures.correct_logit)
+    assert torch.equal(checkpoint.buffers["passes"], before)
+    assert torch.equal(recipe.model.passes, torch.zeros_like(before))
+    slow = take(
+        recipe, checkpoint, CONTRASTS, chosen, lambda model, batch: dy.measures.correct_logit(model, batch)
+    )
+    for name in slow.data_vars:
+        assert float(abs(found[name] - slow[name]).max()) < 1e-12, name
+
+
 def test_a_gradient_that_was_written_into_is_clipped_by_its_new_norm():
     recipe = transformer_recipe(max_grad_norm=0.1)
     checkpoint = trained(recipe, [tokens(0)]).last
