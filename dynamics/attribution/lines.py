@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynamics.attribution.slopes import Slopes
+from dynamics.attribution.slopes import Asked, Slopes
 from dynamics.measures import Measure
 from dynamics.patching.memory import QUARTER, at_most, chunks
 
@@ -100,14 +100,12 @@ class Line:
         mean: dict[str, Tensor] = {}
         n_nodes = 0
         others = {n: t for n, t in self.start.items() if n not in self.change}
+        asked = Asked(name, measure, self.probe, others, self.name)
         for rule in quadrature.rules():
             mean = {n: torch.zeros_like(delta) for n, delta in self.change.items()}
             for nodes in chunks(rule, at_most((self.start[n] for n in self.change), QUARTER)):
                 places, weights = zip(*nodes, strict=True)
-                found = self.slopes.summed(
-                    name, measure, self._at(places), weights, others, self.probe, self.name
-                )
-                for n, g in found.items():
+                for n, g in self.slopes.summed(asked, self._at(places), weights).items():
                     mean[n].add_(g)
             n_nodes = len(rule)
             parts = [float((mean[n] * delta).sum()) for n, delta in self.change.items()]

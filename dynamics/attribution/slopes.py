@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from checkpoints import Checkpoint
@@ -18,6 +18,30 @@ from dynamics.recipe import Recipe
 from dynamics.steps import NonFiniteGradient
 from dynamics.steps.pullbacks import alike
 from dynamics.trees import Gradients, stored
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is differentiated.
+
+    Attributes:
+        name, measure: of the measure.
+        probe: what it is evaluated on.
+        others: tensors beside the trained parameters, shared by all models.
+        where: how errors name this.
+    """
+
+    name: str
+    measure: Measure
+    probe: object
+    others: Mapping[str, Tensor]
+    where: str
+
+    def value(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The measure of a model with other tensors in place of its own: a scalar."""
+        return call(
+            lambda m, b: measures.evaluate({self.name: self.measure}, m, b)[0], model, tensors, self.probe
+        )
 
 
 @dataclass
@@ -38,24 +62,14 @@ class Slopes:
     _at_once: dict[str, bool] = field(default_factory=dict, init=False)
 
     def summed(
-        self,
-        name: str,
-        measure: Measure,
-        leaves: Mapping[str, Tensor],
-        weights: Sequence[float],
-        others: Mapping[str, Tensor],
-        probe: object,
-        where: str,
+        self, asked: Asked, leaves: Mapping[str, Tensor], weights: Sequence[float]
     ) -> dict[str, Tensor]:
         """Σ_k w_k ∇M(θ_k) by trained parameter, in fp64; parameters the measure does not depend on are left out.
 
         Args:
-            name, measure: what is differentiated.
+            asked: M.
             leaves: θ, the trained parameters of all models, [k, *shape].
             weights: w, length k.
-            others: tensors that all models share.
-            probe: what the measure is evaluated on.
-            where: how errors name it.
 
         Raises:
             ValueError: the measure cannot be differentiated.
@@ -63,11 +77,11 @@ class Slopes:
         """
 
         def alone(i: int) -> dict[str, Tensor | None]:
-            own = {n: leaf[i] for n, leaf in leaves.items()}
-            return self._alone(name, measure, own, weights[i], others, probe, where)
+            return self._alone(asked, {n: leaf[i] for n, leaf in leaves.items()}, weights[i])
 
-        if len(weights) > 1 and isinstance(measure, LogitMeasure) and self._at_once.get(name, True):
-            together = self._together(name, measure, leaves, weights, others, probe)
+        name = asked.name
+        if len(weights) > 1 and isinstance(asked.measure, LogitMeasure) and self._at_once.get(name, True):
+            together = self._together(asked, leaves, weights)
             if name not in self._at_once:
                 first = {n: None if g is None else g[0] for n, g in together.items()}
                 self._at_once[name] = bool(together) and alike(first, alone(0))
@@ -80,56 +94,36 @@ class Slopes:
                     total[n] = total[n].add_(g) if n in total else g.double()
         return total
 
-    def _alone(
-        self,
-        name: str,
-        measure: Measure,
-        leaves: Mapping[str, Tensor],
-        weight: float,
-        others: Mapping[str, Tensor],
-        probe: object,
-        where: str,
-    ) -> dict[str, Tensor | None]:
+    def _alone(self, asked: Asked, leaves: Mapping[str, Tensor], weight: float) -> dict[str, Tensor | None]:
         """One model's gradient times its weight."""
         inputs = {n: leaf.detach().requires_grad_() for n, leaf in leaves.items()}
         with self.checkpoint.random_state(), torch.enable_grad(), evaluating(self.recipe.model):
-            copies = {n: t.clone() for n, t in {**others, **inputs}.items()}
-            value = call(
-                lambda m, b: measures.evaluate({name: measure}, m, b)[0], self.recipe.model, copies, probe
-            )
+            copies = {n: t.clone() for n, t in {**asked.others, **inputs}.items()}
+            value = asked.value(self.recipe.model, copies)
         if not value.requires_grad:
             raise ValueError(
-                f"measure {name!r} has no gradient with respect to any trained parameter, so nothing can be "
+                f"measure {asked.name!r} has no gradient with respect to any trained parameter, so nothing can be "
                 "attributed. Give one that can be differentiated, such as a logit; patch_updates takes any."
             )
         grads = torch.autograd.grad(value, list(inputs.values()), value.new_tensor(weight), allow_unused=True)
         found: dict[str, Tensor | None] = dict(zip(inputs, grads, strict=True))
         if not _finite(found):
             n = next(n for n, g in found.items() if not _finite({n: g}))
-            raise NonFiniteGradient(f"The gradient of measure {name!r} of {where} at {n} is not finite.")
+            raise NonFiniteGradient(
+                f"The gradient of measure {asked.name!r} of {asked.where} at {n} is not finite."
+            )
         return found
 
     def _together(
-        self,
-        name: str,
-        measure: Measure,
-        leaves: Mapping[str, Tensor],
-        weights: Sequence[float],
-        others: Mapping[str, Tensor],
-        probe: object,
+        self, asked: Asked, leaves: Mapping[str, Tensor], weights: Sequence[float]
     ) -> dict[str, Tensor | None]:
         """Every model's gradient times its weight, [k, *shape]; nothing where vmap cannot take it."""
         inputs = {n: leaf.detach().requires_grad_() for n, leaf in leaves.items()}
         buffers = self.checkpoint.buffers  # a forward pass may write into them
-        shared = {n: t.clone() if n in buffers else t for n, t in others.items()}
+        shared = {n: t.clone() if n in buffers else t for n, t in asked.others.items()}
 
         def of_one(own: dict[str, Tensor]) -> Tensor:
-            return call(
-                lambda m, b: measures.evaluate({name: measure}, m, b)[0],
-                self.recipe.model,
-                {**shared, **own},
-                probe,
-            )
+            return asked.value(self.recipe.model, {**shared, **own})
 
         try:
             with (

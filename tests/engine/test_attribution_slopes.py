@@ -6,7 +6,7 @@ from engine_models import classifier_recipe, points, tokens, transformer, transf
 from torch import nn
 
 import dynamics as dy
-from dynamics.attribution.slopes import Slopes
+from dynamics.attribution.slopes import Asked, Slopes
 from dynamics.steps import NonFiniteGradient
 from dynamics.steps.states import starting_point
 
@@ -48,9 +48,9 @@ def counting(recipe):
 def slopes_of(recipe, measure, probe, weights=WEIGHTS):
     state, others, leaves = at_several(recipe, len(weights))
     slopes = Slopes(recipe, state)
-    found = slopes.summed("m", measure, leaves, weights, others, probe, "a test")
+    found = slopes.summed(Asked("m", measure, probe, others, "a test"), leaves, weights)
     calls = counting(recipe)
-    again = slopes.summed("m", measure, leaves, weights, others, probe, "a test")
+    again = slopes.summed(Asked("m", measure, probe, others, "a test"), leaves, weights)
     n_calls = len(calls)
     assert all(torch.equal(again[name], g) for name, g in found.items())
     return found, by_hand(recipe, others, leaves, weights, measure, probe), n_calls
@@ -109,9 +109,8 @@ def test_one_model_by_itself_is_not_taken_both_ways():
 def test_what_a_measure_does_not_read_has_no_gradient():
     recipe = classifier_recipe()
     state, others, leaves = at_several(recipe)
-    found = Slopes(recipe, state).summed(
-        "m", lambda model, batch: model.encoder(batch[0]).mean(), leaves, WEIGHTS, others, points(0), "a test"
-    )
+    asked = Asked("m", lambda model, batch: model.encoder(batch[0]).mean(), points(0), others, "a test")
+    found = Slopes(recipe, state).summed(asked, leaves, WEIGHTS)
     assert sorted(found) == ["encoder.bias", "encoder.weight"]
 
 
@@ -120,15 +119,15 @@ def test_a_gradient_that_is_not_finite_is_named(n):
     recipe = transformer_recipe()
     state, others, leaves = at_several(recipe, n)
     leaves["unembed.b_U"][-1, 3] = float("nan")
+    asked = Asked("m", dy.measures.correct_log_prob, tokens(1), others, "a test")
     with pytest.raises(NonFiniteGradient, match=r"measure 'm' of a test at \S+ is not finite"):
-        Slopes(recipe, state).summed(
-            "m", dy.measures.correct_log_prob, leaves, WEIGHTS[:n], others, tokens(1), "a test"
-        )
+        Slopes(recipe, state).summed(asked, leaves, WEIGHTS[:n])
 
 
 def test_leaves_are_left_as_they_are():
     recipe = transformer_recipe()
     state, others, leaves = at_several(recipe)
     before = {name: leaf.clone() for name, leaf in leaves.items()}
-    Slopes(recipe, state).summed("m", dy.measures.correct_logit, leaves, WEIGHTS, others, tokens(1), "a test")
+    asked = Asked("m", dy.measures.correct_logit, tokens(1), others, "a test")
+    Slopes(recipe, state).summed(asked, leaves, WEIGHTS)
     assert all(torch.equal(leaf, before[name]) and not leaf.requires_grad for name, leaf in leaves.items())
