@@ -1,6 +1,7 @@
 """How many models are stacked at a time changes how long a verb takes, and nothing else."""
 
 import contextlib
+import weakref
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 import dynamics as dy
 from dynamics import sites
+from dynamics.patching import experiment
 from dynamics.patching.measuring import Measuring
 from dynamics.steps.stacks import Stack
 from dynamics.steps.states import starting_point
@@ -206,3 +208,23 @@ def test_what_a_stack_rounds_otherwise_than_the_base_model_alone_is_taken_off_al
     monkeypatch.setattr(Measuring, "__call__", lambda self, models, probe: np.array([[1.0], [1.5], [1.0]]))
     found = measuring.beside(Stack(3, {}, {}), None, np.array([0.9]))
     np.testing.assert_array_equal(found, [[1.4], [0.9]])
+
+
+def test_while_updates_are_exchanged_no_gradient_is_held(monkeypatch):
+    held, found = [], []
+    take = experiment.gradient
+
+    def remembered(*arguments):
+        step = take(*arguments)
+        held.extend(weakref.ref(g) for g in step.gradients.values())
+        return step
+
+    def measure(model, batch):
+        found.append(sum(gradient() is not None for gradient in held))
+        return dy.measures.correct_logit(model, batch)
+
+    monkeypatch.setattr(experiment, "gradient", remembered)
+    recipe = transformer_recipe()
+    dy.patch_updates(recipe, None, CONTRASTS[:1], sites.parameters(recipe.model), measure)
+    assert found[0] > 0
+    assert set(found[len(experiment.REFERENCE_ORDER) :]) == {0}
