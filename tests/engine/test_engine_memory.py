@@ -6,13 +6,14 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from engine_models import ADAMW, perturbed, tokens, trained, transformer, transformer_recipe
+from engine_models import ADAMW, OPTIMIZERS, perturbed, tokens, trained, transformer, transformer_recipe
 from torch import nn
 
 import dynamics as dy
 from dynamics import sites
 from dynamics.patching import experiment
 from dynamics.patching.measuring import Measuring
+from dynamics.steps import update
 from dynamics.steps.stacks import Stack
 from dynamics.steps.states import starting_point
 from dynamics.steps.update import Steps, step_from
@@ -228,3 +229,14 @@ def test_while_updates_are_exchanged_no_gradient_is_held(monkeypatch):
     dy.patch_updates(recipe, None, CONTRASTS[:1], sites.parameters(recipe.model), measure)
     assert found[0] > 0
     assert set(found[len(experiment.REFERENCE_ORDER) :]) == {0}
+
+
+@pytest.mark.parametrize("name", [n for n in OPTIMIZERS if not n.endswith(("amsgrad", "maximize"))])
+def test_steps_of_the_usual_optimizers_are_taken_together(name, monkeypatch):
+    recipe = transformer_recipe(optimizer=OPTIMIZERS[name])
+    checkpoint = trained(recipe, [tokens(0)]).last
+    many = [{n: torch.randn_like(p) for n, p in checkpoint.parameters.items()} for _ in range(3)]
+    expected = [step_from(recipe, checkpoint, gradients) for gradients in many]
+    monkeypatch.delattr(update, "step_from")
+    for after, slow in zip(Steps(recipe, checkpoint).take(many), expected, strict=True):
+        assert all(float((after[n] - t).abs().max()) < 1e-12 for n, t in slow.items())
