@@ -186,6 +186,8 @@ def test_a_circuit_is_what_is_strong_and_leads_through():
         (float(strength.sel(site=label)) for label in kept), reverse=True
     )
     assert dy.circuit(found, 1e6) == []
+    assert 0 < len(kept) < len(chosen)
+    assert dy.circuit(-found, share * (1 - 1e-9)) == kept  # a measure that falls where the other rises
 
 
 def test_a_circuit_of_something_else_is_refused():
