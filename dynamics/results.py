@@ -1,17 +1,13 @@
-"""Results as labelled datasets: the one place that knows their dims, units, provenance and files."""
+"""Results as labelled datasets: the one place that knows their dims, units and files."""
 
 from __future__ import annotations
 
 import functools
 import json
 import os
-import platform
-import subprocess
 import uuid
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import xarray as xr
+
+from dynamics.provenance import common, parse
+from dynamics.provenance import provenance as provenance
 
 DIMS = ("example", "site", "row", "other", "step", "seed", "measure", "factor", "direction", "optimizer")
 """Every dim a result of this toolkit may have."""
@@ -43,7 +42,6 @@ _MISSING: dict[str, tuple[type, Any]] = {
     "f": (np.float64, np.nan),
     "U": (np.str_, ""),
 }
-_PACKAGES = ("torch", "transformer_lens", "lightning", "numpy", "xarray", "training-dynamics")
 
 
 def effects(
@@ -82,7 +80,7 @@ def effects(
     frame = _Frame.of("site", example_coords, site_coords, measure_names, units)
     values = frame.expect("patched", patched, frame.dims)
     known = frame.references(references)
-    _parse(provenance)
+    parse(provenance)
     effect = values - known["base"][1][..., None]
     variables = {
         "effect": (frame.dims, effect, {"long_name": "patched − base", **frame.attrs}),
@@ -124,7 +122,7 @@ def attributions(
     """
     frame = _Frame.of(along, example_coords, coords, measure_names, units)
     few = frame.dims[:-1]
-    _parse(provenance)
+    parse(provenance)
     variables = {
         "attribution": (
             frame.dims,
@@ -310,7 +308,7 @@ def concat(datasets: Iterable[xr.Dataset], dim: str, values: Sequence[int | floa
                 f"the dataset for {dim} {label!r} has the dim '{dim}' already; expected a new dim"
             )
         _expect_alike(first, part, f"the dataset for {dim} {label!r}")
-    facts = [_parse(part.attrs["provenance"]) for part in parts if "provenance" in part.attrs]
+    facts = [parse(part.attrs["provenance"]) for part in parts if "provenance" in part.attrs]
     bare = [part.drop_vars(dim, errors="ignore") for part in parts]
     names = [str(name) for name in first.coords if name != dim]
     differing = [name for name in names if not all(_same(first, part, name) for part in parts)]
@@ -323,7 +321,7 @@ def concat(datasets: Iterable[xr.Dataset], dim: str, values: Sequence[int | floa
         if key != "provenance" and all(part.attrs.get(key) == value for part in parts)
     }
     if len(facts) == len(parts):
-        shared["provenance"] = json.dumps(functools.reduce(_common, facts), sort_keys=True)
+        shared["provenance"] = json.dumps(functools.reduce(common, facts), sort_keys=True)
     joined.attrs = shared
     return joined
 
@@ -344,27 +342,6 @@ def coordinates(columns: Mapping[str, Sequence[Any]], dim: str) -> dict[str, tup
         for name, missing in SITE_COORDS.items():
             found.setdefault(name, ("site", np.full(found["site"][1].size, missing)))
     return found
-
-
-def provenance(**facts: Any) -> str:
-    """Where a result comes from, as one JSON object.
-
-    The given facts, and: `date` (UTC, ISO 8601), `python`, `versions` of the packages that matter, and, where
-    this package lies in a git working tree, its `commit` and whether it was `modified` since.
-
-    Raises:
-        TypeError: a fact that JSON cannot hold. Arrays become lists, paths become strings.
-        ValueError: a fact that is not finite, or has one of the names above.
-    """
-    known: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "versions": dict(_versions()),
-        **_commit(),
-    }
-    if taken := sorted(set(facts) & {*known, "commit", "modified"}):
-        raise ValueError(f"found facts called {taken}; these names are filled in by provenance itself")
-    return json.dumps({**facts, **known}, sort_keys=True, allow_nan=False, default=_plain)
 
 
 def _columns(columns: Mapping[str, Sequence[Any]], dim: str) -> dict[str, tuple[str, npt.NDArray[Any]]]:
@@ -445,60 +422,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _parse(text: str) -> dict[str, Any]:
-    facts = json.loads(text)
-    if not isinstance(facts, dict):
-        raise ValueError(
-            f"provenance holds {type(facts).__name__}; expected a JSON object, as from provenance()"
-        )
-    return facts
-
-
-def _common(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """What two JSON objects share, objects inside objects included."""
-    shared: dict[str, Any] = {}
-    for key in one.keys() & other.keys():
-        if isinstance(one[key], dict) and isinstance(other[key], dict):
-            shared[key] = _common(one[key], other[key])
-        elif one[key] == other[key]:
-            shared[key] = one[key]
-    return shared
-
-
-def _plain(value: object) -> Any:
-    if isinstance(value, np.ndarray | np.generic):
-        return value.tolist()
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    raise TypeError(f"a fact of provenance is {type(value).__name__}; expected what JSON can hold")
-
-
-@functools.cache
-def _versions() -> dict[str, str]:
-    """Of the packages that results depend on, asked once."""
-    found: dict[str, str] = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-@functools.cache
-def _commit() -> dict[str, str | bool]:
-    """The commit of this package's code, asked once; empty outside a working tree that holds it."""
-    folder = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", "__init__.py")  # not the tree of somebody's virtual environment
-        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", "../checkpoints")
-        return {"commit": git("rev-parse", "HEAD"), "modified": bool(changes)}
-    except (OSError, subprocess.SubprocessError):
-        return {}

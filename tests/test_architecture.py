@@ -18,7 +18,7 @@ import checkpoints
 import dynamics
 
 FLOORS = [
-    {"trees", "results", "randomness", "config", "batch", "calls"},
+    {"trees", "provenance", "results", "randomness", "config", "batch", "calls"},
     {"lightning_modules", "recipe", "measures", "sites", "projections"},
     {"models"},
     {"tasks"},

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from dynamics import results
+from dynamics import provenance, results
 
 SITES = {"site": ["embed", "L0H0", "L0H1"], "layer": [None, 0, 0], "head": [None, 0, 1]}
 EXAMPLES = {"example": ["alias 17", "alias 4"], "integer": [11, 3], "set": ["Dt3", "Df4"]}
@@ -265,9 +265,9 @@ def test_provenance_names_the_commit_of_the_code_or_stays_silent() -> None:
 
 def test_provenance_needs_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    results._commit.cache_clear()
+    provenance._commit.cache_clear()
     assert "commit" not in json.loads(results.provenance())
-    results._commit.cache_clear()
+    provenance._commit.cache_clear()
 
 
 def test_importing_results_and_statistics_imports_neither_torch_nor_matplotlib() -> None:
