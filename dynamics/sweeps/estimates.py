@@ -53,9 +53,14 @@ def estimate(asked: Plan, out: str | os.PathLike[str] | None = None, workers: in
         asked: from `plan`.
         out, workers: as they will be given to `run`.
     """
-    todo = [
-        unit for unit in asked.units if out is None or not shards.shard(Path(out).resolve(), unit).exists()
-    ]
+    kept: list[Path] = []
+    todo: list[Unit] = []
+    for unit in asked.units:
+        path = None if out is None else shards.shard(Path(out).resolve(), unit)
+        if path is not None and path.exists():
+            kept.append(path)
+        else:
+            todo.append(unit)
     seconds = 0.0
     try:
         for question in asked.questions.values():
@@ -65,6 +70,8 @@ def estimate(asked: Plan, out: str | os.PathLike[str] | None = None, workers: in
         reached.cache_clear()
     if workers and todo:
         seconds = seconds / workers + _seconds_to_start()
+    if kept:
+        seconds += _timed(lambda: results.load(kept[0]))[0] * len(kept)
     replays = sum(unit.replays for unit in todo)
     return Estimate(replays, asked.replays - replays, seconds, peak_megabytes(), workers)
 
@@ -99,11 +106,10 @@ def _seconds(question: Question, units: Sequence[Unit]) -> float:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shard.h5"
         keeping, _ = _timed(lambda: shards.keep(found, path))
-        loading, _ = _timed(lambda: results.load(path))
     return (
         sum(load + train * n for n in behind.values())
         + computing / len(trial.contrasts) * sum(len(unit.contrasts) for unit in units)
-        + (keeping + loading) * len(units)
+        + keeping * len(units)
     )
 
 

@@ -106,7 +106,7 @@ def run(
                 bar.update(asked.units[number].replays)
     finally:
         reached.cache_clear()
-    return asked.joined([results.load(path) if path else found[n] for n, _, path in jobs])
+    return asked.joined([results.load(path) if path and n not in found else found[n] for n, _, path in jobs])
 
 
 def _progress(asked: Plan, todo: Sequence[working.Job]) -> tqdm[NoReturn]:

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from distributed import Client
 
 Job = tuple[int, Unit, Path | None]
-"""A unit, its number in the sweep, and the file that keeps its result; None to return it."""
+"""A unit, its number in the sweep, and the file that keeps its result, if any."""
 
 Done = tuple[int, xr.Dataset | None]
+"""A unit's number and what it gave; None where a file had it already."""
 
 AHEAD = 2
 """Tasks sent for each worker: one to work on and one to go on with."""
@@ -43,15 +44,13 @@ DEAF = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
 
 
 def work(jobs: Sequence[Job]) -> list[Done]:
-    """Compute units and keep or return what they give; a file that is there is not computed again."""
+    """Compute units, keep and return what they give; what a file has already is not computed again."""
     done: list[Done] = []
     for number, unit, path in jobs:
-        if path is None:
-            done.append((number, unit.compute()))
-            continue
-        if not path.exists():
-            keep(unit.compute(), path)
-        done.append((number, None))
+        found = None if path is not None and path.exists() else unit.compute()
+        if path is not None and found is not None:
+            keep(found, path)
+        done.append((number, found))
     return done
 
 
