@@ -691,8 +691,9 @@ def test_an_estimate_counts_what_is_left_and_keeps_nothing(run, tmp_path):
     assert (after.replays, after.kept) == (22, 2)
     sweeps.run(asked, tmp_path)
     done = sweeps.estimate(asked, tmp_path)
-    assert (done.replays, done.kept, done.seconds) == (0, 24, 0.0)
-    assert str(done).startswith("0 replays (24 more are there already): about 0.0 s and ")
+    assert (done.replays, done.kept) == (0, 24)
+    assert 0 < done.seconds < before.seconds  # what is there has to be read
+    assert str(done).startswith("0 replays (24 more are there already): about ")
 
 
 @pytest.mark.parametrize(
