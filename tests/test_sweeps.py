@@ -692,7 +692,7 @@ def test_an_estimate_counts_what_is_left_and_keeps_nothing(run, tmp_path):
     sweeps.run(asked, tmp_path)
     done = sweeps.estimate(asked, tmp_path)
     assert (done.replays, done.kept) == (0, 24)
-    assert 0 < done.seconds < before.seconds  # what is there has to be read
+    assert 0 < done.seconds < 60  # what is there has to be read
     assert str(done).startswith("0 replays (24 more are there already): about ")
 
 
