@@ -63,9 +63,10 @@ def _work_there(jobs: Sequence[Job]) -> list[Done]:
 
 
 def serially(jobs: Iterable[Job]) -> Iterator[Done]:
-    """One unit after another in this process."""
+    """One unit after another in this process; of what files keep nothing is held meanwhile."""
     for job in jobs:
-        yield from work([job])
+        for number, found in work([job]):
+            yield number, found if job[2] is None else None
 
 
 def by_workers(jobs: Sequence[Job], client: Client) -> Iterator[Done]:
