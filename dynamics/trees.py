@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from types import EllipsisType
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 _BLOCK = 16384
 """Elements whose squares are added up in one go: few enough for the cache."""
@@ -28,6 +29,19 @@ def squared_norm(tensor: Tensor | None) -> float:
         return 0.0
     blocks = (block.double() for block in torch.split(stored(tensor.detach()).flatten(), _BLOCK))
     return sum(float(block.square().sum()) for block in blocks)
+
+
+def not_finite(gradients: Gradients) -> str | None:
+    """The first name whose gradient has an element that is NaN or infinite; None where all are finite."""
+    present = {name: stored(g) for name, g in gradients.items() if g is not None}
+    if bool(get_total_norm(list(present.values())).isfinite()):
+        return None  # a norm that overflows says nothing about the elements
+    return next((name for name, g in present.items() if not bool(torch.isfinite(g).all())), None)
+
+
+def copied(tensors: Mapping[str, Tensor], names: Container[str]) -> dict[str, Tensor]:
+    """Tensors by name, those of the given names as copies: what may be written into."""
+    return {name: t.clone() if name in names else t for name, t in tensors.items()}
 
 
 def mask(index: Index, shape: torch.Size, device: torch.device) -> Tensor:

@@ -19,7 +19,7 @@ import dynamics
 
 FLOORS = [
     {"trees", "provenance", "results", "randomness", "config", "batch", "calls"},
-    {"lightning_modules", "recipe", "measures", "sites", "projections"},
+    {"lightning_modules", "recipe", "measures", "sites", "projections", "labels"},
     {"models"},
     {"tasks"},
     {"steps"},

@@ -16,6 +16,7 @@ from checkpoints import Checkpoint
 from dynamics import measures
 from dynamics.attribution.lines import Method, Quadrature
 from dynamics.attribution.sums import SiteSums
+from dynamics.labels import Labels, site_columns
 from dynamics.measures import Measure
 from dynamics.patching.activations import check_activation_sites, fill
 from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS
@@ -31,7 +32,6 @@ from dynamics.patching.forwards import (
     measured,
     passes,
 )
-from dynamics.patching.labels import Labels, site_columns
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site
 from dynamics.steps import NonFiniteGradient

@@ -22,11 +22,11 @@ from dynamics.attribution.activations import (
     sums_by_member,
 )
 from dynamics.attribution.lines import Method, Quadrature
+from dynamics.labels import Labels, site_columns
 from dynamics.measures import Measure
 from dynamics.patching.activations import check_activation_sites, fill
 from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS
 from dynamics.patching.forwards import Exchange, Pass, Standing, exchanges, exchanging, measured, passes
-from dynamics.patching.labels import Labels, site_columns
 from dynamics.patching.paths import by_hooks, with_heads, written_at
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from checkpoints import Checkpoint
 from dynamics import measures
@@ -17,7 +16,7 @@ from dynamics.measures import LogitMeasure, Measure
 from dynamics.recipe import Recipe
 from dynamics.steps import NonFiniteGradient
 from dynamics.steps.pullbacks import alike
-from dynamics.trees import Gradients, stored
+from dynamics.trees import copied, not_finite
 
 
 @dataclass(frozen=True)
@@ -107,10 +106,9 @@ class Slopes:
             )
         grads = torch.autograd.grad(value, list(inputs.values()), value.new_tensor(weight), allow_unused=True)
         found: dict[str, Tensor | None] = dict(zip(inputs, grads, strict=True))
-        if not _finite(found):
-            n = next(n for n, g in found.items() if not _finite({n: g}))
+        if culprit := not_finite(found):
             raise NonFiniteGradient(
-                f"The gradient of measure {asked.name!r} of {asked.where} at {n} is not finite."
+                f"The gradient of measure {asked.name!r} of {asked.where} at {culprit} is not finite."
             )
         return found
 
@@ -119,8 +117,7 @@ class Slopes:
     ) -> dict[str, Tensor | None]:
         """Every model's gradient times its weight, [k, *shape]; nothing where vmap cannot take it."""
         inputs = {n: leaf.detach().requires_grad_() for n, leaf in leaves.items()}
-        buffers = self.checkpoint.buffers  # a forward pass may write into them
-        shared = {n: t.clone() if n in buffers else t for n, t in asked.others.items()}
+        shared = copied(asked.others, self.checkpoint.buffers)  # a forward pass may write into them
 
         def of_one(own: dict[str, Tensor]) -> Tensor:
             return asked.value(self.recipe.model, {**shared, **own})
@@ -140,8 +137,4 @@ class Slopes:
         except Exception:  # noqa: BLE001 (one by one it is said what is wrong, if anything is)
             return {}
         found: dict[str, Tensor | None] = dict(zip(inputs, grads, strict=True))
-        return found if _finite(found) else {}
-
-
-def _finite(gradients: Gradients) -> bool:
-    return bool(get_total_norm([stored(g) for g in gradients.values() if g is not None]).isfinite())
+        return {} if not_finite(found) else found

@@ -13,9 +13,9 @@ from dynamics.attribution.lines import Line, Method, Quadrature
 from dynamics.attribution.slopes import Slopes
 from dynamics.attribution.sums import SiteSums
 from dynamics.attribution.tables import Table
+from dynamics.labels import site_columns
 from dynamics.measures import Measure
 from dynamics.patching.experiment import REFERENCE_ORDER, SECONDS_BEFORE_PROGRESS, Runs, references
-from dynamics.patching.labels import site_columns
 from dynamics.patching.measuring import Measuring
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, SiteError, check

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from checkpoints import Checkpoint
 from dynamics import measures
+from dynamics.labels import Labels
 from dynamics.measures import Measure
-from dynamics.patching.labels import Labels
 from dynamics.patching.measuring import Measuring
 from dynamics.recipe import Contrast
 

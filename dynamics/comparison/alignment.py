@@ -20,9 +20,9 @@ from checkpoints import Checkpoint
 from dynamics import measures, results
 from dynamics.calls import evaluating
 from dynamics.comparison.tables import Array, Products, cosine, presented
+from dynamics.labels import columns, site_columns
 from dynamics.measures import Measure
 from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS
-from dynamics.patching.labels import columns, site_columns
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, check, check_whole
 from dynamics.steps import gradient

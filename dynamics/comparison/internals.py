@@ -15,7 +15,7 @@ from dynamics import results
 from dynamics.batch import Batch
 from dynamics.calls import call, evaluating
 from dynamics.comparison.tables import labelled
-from dynamics.patching.labels import site_columns
+from dynamics.labels import site_columns
 from dynamics.recipe import Recipe
 from dynamics.sites import Site, SiteError, check_outputs
 from dynamics.sites.outputs import called

@@ -18,7 +18,7 @@ from dynamics.comparison.tables import (
     labelled,
     presented,
 )
-from dynamics.patching.labels import site_columns
+from dynamics.labels import site_columns
 from dynamics.recipe import ByNorm, Recipe
 from dynamics.sites import Site, check, check_whole
 from dynamics.steps import gradient, steps_from

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from checkpoints import Checkpoint
 from dynamics import measures
 from dynamics.batch import Batch
+from dynamics.labels import Labels
 from dynamics.measures import Measure
 from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS
 from dynamics.patching.forwards import (
@@ -28,7 +29,6 @@ from dynamics.patching.forwards import (
     measured,
     passes,
 )
-from dynamics.patching.labels import Labels
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, check_outputs, check_whole
 from dynamics.steps.taps import runs_of

@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 
 from checkpoints import Checkpoint
 from dynamics import measures, results
+from dynamics.labels import Labels, example_columns
 from dynamics.measures import Measure
-from dynamics.patching.labels import Labels, example_columns
 from dynamics.patching.measuring import Measuring
 from dynamics.patching.memory import HALF, at_most, chunks
 from dynamics.recipe import Contrast, Recipe

@@ -18,6 +18,7 @@ from dynamics.calls import call, evaluating
 from dynamics.measures import Measure
 from dynamics.recipe import Recipe
 from dynamics.steps.stacks import Stack
+from dynamics.trees import copied
 
 Array = npt.NDArray[np.float64]
 
@@ -98,7 +99,8 @@ class Measuring:
         return eps**0.7, eps**0.7
 
     def _together(self, models: Stack, probe: Any) -> Array:
-        shared, stacked = map(self._with_own_buffers, (models.shared, models.stacked))
+        buffers = self.checkpoint.buffers  # a forward pass may write into them
+        shared, stacked = copied(models.shared, buffers), copied(models.stacked, buffers)
 
         def of_one(own: dict[str, Tensor]) -> Tensor:
             return call(self._evaluate, self.recipe.model, {**shared, **own}, probe)
@@ -108,10 +110,6 @@ class Measuring:
                 return of_one({}).double().cpu().numpy()[None].repeat(len(models), 0)
             found = torch.vmap(of_one, randomness="same")(stacked)
         return found.double().cpu().numpy()
-
-    def _with_own_buffers(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A forward pass may write into them."""
-        return {n: t.clone() if n in self.checkpoint.buffers else t for n, t in tensors.items()}
 
     def _evaluate(self, model: Any, batch: Any) -> Tensor:
         return measures.evaluate(self.by_name, model, batch)

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from checkpoints import Checkpoint
 from dynamics import measures
+from dynamics.labels import Labels
 from dynamics.measures import Measure
 from dynamics.patching.activations import check_activation_sites, fill
 from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS
@@ -23,7 +24,6 @@ from dynamics.patching.forwards import (
     measured,
     passes,
 )
-from dynamics.patching.labels import Labels
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site
 from dynamics.sites.edges import End, Path, apart, check_paths, receivers_of, senders_of

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from checkpoints import Checkpoint
 from checkpoints.rng import RngState
 from dynamics.calls import call
 from dynamics.recipe import Recipe, RecipeError
 from dynamics.steps.taps import Taps
-from dynamics.trees import stored
+from dynamics.trees import not_finite
 
 
 class NonFiniteGradient(ArithmeticError):
@@ -90,11 +89,10 @@ def gradient(
     if not bool(torch.isfinite(loss)):
         raise NonFiniteGradient(f"The loss of {where} at step {checkpoint.step} is {loss.item()}.")
     gradients: dict[str, Tensor | None] = dict.fromkeys(parameters)
-    suspect = not bool(get_total_norm([stored(g) for g in found[: len(inputs)] if g is not None]).isfinite())
     for name, g in zip(inputs, found, strict=False):
-        if suspect and g is not None and not bool(torch.isfinite(stored(g)).all()):
-            raise NonFiniteGradient(
-                f"The gradient of {name} for {where} at step {checkpoint.step} is not finite."
-            )
         gradients[name] = g.coalesce() if g is not None and g.is_sparse else g
+    if culprit := not_finite(gradients):
+        raise NonFiniteGradient(
+            f"The gradient of {culprit} for {where} at step {checkpoint.step} is not finite."
+        )
     return StepGradient(loss.detach(), gradients, buffers, rng)

@@ -131,3 +131,16 @@ def test_leaves_are_left_as_they_are():
     asked = Asked("m", dy.measures.correct_logit, tokens(1), others, "a test")
     Slopes(recipe, state).summed(asked, leaves, WEIGHTS)
     assert all(torch.equal(leaf, before[name]) and not leaf.requires_grad for name, leaf in leaves.items())
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_finite_gradient_whose_norm_overflows_is_finite(n):
+    recipe = transformer_recipe(model=transformer("float32"))
+    state, others, leaves = at_several(recipe, n)
+    huge = dy.measures.LogitMeasure(
+        "huge", "logit", lambda z, batch: z.gather(-1, batch.targets[:, None]) * 1e25
+    )
+    asked = Asked("m", huge, tokens(1), others, "a test")
+    found = Slopes(recipe, state).summed(asked, leaves, WEIGHTS[:n])
+    assert max(float(g.abs().max()) for g in found.values()) > 1e20
+    assert all(bool(g.isfinite().all()) for g in found.values())
