@@ -58,9 +58,11 @@ def call(
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Every submodule in eval mode inside, each in its own mode again afterwards."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    if any(modes.values()):
+        model.eval()
     try:
         yield
     finally:
         for module, training in modes.items():
-            module.training = training
+            if module.training != training:
+                module.training = training

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import chain
 
+import torch
 import xarray as xr
 from tqdm.auto import tqdm
 
@@ -99,7 +100,10 @@ def attribute_step(
         table.evaluate(measuring, i, contrast, models)
         base, source = models["base"], models["source"]
         line = Line(slopes, base, source, contrast.probe, runs.name)
-        end = measuring.alone({**source, **runs.base.buffers}, contrast.probe)
+        buffers = runs.base.buffers
+        end = table.references["source"][:, i]
+        if any(not torch.equal(source[n], buffer) for n, buffer in buffers.items()):
+            end = measuring.alone({**source, **buffers}, contrast.probe)
         for m, (name, function) in enumerate(table.by_name.items()):
             start = table.references["base"][m, i]
             mean, table.nodes[m, i] = line.mean_gradient(name, function, end[m] - start, quadrature)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any
 
@@ -17,16 +16,9 @@ from dynamics.trees import Index
 
 Array = npt.NDArray[np.float64]
 
-_ALL = slice(None)
 
-
-@dataclass(frozen=True)
-class _Term:
-    """One tensor's share of a site: the axes it takes whole, and the index on those that are left."""
-
-    name: str
-    whole_axes: tuple[int, ...]
-    index: Any
+_Key = tuple[str, tuple[int, ...]]
+"""A tensor's name, and the axes that are added up whole."""
 
 
 class SiteSums:
@@ -41,10 +33,19 @@ class SiteSums:
     """
 
     def __init__(self, sites: Sequence[Site], shapes: Mapping[str, torch.Size]) -> None:
-        self._terms = [
-            [_term(name, index, shapes[name]) for name, index in site.covers.items() if name in shapes]
-            for site in sites
-        ]
+        self._n_sites = len(sites)
+        self._slices: list[tuple[int, _Key, Any]] = []
+        elements: dict[_Key, list[tuple[int, ...]]] = {}
+        for number, site in enumerate(sites):
+            for name, index in site.covers.items():
+                if name not in shapes:
+                    continue
+                whole_axes, left = _left(index, shapes[name])
+                if isinstance(left, tuple) and all(isinstance(part, int) for part in left):
+                    elements.setdefault((name, whole_axes), []).append((number, *left))
+                else:
+                    self._slices.append((number, (name, whole_axes), left))
+        self._elements = {key: np.array(found).T for key, found in elements.items()}
 
     def __call__(self, elements: Mapping[str, Tensor]) -> Array:
         """[n_sites], in fp64.
@@ -53,29 +54,33 @@ class SiteSums:
             elements: {name: [*shape]}.
         """
         arrays = {name: tensor.detach().double().cpu().numpy() for name, tensor in elements.items()}
-        reduced: dict[tuple[str, tuple[int, ...]], Array] = {}
+        known: dict[_Key, Array] = {}
 
-        def value(term: _Term) -> float:
-            key = (term.name, term.whole_axes)
-            if key not in reduced:
-                reduced[key] = np.sum(arrays[term.name], axis=term.whole_axes)
-            return float(reduced[key][term.index].sum())
+        def reduced(key: _Key) -> Array:
+            if key not in known:
+                known[key] = np.sum(arrays[key[0]], axis=key[1])
+            return known[key]
 
-        return np.array([sum(map(value, terms)) for terms in self._terms], dtype=np.float64)
+        totals = np.zeros(self._n_sites)
+        for key, (numbers, *places) in self._elements.items():
+            np.add.at(totals, numbers, reduced(key)[tuple(places)])
+        for number, key, index in self._slices:
+            totals[number] += reduced(key)[index].sum()
+        return totals
 
 
-def _term(name: str, index: Index, shape: torch.Size) -> _Term:
+def _left(index: Index, shape: torch.Size) -> tuple[tuple[int, ...], Any]:
+    """The axes that an index takes whole, and the index on those that are left."""
     if isinstance(index, Tensor):
-        return _Term(name, (), index.cpu().numpy())
-    parts = () if isinstance(index, EllipsisType) else index
-    padded = [*parts, *[slice(None)] * (len(shape) - len(parts))]
+        return (), index.cpu().numpy()
     whole, left = [], []
-    for axis, (part, n) in enumerate(zip(padded, shape, strict=True)):
-        if isinstance(part, slice) and (part == _ALL or len(range(n)[part]) == n):
+    parts = () if isinstance(index, EllipsisType) else index
+    for axis, part in enumerate(parts):
+        if isinstance(part, slice) and len(range(shape[axis])[part]) == shape[axis]:
             whole.append(axis)
         else:
-            left.append(_part(part, n))
-    return _Term(name, tuple(whole), tuple(left))
+            left.append(_part(part, shape[axis]))
+    return (*whole, *range(len(parts), len(shape))), tuple(left)
 
 
 def _part(part: int | slice | Tensor, size: int) -> int | slice | npt.NDArray[np.int64]:

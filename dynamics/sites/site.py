@@ -91,21 +91,23 @@ def check_index(label: str, name: str, index: Index, tensor: Tensor) -> None:
     if len(index) > len(shape):
         raise SiteError(f"Site {label!r} indexes {len(index)} axes of {name!r}, which has shape {shape}.")
     for axis, (part, size) in enumerate(zip(index, shape, strict=False)):
-        places = part.tolist() if isinstance(part, Tensor) else [part] if isinstance(part, int) else []
+        if isinstance(part, slice):
+            if part.stop is not None and part.stop > size:
+                raise SiteError(
+                    f"Site {label!r} slices axis {axis} of {name!r} to {part.stop}, which has {size}."
+                )
+            if not range(size)[part]:
+                raise SiteError(f"Site {label!r} takes nothing on axis {axis} of {name!r}, which has {size}.")
+            continue
+        places = part.tolist() if isinstance(part, Tensor) else [part]
+        if not places:
+            raise SiteError(f"Site {label!r} takes nothing on axis {axis} of {name!r}, which has {size}.")
         for place in places:
             if not -size <= place < size:
                 raise SiteError(
                     f"Site {label!r} reads index {place} on axis {axis} of {name!r}, which has {size} "
                     f"(0-{size - 1}). sites.heads(model) lists a transformer's heads."
                 )
-        if isinstance(part, Tensor) and not places:
-            raise SiteError(f"Site {label!r} takes nothing on axis {axis} of {name!r}, which has {size}.")
-        if isinstance(part, slice) and part.stop is not None and part.stop > size:
-            raise SiteError(
-                f"Site {label!r} slices axis {axis} of {name!r} to {part.stop}, which has {size}."
-            )
-        if isinstance(part, slice) and not range(size)[part]:
-            raise SiteError(f"Site {label!r} takes nothing on axis {axis} of {name!r}, which has {size}.")
 
 
 def _is_part(part: object) -> bool:
