@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils import _pytree
 
 from dynamics import lightning_modules
 from dynamics.lightning_modules import RecipeError as RecipeError
@@ -146,3 +148,9 @@ class Contrast:
     def reversed(self) -> Contrast:
         """Base and source exchanged: necessity where the contrast asked for sufficiency."""
         return replace(self, base=self.source, source=self.base)
+
+    def to(self, device: torch.device | str) -> Contrast:
+        """The same contrast with all tensors of its batches on another device: that of the recipe's model."""
+        batches = {"base": self.base, "source": self.source, "probe": self.probe}
+        moved = _pytree.tree_map_only(Tensor, lambda t: t.to(device), batches)
+        return replace(self, **moved)

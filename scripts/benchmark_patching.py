@@ -14,14 +14,17 @@ import ctypes
 import gc
 import json
 import multiprocessing
+import os
 import statistics
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -37,12 +40,9 @@ from tqdm import tqdm
 import dynamics as dy
 from checkpoints import Checkpoint
 from dynamics.config import StudyConfig, ToyConfig
-from dynamics.patching.experiment import Runs, references, stepped
-from dynamics.patching.gradients import patched
-from dynamics.patching.measuring import Measuring
-from dynamics.steps.update import Steps
 
 PRESETS = {"toy": "default", "seed": "seed"}
+SIZES = {"toy": "toy 2 x 128", "seed": "seed's size 6 x 1024"}
 WARM_STEPS = 5
 LOOPED_SITES = 12
 """Sites that the seed's loop takes at the seed's size."""
@@ -58,15 +58,16 @@ class Bench:
     contrasts: list[dy.Contrast]
 
     @classmethod
-    def of(cls, config: StudyConfig) -> Bench:
+    def of(cls, config: StudyConfig, device: str = "cpu") -> Bench:
         """The toy of a config, warmed up by a few steps of X2."""
         task = dy.tasks.AliasTask(config)
         recipe = task.recipe()
+        recipe.model.to(device)
         optimizer = recipe.optimizer(recipe.model.parameters())
         first = config.phases.starts["x2"]
         start = Checkpoint.capture(recipe.model, optimizer, recipe.scheduler(optimizer), first)
-        state = dy.steps.advance(recipe, start, first + WARM_STEPS, task.batch)
-        return cls(recipe, state, task.contrasts())
+        state = dy.steps.advance(recipe, start, first + WARM_STEPS, lambda step: task.batch(step).to(device))
+        return cls(recipe, state, [contrast.to(device) for contrast in task.contrasts()])
 
 
 def config_of(size: str) -> StudyConfig:
@@ -152,17 +153,27 @@ def looped(bench: Bench, row: Row, sites: list[dy.Site]) -> list[float]:
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds, and what came of it."""
+    """Seconds, and what came of it; a GPU's queue is empty before and after."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
     begin = time.perf_counter()
     found = function()
+    wait()
     return time.perf_counter() - begin, found
+
+
+def every(row: Row, size: str) -> int:
+    """How far apart the sites stand that the loop takes."""
+    return max(1, len(row.sites) // LOOPED_SITES) if size == "seed" or len(row.sites) > 100 else 1
 
 
 def compared(bench: Bench, row: Row, size: str, repeats: int) -> dict[str, Any]:
     """Median seconds of both ways, and how far their results differ."""
-    every = max(1, len(row.sites) // LOOPED_SITES) if size == "seed" or len(row.sites) > 100 else 1
-    picked = row.sites[::every]
+    apart = every(row, size)
+    picked = row.sites[::apart]
     ours(bench, replace(row, contrasts=row.contrasts[:1]))  # warm up
+    on_gpu = next(bench.recipe.model.parameters()).is_cuda
+    peak = {"gpu_mb": gpu_peak(lambda: ours(bench, row))} if on_gpu else {}
     pairs = [
         (timed(lambda: ours(bench, row)), timed(lambda: looped(bench, row, picked))) for _ in range(repeats)
     ]
@@ -170,7 +181,7 @@ def compared(bench: Bench, row: Row, size: str, repeats: int) -> dict[str, Any]:
     found = pairs[0][0][1]
     name = "attribution" if row.verb == "attribute_step" else "patched"
     theirs = np.array(pairs[0][1][1]).reshape(len(row.contrasts), len(picked))
-    values = found[name].values[:, ::every]
+    values = found[name].values[:, ::apart]
     if row.verb == "attribute_step":
         theirs = theirs - found["base"].values[:, None]
         agreement = float(stats.spearmanr(values.ravel(), theirs.ravel()).statistic)
@@ -184,16 +195,38 @@ def compared(bench: Bench, row: Row, size: str, repeats: int) -> dict[str, Any]:
         "loop_ms": 1e3 * seconds[1] / (len(picked) * len(row.contrasts)),
         "goal": row.goals[size],
         "agreement": agreement,
+        **peak,
     }
 
 
-def extra_memory(size: str, verb: str) -> float:
+def gpu_peak(function: Callable[[], Any]) -> float:
+    """Megabytes allocated on the GPU at the peak of a call beyond what was there before."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+MEMORY_GOALS = {"toy": lambda model: 512, "seed": lambda model: 4 * model}
+"""Megabytes that verbs may need, from those of the model."""
+
+MEMORY = {
+    "as it is": ({}, 2**27),
+    "freed memory given back": ({"MALLOC_MMAP_THRESHOLD_": str(2**20)}, 2**27),
+    "the same, `max_memory(2**26)`": ({"MALLOC_MMAP_THRESHOLD_": str(2**20)}, 2**26),
+}
+"""How memory is measured: the environment, and what stacks may take. The C library keeps much of what is freed,
+unless it is told that tensors of a megabyte or more come from the system and go back there."""
+
+
+def extra_memory(size: str, verb: str, environment: dict[str, str], n_bytes: int) -> float:
     """Megabytes that a verb needs at its peak beyond the model and the checkpoint; in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return float(pool.apply(_peak, (size, verb)))
+    context = multiprocessing.get_context("spawn")
+    with mock.patch.dict(os.environ, environment), ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(_peak, size, verb, n_bytes).result()
 
 
-def _peak(size: str, verb: str) -> float:
+def _peak(size: str, verb: str, n_bytes: int) -> float:
     torch.set_num_threads(1)
 
     def row_of(size: str) -> tuple[Bench, Row]:
@@ -206,7 +239,8 @@ def _peak(size: str, verb: str) -> float:
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    ours(bench, row)
+    with dy.max_memory(n_bytes):
+        ours(bench, row)
     return _resident("VmHWM") - before
 
 
@@ -216,74 +250,35 @@ def _resident(which: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(which))
 
 
-def floor_ms(bench: Bench) -> tuple[float, float]:
+def floor_ms(bench: Bench, device: str) -> tuple[float, float]:
     """Milliseconds that the matrix products of the measure's forward pass take at this machine's best rate, and
     that rate in GFLOP/s."""
-    a = torch.randn(1024, 1024)
+    a = torch.randn(1024, 1024, device=device)
     rate = 2 * 1024**3 / min(timed(lambda: a @ a)[0] for _ in range(10))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         dy.measures.correct_logit(bench.recipe.model, bench.contrasts[0].probe)
     return 1e3 * counter.get_total_flops() / rate, rate / 1e9
 
 
-def measure(size: str, repeats: int, threads: int) -> dict[str, Any]:
+def measure(size: str, repeats: int, threads: int, device: str = "cpu") -> dict[str, Any]:
     """All rows of one size."""
     torch.set_num_threads(threads)
-    bench = Bench.of(config_of(size))
-    floor, rate = floor_ms(bench)
+    bench = Bench.of(config_of(size), device)
+    floor, rate = floor_ms(bench, device)
     parameters = sum(p.numel() for p in bench.recipe.model.parameters())
     found = [
         compared(bench, row, size, repeats)
-        for row in tqdm(rows(bench, size), desc=f"{size}, {threads} threads")
+        for row in tqdm(rows(bench, size), desc=f"{size}, {device}, {threads} threads")
     ]
     return {
         "size": size,
-        "threads": threads,
+        "device": f"{threads} thread{'s' * (threads > 1)}" if device == "cpu" else "GPU",
         "parameters": parameters,
         "floor_ms": floor,
         "gflops": rate,
         "rows": found,
         "repeats": repeats,
     }
-
-
-def parts(bench: Bench, repeats: int) -> dict[str, float]:
-    """Milliseconds of what `patch_gradients` does with one contrast, all matrices, by part."""
-    torch.set_num_threads(1)
-    recipe, state, contrast = bench.recipe, bench.state, bench.contrasts[0]
-    sites = dy.sites.matrices(recipe.model)
-    steps = Steps(recipe, state)
-    measuring = Measuring(recipe, state, {"": dy.measures.correct_logit})
-
-    def gradients() -> Runs:
-        runs = Runs(steps, contrast, "parts")
-        return replace(runs, known={"base": runs.base, "source": runs.source})
-
-    def referred(runs: Runs) -> None:
-        for models in references(runs):
-            measuring(models, contrast.probe)
-
-    def stepping(runs: Runs) -> None:
-        for _ in stepped(runs, patched(runs, sites)):
-            pass
-
-    def both(runs: Runs) -> None:
-        for models in stepped(runs, patched(runs, sites)):
-            measuring(models, contrast.probe)
-
-    def median(function: Callable[[], Any]) -> float:
-        function()
-        return 1e3 * statistics.median(timed(function)[0] for _ in range(repeats))
-
-    runs = gradients()
-    found = {
-        "both gradients": median(gradients),
-        "the four references": median(lambda: referred(runs)),
-        "steps": median(lambda: stepping(runs)),
-    }
-    found["the measure"] = median(lambda: both(runs)) - found["steps"]
-    whole = median(lambda: ours(bench, Row("", "patch_gradients", state, [contrast], sites, {})))
-    return {**found, "checks and labels": whole - sum(found.values())}
 
 
 def scaling(repeats: int) -> dict[str, Any]:
@@ -337,18 +332,23 @@ def picture(found: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def gpu_memory(row: dict[str, Any]) -> str:
+    """What a verb needs on the GPU beyond model and checkpoint, where one was measured."""
+    return f"; {row['gpu_mb']:.0f} MB" if "gpu_mb" in row else ""
+
+
 def table(
     found: list[dict[str, Any]],
-    memory: dict[str, dict[str, float]],
+    memory: dict[str, dict[str, dict[str, float]]],
     slopes: dict[str, Any],
-    shares: dict[str, float],
 ) -> str:
     """Ratios by size and threads, goals beside them."""
-    columns = [(part["size"], part["threads"]) for part in found]
-    names = {"toy": "toy 2 x 128", "seed": "seed's size 6 x 1024"}
+    without_gpu = all(part["device"] != "GPU" for part in found)
     lines = [
-        "| | " + " | ".join(f"{names[size]}, {n} thread{'s' * (n > 1)}" for size, n in columns) + " | GPU |",
-        "|" + "---|" * (len(columns) + 2),
+        "| | "
+        + " | ".join(f"{SIZES[part['size']]}, {part['device']}" for part in found)
+        + (" | GPU |" if without_gpu else " |"),
+        "|" + "---|" * (len(found) + 1 + without_gpu),
     ]
     for name in dict.fromkeys(row["row"] for part in found for row in part["rows"]):
         cells = []
@@ -356,29 +356,19 @@ def table(
             row = next((row for row in part["rows"] if row["row"] == name), None)
             cells.append(
                 f"{row['loop_ms'] / row['ours_ms']:.1f}x ({row['ours_ms']:.2g} of {row['loop_ms']:.2g} ms; "
-                f"goal {row['goal']}x)"
+                f"goal {row['goal']}x{gpu_memory(row)})"
                 if row
                 else "–"
             )
-        lines.append(f"| {name} | " + " | ".join(cells) + " | not measured |")
+        lines.append(f"| {name} | " + " | ".join(cells) + (" | not measured |" if without_gpu else " |"))
     exact = max(r["agreement"] for part in found for r in part["rows"] if "attribute" not in r["row"])
     ranks = min(r["agreement"] for part in found for r in part["rows"] if "attribute" in r["row"])
     floors = "; ".join(
-        f"{names[p['size']]}, {p['threads']}: {p['floor_ms']:.2g} ms at {p['gflops']:.0f}" for p in found
+        f"{SIZES[p['size']]}, {p['device']}: {p['floor_ms']:.2g} ms at {p['gflops']:.0f}" for p in found
     )
     grown = "; ".join(
         f"{axis} " + ", ".join(f"{curve['slope']:.2f}" for curve in verbs.values())
         for axis, verbs in slopes.items()
-    )
-    needs = "; ".join(
-        f"{names[size]} {', '.join(f'{verb} {mb:.0f}' for verb, mb in verbs.items())}"
-        for size, verbs in memory.items()
-    )
-    spent = ", ".join(f"{name} {ms:.0f}" for name, ms in shares.items())
-    n_sites = found[0]["rows"][0]["sites"]
-    own = ", ".join(
-        f"{names[size]} {next(p for p in found if p['size'] == size)['parameters'] * 4 / 2**20:.0f}"
-        for size in memory
     )
     verbs = "`, `".join(next(iter(slopes.values())))
     return "\n".join(
@@ -389,13 +379,32 @@ def table(
             f"{found[0]['repeats']} interleaved repeats; `attribute_step` beside exact exchanges of a sample of "
             f"its sites. Both ways agree to {exact:.0e} of the measure; attributions rank sites like exact "
             f"exchanges (Spearman at least {ranks:.2f}). Floor, the matrix products of one forward pass of the "
-            f"measure at the machine's own rate in GFLOP/s: {floors}. Milliseconds of `patch_gradients`, "
-            f"{n_sites} matrices of the toy, stored AdamW, 1 thread: {spent}. "
-            f"Resident megabytes at the peak beyond model and checkpoint (the models themselves: {own}): {needs}. "
+            f"measure at the machine's own rate in GFLOP/s: {floors}. "
             f"Log-log slopes of `{verbs}` against the number of {grown} "
             f"(`.readme/scaling.png`). {stamp(__file__)}",
+            "",
+            *memory_table(memory, {p["size"]: p["parameters"] * 4 / 2**20 for p in found}),
         ]
     )
+
+
+def memory_table(memory: dict[str, dict[str, dict[str, float]]], models: dict[str, float]) -> list[str]:
+    """Lines: what verbs need at their peak, in megabytes."""
+    lines = [
+        f"| resident MB beyond model and checkpoint | {' | '.join(MEMORY)} |",
+        "|---|" + "---|" * len(MEMORY),
+    ]
+    for size, verbs in memory.items():
+        goal = MEMORY_GOALS[size](models[size])
+        for verb, needs in verbs.items():
+            cells = " | ".join(f"{mb:.0f}" for mb in needs.values())
+            lines.append(f"| {SIZES[size]}: `{verb}`; model {models[size]:.0f}, goal {goal:.0f} | {cells} |")
+    return [
+        *lines,
+        "",
+        "At the peak of one call, 1 thread, a process for each. Freed memory given back: with "
+        "`MALLOC_MMAP_THRESHOLD_=1048576` in the environment, without which the C library keeps much of it.",
+    ]
 
 
 def main() -> None:
@@ -409,17 +418,21 @@ def main() -> None:
     parser.add_argument("--readme", action="store_true", help="write table and picture into README.md")
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
-    tables = [measure(size, given.repeats, threads) for size in given.sizes for threads in given.threads]
+    runs = [(size, threads, "cpu") for size in given.sizes for threads in given.threads]
+    runs += [(size, 1, "cuda") for size in given.sizes if torch.cuda.is_available()]
+    tables = [measure(size, given.repeats, threads, device) for size, threads, device in runs]
     memory = {
-        size: {verb: extra_memory(size, verb) for verb in ("patch_gradients", "patch_updates")}
+        size: {
+            verb: {how: extra_memory(size, verb, *given_how) for how, given_how in MEMORY.items()}
+            for verb in ("patch_gradients", "patch_updates", "patch_signals")
+        }
         for size in given.sizes
     }
     slopes = scaling(given.repeats)
-    shares = parts(Bench.of(config_of("toy")), given.repeats)
     given.json.parent.mkdir(parents=True, exist_ok=True)
-    kept = {"tables": tables, "memory": memory, "scaling": slopes, "parts": shares}
+    kept = {"tables": tables, "memory": memory, "scaling": slopes}
     given.json.write_text(json.dumps(kept, indent=1))
-    text = table(tables, memory, slopes, shares)
+    text = table(tables, memory, slopes)
     print(text)
     picture(slopes, PICTURE if given.readme else given.json.with_suffix(".png"))
     if given.readme:

@@ -9,6 +9,7 @@ from torch.func import vmap
 from torch.utils import _pytree
 
 from dynamics.batch import Batch, concatenate
+from dynamics.recipe import Contrast
 
 
 def batch(n_rows: int = 4, first: int = 0, optional: bool = True) -> Batch:
@@ -61,6 +62,15 @@ def test_a_batch_moves_with_all_its_fields_and_the_original_stays():
     assert {getattr(moved, f.name).device.type for f in fields(moved)} == {"meta"}
     assert {getattr(original, f.name).device.type for f in fields(original)} == {"cpu"}
     assert as_lists(original.to(torch.device("cpu"))) == as_lists(original)
+
+
+def test_a_contrast_moves_with_all_its_batches_whatever_they_are():
+    original = Contrast(batch(), (torch.ones(2), {"x": torch.ones(3), "name": "a"}), None, {"example": "one"})
+    moved = original.to("meta")
+    found = [moved.base.tokens, moved.base.targets, moved.source[0], moved.source[1]["x"]]
+    assert {t.device.type for t in found} == {"meta"}
+    assert (moved.probe, moved.source[1]["name"], moved.coords) == (None, "a", {"example": "one"})
+    assert original.source[0].device.type == original.base.tokens.device.type == "cpu"
 
 
 def test_a_batch_cannot_be_changed_in_place_and_compares_by_identity():

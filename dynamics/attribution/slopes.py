@@ -63,7 +63,8 @@ class Slopes:
     def summed(
         self, asked: Asked, leaves: Mapping[str, Tensor], weights: Sequence[float]
     ) -> dict[str, Tensor]:
-        """Σ_k w_k ∇M(θ_k) by trained parameter, in fp64; parameters the measure does not depend on are left out.
+        """Σ_k w_k ∇M(θ_k) by trained parameter, in fp64, of one model in the parameters' dtype; parameters the
+        measure does not depend on are left out.
 
         Args:
             asked: M.
@@ -86,6 +87,8 @@ class Slopes:
                 self._at_once[name] = bool(together) and alike(first, alone(0))
             if together and self._at_once[name]:
                 return {n: g.sum(0, dtype=torch.float64) for n, g in together.items() if g is not None}
+        if len(weights) == 1:
+            return {n: g for n, g in alone(0).items() if g is not None}
         total: dict[str, Tensor] = {}
         for i in range(len(weights)):
             for n, g in alone(i).items():
@@ -96,9 +99,10 @@ class Slopes:
     def _alone(self, asked: Asked, leaves: Mapping[str, Tensor], weight: float) -> dict[str, Tensor | None]:
         """One model's gradient times its weight."""
         inputs = {n: leaf.detach().requires_grad_() for n, leaf in leaves.items()}
+        tensors = {**asked.others, **inputs}
+        own = self.checkpoint.buffers if isinstance(asked.measure, LogitMeasure) else tensors
         with self.checkpoint.random_state(), torch.enable_grad(), evaluating(self.recipe.model):
-            copies = {n: t.clone() for n, t in {**asked.others, **inputs}.items()}
-            value = asked.value(self.recipe.model, copies)
+            value = asked.value(self.recipe.model, copied(tensors, own))
         if not value.requires_grad:
             raise ValueError(
                 f"measure {asked.name!r} has no gradient with respect to any trained parameter, so nothing can be "

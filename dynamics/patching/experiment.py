@@ -49,7 +49,7 @@ class Runs:
     contrast: Contrast
     name: str
     space: Workspace = field(default_factory=Workspace)
-    known: Mapping[str, StepGradient] = field(default_factory=dict)
+    known: dict[str, StepGradient] = field(default_factory=dict)
 
     @property
     def recipe(self) -> Recipe:
@@ -98,6 +98,7 @@ class Runs:
 
     def forget(self) -> None:
         """Let go of the gradients, which are as large as the model."""
+        self.known.clear()
         for name in ("base", "source", "nothing"):
             self.__dict__.pop(name, None)
 
@@ -222,16 +223,16 @@ def references(runs: Runs) -> Iterator[Stack]:
     return _stepped(runs, (steps[name]() for name in REFERENCE_ORDER), Workspace, HALF)
 
 
-def stepped(runs: Runs, gradients: Iterable[StepGradient]) -> Iterator[Stack]:
-    """The models after a step with each of the gradients, as many of them at a time as memory allows.
+def stepped(runs: Runs, gradients: Iterable[StepGradient], share: float = 1) -> Iterator[Stack]:
+    """The models after a step with each of the gradients, as many of them at a time as that share of memory allows.
 
     Each stack holds until the next one is asked for.
     """
-    return _stepped(runs, gradients, lambda: runs.space)
+    return _stepped(runs, gradients, lambda: runs.space, share)
 
 
 def _stepped(
-    runs: Runs, gradients: Iterable[StepGradient], space: Callable[[], Workspace], share: float = 1
+    runs: Runs, gradients: Iterable[StepGradient], space: Callable[[], Workspace], share: float
 ) -> Iterator[Stack]:
     def after(chunk: list[StepGradient]) -> Stack:
         moved = runs.steps.take([step.gradients for step in chunk], space())

@@ -44,8 +44,13 @@ class Measuring:
     _at_once: bool | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        if not all(isinstance(m, measures.LogitMeasure) for m in self.by_name.values()):
+        if not self._of_logits:
             self._at_once = False
+
+    @property
+    def _of_logits(self) -> bool:
+        """Whether nothing but the model sees its tensors."""
+        return all(isinstance(m, measures.LogitMeasure) for m in self.by_name.values())
 
     def __call__(self, models: Stack, probe: Any) -> Array:
         """[n_models, n_measures], rows of the probe averaged."""
@@ -67,7 +72,7 @@ class Measuring:
 
     def alone(self, tensors: Mapping[str, Tensor], probe: Any) -> Array:
         """One model's: [n_measures]."""
-        own = {name: tensor.clone() for name, tensor in tensors.items()}
+        own = copied(tensors, self.checkpoint.buffers if self._of_logits else tensors)
         with torch.no_grad(), evaluating(self.recipe.model), self.checkpoint.random_state():
             found = call(self._evaluate, self.recipe.model, own, probe)
         return found.double().cpu().numpy()

@@ -13,7 +13,7 @@ import xarray as xr
 from checkpoints import Checkpoint
 from dynamics.measures import Measure
 from dynamics.patching.experiment import Runs, experiment, references, stepped
-from dynamics.patching.memory import at_most, chunks
+from dynamics.patching.memory import HALF, at_most, chunks
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, check_outputs, check_whole
 from dynamics.steps import StepGradient, gradient
@@ -80,7 +80,7 @@ def _outcomes(
         kept = pullbacks(recipe, state, runs.contrast.base, hooks, runs.where[0])
         known["base"] = kept.step
     runs = replace(runs, known=known)
-    return chain(references(runs), stepped(runs, _patched(runs, sites, forward, linear, source, kept)))
+    return chain(references(runs), stepped(runs, _patched(runs, sites, forward, linear, source, kept), HALF))
 
 
 def _patched(
@@ -112,8 +112,9 @@ def _patched(
             linear[name] = found is not None and alike(found[0].gradients, one(sites[0]).gradients)
         return found if linear[name] else None
 
+    runs.forget()
     for site in sites:
         check_covers(site, source)
     for _, group in groupby(sites, key=lambda site: list(site.covers)):
-        for chunk in chunks(group, at_most(state.parameters.values())):
+        for chunk in chunks(group, at_most(state.parameters.values(), HALF)):
             yield from at_once(chunk) or map(one, chunk)

@@ -12,6 +12,7 @@ import dynamics as dy
 from dynamics.config import AliasConfig, PhaseConfig, PhasesConfig, StudyConfig, ToyConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+import benchmark_parts as parts
 import benchmark_patching as script
 import seed_loop
 import suite_costs
@@ -51,11 +52,39 @@ def test_the_loop_patches_something_and_clips(bench):
     assert norm**0.5 > bench.recipe.clip.max_norm
 
 
-def test_the_parts_of_a_call_add_up_to_it(bench):
+def test_the_parts_of_a_call_are_within_it_and_none_counts_twice(bench):
     torch.set_num_threads(1)
-    found = script.parts(bench, repeats=3)
-    assert all(found[name] > 0 for name in ("both gradients", "the four references", "steps", "the measure"))
-    assert list(found)[-1] == "checks and labels"
+    expected = {
+        "patch_gradients": {"gradients", "references", "steps", "measure"},
+        "patch_updates": {"gradients", "references", "measure"},
+        "patch_signals": {"gradients", "references", "backward from the sites", "steps", "measure"},
+        "attribute_step": {"gradients", "references", "slopes"},
+    }
+    for row in script.rows(bench, "toy")[:-1]:
+        with parts.taken_apart() as spent:
+            whole = script.timed(lambda row=row: script.ours(bench, row))[0]
+        assert set(spent) == expected[row.verb], row.name
+        assert 0 < sum(spent.values()) < whole
+
+
+def test_taking_a_call_apart_leaves_the_verbs_as_they_were(bench):
+    row = script.rows(bench, "toy")[0]
+    before = [getattr(owner, name) for places in parts.PARTS.values() for owner, name in places]
+    with parts.taken_apart():
+        watched = script.ours(bench, row)
+    assert before == [getattr(owner, name) for places in parts.PARTS.values() for owner, name in places]
+    assert watched.identical(script.ours(bench, row))
+
+
+def test_the_floor_and_what_the_goal_leaves_are_in_the_table_of_parts(bench):
+    row = replace(script.rows(bench, "toy")[2], name="`patch_updates`")
+    found = parts.taken(bench, row, "toy", repeats=1)
+    assert found["whole"] == pytest.approx(sum(found["parts"].values()))
+    assert 0 < found["floor"] < found["whole"]
+    known = {**found, "loop": 400.0, "floor": 8.0, "whole": 50.0, "sites": 46}
+    text = parts.table({"toy": [known]}, {"toy": {"`patch_updates`": 20}}, 1)
+    assert "| toy 2 x 128: `patch_updates`, 46 sites | 20 | 50 |" in text
+    assert "| 8 | 50.0x |" in text
 
 
 def test_ratios_agreement_and_slopes_are_in_the_table(tmp_path):
@@ -72,7 +101,7 @@ def test_ratios_agreement_and_slopes_are_in_the_table(tmp_path):
     ]
     part = {
         "size": "toy",
-        "threads": 1,
+        "device": "1 thread",
         "parameters": 2**20,
         "floor_ms": 0.5,
         "gflops": 90.0,
@@ -81,13 +110,18 @@ def test_ratios_agreement_and_slopes_are_in_the_table(tmp_path):
     }
     curve = {"n": [1, 2, 4], "seconds": [1.0, 2.0, 4.0], "slope": 1.0}
     slopes = {axis: {"patch_updates": curve} for axis in ("sites", "contrasts", "parameters")}
-    text = script.table([part], {"toy": {"patch_updates": 12.0}}, slopes, {"steps": 31.4, "the measure": 6.6})
+    memory = {"toy": {"patch_updates": dict.fromkeys(script.MEMORY, 12.0)}}
+    text = script.table([part], memory, slopes)
     assert "| `patch_updates` | 4.5x (2 of 9 ms; goal 20x) | not measured |" in text
     assert "| `attribute_step` | 18.0x (0.5 of 9 ms; goal 150x) | not measured |" in text
     assert "agree to 3e-07" in text
     assert "at least 0.98" in text
-    assert "4 matrices of the toy, stored AdamW, 1 thread: steps 31, the measure 7." in text
-    assert "(the models themselves: toy 2 x 128 4): toy 2 x 128 patch_updates 12." in text
+    assert "| toy 2 x 128: `patch_updates`; model 4, goal 512 | 12 | 12 | 12 |" in text
+    on_gpu = {**part, "device": "GPU", "rows": [{**row, "gpu_mb": 7.0} for row in rows]}
+    text = script.table([part, on_gpu], memory, slopes)
+    assert "| toy 2 x 128, 1 thread | toy 2 x 128, GPU |" in text
+    assert "4.5x (2 of 9 ms; goal 20x; 7 MB) |" in text
+    assert "not measured" not in text
     script.picture(slopes, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").stat().st_size > 1000
     (tmp_path / "benchmark.json").write_text(json.dumps({"tables": [part]}))

@@ -1,0 +1,189 @@
+"""Where the time of the verbs goes, part by part, beside what their goals leave and what cannot be avoided.
+
+    .venv/bin/python scripts/benchmark_parts.py --readme
+
+The rows of `benchmark_patching.py` with one contrast, 1 thread; the verbs' own functions are timed during their
+calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from benchmark_patching import PRESETS, SIZES, Bench, Row, config_of, every, looped, ours, rows, timed
+from into_readme import stamp, write
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from dynamics.attribution.lines import Line
+from dynamics.patching import experiment, signals
+from dynamics.patching.experiment import REFERENCE_ORDER
+from dynamics.patching.measuring import Measuring
+from dynamics.steps.pullbacks import Pullbacks
+from dynamics.steps.update import Steps
+
+PARTS: dict[str, list[tuple[Any, str]]] = {
+    "gradients": [(experiment, "gradient"), (signals, "recorded"), (signals, "pullbacks")],
+    "references": [],
+    "backward from the sites": [(Pullbacks, "exchanging"), (signals, "gradient")],
+    "steps": [(Steps, "take")],
+    "measure": [(Measuring, "__call__"), (Measuring, "beside"), (Measuring, "alone")],
+    "slopes": [(Line, "mean_gradient")],
+}
+"""The functions that do a part of the work; where one calls another, the outer one's part counts. Steps and measure
+are the references' until these are measured."""
+
+OWN = ("patch_gradients", "patch_signals")
+"""Verbs that step every parameter of every patched model."""
+
+
+@contextmanager
+def taken_apart() -> Iterator[Counter[str]]:
+    """Seconds that a verb's call inside spends on each part."""
+    spent: Counter[str] = Counter()
+    within: list[str] = []
+    n_measured = 0
+
+    def watched(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def watching(*args: Any, **settings: Any) -> Any:
+            nonlocal n_measured
+            if within:
+                return function(*args, **settings)
+            refers = part in ("steps", "measure") and n_measured < len(REFERENCE_ORDER)
+            within.append("references" if refers else part)
+            begin = time.perf_counter()
+            try:
+                found = function(*args, **settings)
+            finally:
+                spent[within.pop()] += time.perf_counter() - begin
+            n_measured += len(np.atleast_2d(found)) if part == "measure" else 0
+            return found
+
+        return watching
+
+    with ExitStack() as patches:
+        for part, places in PARTS.items():
+            for owner, name in places:
+                patches.enter_context(mock.patch.object(owner, name, watched(part, getattr(owner, name))))
+        yield spent
+
+
+def rate_of(rows: int, width: int, n: int) -> float:
+    """Operations a second of n products [rows, width] x [width, width] at once."""
+    a, b = torch.randn(n, rows, width), torch.randn(n, width, width)
+    return 2 * n * rows * width**2 / min(timed(lambda: a @ b)[0] for _ in range(20))
+
+
+def passes_ms(parameters: int, n: int) -> float:
+    """Milliseconds of one square root and one write for each parameter of n models, in blocks in the cache."""
+    block = torch.rand(16, 16384)
+    after = torch.empty_like(block)
+
+    def once() -> None:
+        torch.sqrt(block, out=after)
+        after.copy_(block)
+
+    once()
+    return 1e3 * n * parameters / block.numel() * statistics.median(timed(once)[0] for _ in range(50))
+
+
+def taken(bench: Bench, row: Row, size: str, repeats: int) -> dict[str, Any]:
+    """Milliseconds of one call by part, what the goal leaves for it, and the floor."""
+    ours(bench, row)
+    wholes, found = [], []
+    for _ in range(repeats):
+        with taken_apart() as spent:
+            wholes.append(timed(lambda: ours(bench, row))[0])
+        found.append(spent)
+    picked = row.sites[:: every(row, size)]
+    loop = statistics.median(timed(lambda: looped(bench, row, picked))[0] for _ in range(repeats)) / len(
+        picked
+    )
+    with FlopCounterMode(display=False) as counter:
+        ours(bench, row)
+    config, parameters = bench.recipe.model.config, sum(p.numel() for p in bench.recipe.model.parameters())
+    n_rows, n_sites = row.contrasts[0].probe.tokens.numel(), len(row.sites)
+    shape = (n_rows, config.d_model, 16) if row.verb in OWN else (1024, 1024, 1)
+    products = 1e3 * counter.get_total_flops() / rate_of(*shape)
+    whole = 1e3 * statistics.median(wholes)
+    parts = {part: 1e3 * statistics.median(spent[part] for spent in found) for part in PARTS}
+    return {
+        "row": row.name,
+        "sites": n_sites,
+        "loop": 1e3 * loop * n_sites,
+        "whole": whole,
+        "parts": {**parts, "the rest": whole - sum(parts.values())},
+        "floor": products + (passes_ms(parameters, n_sites) if row.verb in OWN else 0.0),
+    }
+
+
+def table(found: dict[str, list[dict[str, Any]]], goals: dict[str, dict[str, int]], repeats: int) -> str:
+    """One line for each verb and size."""
+    columns = [*PARTS, "the rest"]
+    lines = [
+        "| ms of one call | goal leaves | takes | " + " | ".join(columns) + " | floor | ratio at the floor |",
+        "|" + "---|" * (len(columns) + 5),
+    ]
+    for size, of_size in found.items():
+        for part in of_size:
+            leaves = part["loop"] / goals[size][part["row"]]
+            cells = [f"{part['parts'][name]:.0f}" if part["parts"][name] >= 0.5 else "–" for name in columns]
+            lines.append(
+                f"| {SIZES[size]}: {part['row']}, {part['sites']} sites | {leaves:.0f} | {part['whole']:.0f} | "
+                + " | ".join(cells)
+                + f" | {part['floor']:.0f} | {part['loop'] / part['floor']:.1f}x |"
+            )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "One contrast, 1 thread. Goal leaves: what the seed's loop takes over the goal. Gradients: of the base "
+            "and the source batch. References: the four that every result holds, stepped and measured. Backward "
+            "from the sites, steps, measure: of the patched models. Slopes: the measure's gradients. Floor: all "
+            "matrix products of the call and, where every parameter of a patched model is its own, one square root "
+            "and one write for each, which AdamW cannot do without; there products run at the rate of the probe's "
+            "rows times a matrix of each model's own, elsewhere at that of one large product. Medians of "
+            f"{repeats}. {stamp(__file__)}",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", nargs="+", choices=PRESETS, default=list(PRESETS))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path, default=Path("runs/benchmark-parts.json"))
+    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
+    given = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    found, goals = {}, {}
+    for size in given.sizes:
+        bench = Bench.of(config_of(size))
+        of_size = [row for row in rows(bench, size) if len(row.contrasts) == 1]
+        goals[size] = {row.name: row.goals[size] for row in of_size}
+        found[size] = [taken(bench, row, size, given.repeats) for row in tqdm(of_size, desc=size)]
+    given.json.parent.mkdir(parents=True, exist_ok=True)
+    given.json.write_text(json.dumps(found, indent=1))
+    text = table(found, goals, given.repeats)
+    print(text)
+    if given.readme:
+        write("parts", text)
+
+
+if __name__ == "__main__":
+    main()
