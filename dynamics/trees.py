@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-_BLOCK = 16384
+_BLOCK = 65536
 """Elements whose squares are added up in one go: few enough for the cache."""
 
 Gradients = Mapping[str, Tensor | None]

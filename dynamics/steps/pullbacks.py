@@ -71,28 +71,32 @@ class Pullbacks:
         """The run's step with the source's signal on one of the sites each, all of them of one activation.
 
         Up to rounding what `gradient` gives with `taps.exchanging`, site by site, in a model whose backward is
-        linear: hooks of its own may clip what flows there. None where autograd cannot take it at once. Memory: a
-        gradient for each site.
+        linear: hooks of its own may clip what flows there. None where autograd cannot take it at once, or gives sparse
+        gradients. Memory: a gradient for each site.
         """
         (name,) = {name for site in sites for name in site.covers}
         (activation,), theirs = self.taps.runs[name], source.signals[name]
         masks = torch.stack([mask(s.covers[name], activation.shape, activation.device) for s in sites])
+        exchanges = masks * (theirs - self.taps.signals[name])
         parameters, base = self.taps.parameters, self.step.gradients
+        several = len(sites) > 1
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "There is a performance drop")  # of an embedding's backward
                 found = torch.autograd.grad(
                     activation,
                     list(parameters.values()),
-                    masks * (theirs - self.taps.signals[name]),
-                    is_grads_batched=True,
+                    exchanges if several else exchanges[0],
+                    is_grads_batched=several,
                     retain_graph=True,
                     allow_unused=True,
                 )
         except Exception:  # noqa: BLE001 (site by site says what is wrong, if anything is)
             return None
+        if any(pulled is not None and pulled.is_sparse for pulled in found):
+            return None
         moved = {
-            p: pulled.add_(g)
+            p: (pulled if several else pulled[None]).add_(g)
             for p, pulled in zip(parameters, found, strict=True)
             if pulled is not None and (g := base[p]) is not None
         }

@@ -98,7 +98,8 @@ class Steps:
                 of_steps = scales[:1] if one else [scales[i] for i in present]
                 scale = torch.tensor(of_steps, dtype=theta.dtype, device=theta.device)
             if one:
-                shared[name] = step_into(torch.empty_like(theta)[None], moved, gradient, scale, space)[0]
+                after = space.empty(name, theta, 1, *theta.shape)
+                shared[name] = step_into(after, moved, gradient, scale, space)[0]
                 continue
             after = space.empty(name, theta, len(many), *theta.shape)
             rows = slice(present[0], present[-1] + 1)

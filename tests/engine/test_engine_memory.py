@@ -11,7 +11,7 @@ from torch import nn
 
 import dynamics as dy
 from dynamics import sites
-from dynamics.patching import experiment
+from dynamics.patching import experiment, signals
 from dynamics.patching.measuring import Measuring
 from dynamics.steps import update
 from dynamics.steps.stacks import Stack
@@ -227,6 +227,27 @@ def test_while_updates_are_exchanged_no_gradient_is_held(monkeypatch):
     monkeypatch.setattr(experiment, "gradient", remembered)
     recipe = transformer_recipe()
     dy.patch_updates(recipe, None, CONTRASTS[:1], sites.parameters(recipe.model), measure)
+    assert found[0] > 0
+    assert set(found[len(experiment.REFERENCE_ORDER) :]) == {0}
+
+
+def test_while_signals_are_exchanged_the_source_gradient_is_not_held(monkeypatch):
+    held, found = [], []
+    record = signals.recorded
+
+    def remembered(*arguments):
+        step, cache = record(*arguments)
+        held.extend(weakref.ref(g) for g in step.gradients.values())
+        return step, cache
+
+    def measure(model, batch):
+        found.append(sum(gradient() is not None for gradient in held))
+        return dy.measures.correct_logit(model, batch)
+
+    monkeypatch.setattr(signals, "recorded", remembered)
+    recipe = transformer_recipe()
+    chosen = sites.activations(recipe.model, "blocks.*.attn.hook_z", ("layer",), CONTRASTS[0].base)
+    dy.patch_signals(recipe, None, CONTRASTS[:1], chosen, measure)
     assert found[0] > 0
     assert set(found[len(experiment.REFERENCE_ORDER) :]) == {0}
 
