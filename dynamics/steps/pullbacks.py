@@ -71,8 +71,8 @@ class Pullbacks:
         """The run's step with the source's signal on one of the sites each, all of them of one activation.
 
         Up to rounding what `gradient` gives with `taps.exchanging`, site by site, in a model whose backward is
-        linear: hooks of its own may clip what flows there. None where autograd cannot take it at once, or gives sparse
-        gradients. Memory: a gradient for each site.
+        linear: hooks of its own may clip what flows there. None where autograd cannot take it at once, or gives
+        sparse gradients. Memory: a gradient for each site.
         """
         (name,) = {name for site in sites for name in site.covers}
         (activation,), theirs = self.taps.runs[name], source.signals[name]

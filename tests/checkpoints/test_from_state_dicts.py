@@ -1,34 +1,18 @@
-"""Trajectories from files that others wrote: every bit, the model's own names, and nothing half done."""
+"""Checkpoints from state dicts: with a model, what is refused, one at a time."""
 
-import json
 import os
-import sys
 import weakref
 from collections import OrderedDict
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file, save_model
+from elsewhere import W, mixed, stored
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from checkpoints import Checkpoint, Trajectory, TrajectoryError, TrajectoryWriter, conversion
 from checkpoints.values import differences, same_bits
-
-
-def mixed(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Tensors of many types; NaN with a payload, a signed zero, one of no axes, one without elements."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "half.weight": torch.randn(3, 2, generator=generator).bfloat16(),
-        "odd": torch.tensor([0x7FC00001, -(2**31)], dtype=torch.int32).view(torch.float32),
-        "scale": torch.tensor(2.5 + seed, dtype=torch.float64),
-        "none": torch.empty(0, 4),
-        "n_batches": torch.tensor(seed),
-        "mask": torch.tensor([True, False]),
-        "bytes": torch.arange(5, dtype=torch.uint8),
-    }
 
 
 @pytest.fixture
@@ -39,14 +23,6 @@ def steps(tmp_path) -> Path:
     for step in (499, 550, 1000):
         torch.save(mixed(step), folder / f"120_6layer_MLP_fixed_6val_step_{step}_.pt")
     return folder
-
-
-def stored(run: Trajectory, step: int) -> dict[str, torch.Tensor]:
-    checkpoint = run.at(step)
-    return {**checkpoint.parameters, **checkpoint.buffers}
-
-
-# --- state dicts ------------------------------------------------------------------------------------------
 
 
 def test_every_bit_of_a_state_dict_is_kept_and_the_step_is_in_its_name(steps, tmp_path):
@@ -159,9 +135,6 @@ def test_a_prefix_is_stripped_and_what_is_ignored_left_out(tmp_path):
     assert run.provenance["imported"]["left_out"] == ["metric.total"]
 
 
-# --- with a model -----------------------------------------------------------------------------------------
-
-
 def test_a_model_tells_buffers_from_parameters_and_lends_those_that_are_not_stored(tmp_path, tiny):
     trained = tiny(seed=4)
     torch.save(trained.state_dict(), tmp_path / "m-4.pt")
@@ -250,9 +223,6 @@ def test_what_does_not_fit_the_model_is_named(tmp_path, state, message):
     assert not (tmp_path / "run").exists()
 
 
-# --- what is refused --------------------------------------------------------------------------------------
-
-
 class Runs:
     """Its pickle calls a function when it is loaded."""
 
@@ -265,7 +235,6 @@ def save_each(folder, **contents):
         torch.save(content, folder / f"{name}.pt")
 
 
-W = {"w": torch.ones(2)}
 REFUSED = {
     "no files": ({}, "holds no .pt or .pth files"),
     "two of one step": ({"a_1": W, "b_1": W}, r"a_1\.pt and .*b_1\.pt are both of step 1; leave one"),
@@ -347,9 +316,6 @@ def test_paths_that_lead_nowhere_and_empty_lists_are_refused(tmp_path):
     torch.save(W, tmp_path / "m_1.pt")
     with pytest.raises(TrajectoryError, match=r"no entry 'model'; it has 'w'"):
         Trajectory.from_state_dicts(tmp_path / "m_1.pt", tmp_path / "run", key="model")
-
-
-# --- one at a time, and going on --------------------------------------------------------------------------
 
 
 class Stopped(Exception):
@@ -437,359 +403,3 @@ def test_one_checkpoint_is_in_memory_at_a_time(tmp_path, monkeypatch):
     Trajectory.from_state_dicts(tmp_path, tmp_path / "run")
     assert len(most) >= 10
     assert max(most) == 1
-
-
-# --- Lightning --------------------------------------------------------------------------------------------
-
-
-def trainers_file(model, optimizers=(), schedulers=(), step=3, **more):
-    """What a Lightning Trainer saves, without one; tests/end_to_end has real ones."""
-    return {
-        "epoch": 0,
-        "global_step": step,
-        "pytorch-lightning_version": "2.6.6",
-        "state_dict": {f"model.{name}": tensor for name, tensor in model.state_dict().items()},
-        "optimizer_states": [optimizer.state_dict() for optimizer in optimizers],
-        "lr_schedulers": [scheduler.state_dict() for scheduler in schedulers],
-        **more,
-    }
-
-
-def two_groups(model):
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    return torch.optim.AdamW([{"params": vectors[::-1], "lr": 0.05}, {"params": matrices}])
-
-
-GROUPINGS = {
-    "one group": (lambda model: torch.optim.AdamW(model.parameters()), lambda model: None),
-    "momentum": (lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), lambda model: None),
-    "those that train": (
-        lambda model: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]),
-        lambda model: None,
-    ),
-    "two groups": (two_groups, two_groups),
-    "named groups": (
-        lambda model: torch.optim.AdamW(
-            [
-                {
-                    "params": [
-                        (f"model.{n}", p) for n, p in reversed(list(model.named_parameters())) if p.ndim == 1
-                    ]
-                },
-                {
-                    "params": [(f"model.{n}", p) for n, p in model.named_parameters() if p.ndim == 2],
-                    "lr": 0.1,
-                },
-            ]
-        ),
-        lambda model: None,
-    ),
-}
-
-
-@pytest.mark.parametrize("grouping", GROUPINGS)
-def test_optimizer_and_scheduler_come_under_the_models_names(tmp_path, tiny, train, grouping):
-    build, hint = GROUPINGS[grouping]
-    model, other = tiny(), tiny(seed=7)
-    optimizer = build(model)
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4, 4])
-    train(model, optimizer, range(3), scheduler)
-    torch.save(trainers_file(model, [optimizer], [scheduler]), tmp_path / "last.ckpt")
-    run = Trajectory.from_lightning(
-        tmp_path, tmp_path / "run", prefix="model.", model=other, optimizer=hint(other)
-    )
-    expected = Checkpoint.capture(model, optimizer, scheduler, step=3)
-    different = run.at(3).differences(expected)
-    assert different == ["buffers/scale"]  # which the other seed's model lent
-    restored = build(other)
-    run.at(3).restore(other, restored, torch.optim.lr_scheduler.MultiStepLR(restored, [9]))
-    assert restored.state_dict()["state"].keys() == optimizer.state_dict()["state"].keys()
-
-
-def test_a_file_of_weights_alone_has_no_optimizer(tmp_path, tiny):
-    saved = trainers_file(tiny(), step=9)
-    del saved["optimizer_states"], saved["lr_schedulers"]
-    torch.save(saved, tmp_path / "weights.ckpt")
-    checkpoint = Trajectory.from_lightning(tmp_path, tmp_path / "run", prefix="model.").at(9)
-    assert (checkpoint.optimizer, checkpoint.scheduler) == (None, None)
-
-
-def test_an_optimizer_begins_at_step_zero(tmp_path, tiny):
-    model = tiny()
-    torch.save(trainers_file(model, [two_groups(model)], step=0), tmp_path / "a.ckpt")
-    run = Trajectory.from_lightning(
-        tmp_path, tmp_path / "run", prefix="model.", model=model, optimizer=two_groups(model)
-    )
-    assert run.optimizer_starts == (0,)
-    assert run.at(0).optimizer.state == {}
-
-
-def optimizer_of(parameters):
-    return torch.optim.AdamW(list(parameters))
-
-
-UNCLEAR = {
-    "two groups": (two_groups, None, r"numbers \[4, 2\] parameters by group, .* Give model= and optimizer="),
-    "too few": (lambda m: optimizer_of([m.embed.weight]), None, "which of the 6 is which cannot be told"),
-    "another optimizer": (
-        two_groups,
-        lambda m: optimizer_of(m.parameters()),
-        r"hold \[4, 2\] parameters, .*\[6\]",
-    ),
-    "another order": (
-        lambda m: optimizer_of(reversed(list(m.parameters()))),
-        None,
-        r"exp_avg for \S+ is \(\S+\), the parameter \(.*\): the order is another. Give optimizer=",
-    ),
-}
-
-
-@pytest.mark.parametrize("why", UNCLEAR)
-def test_optimizers_whose_parameters_cannot_be_told_are_refused(tmp_path, tiny, train, why):
-    build, hint, message = UNCLEAR[why]
-    model = tiny()
-    optimizer = build(model)
-    train(model, optimizer, range(2))
-    torch.save(trainers_file(model, [optimizer]), tmp_path / "a.ckpt")
-    settings = {"prefix": "model.", "model": model, "optimizer": hint and hint(model)}
-    with pytest.raises(TrajectoryError, match=message):
-        Trajectory.from_lightning(tmp_path, tmp_path / "run", **settings)
-
-
-def test_names_that_torch_kept_must_be_the_models(tmp_path, tiny):
-    model = tiny()
-    optimizer = torch.optim.AdamW([(f"net.{name}", p) for name, p in model.named_parameters()])
-    torch.save(trainers_file(model, [optimizer]), tmp_path / "a.ckpt")
-    with pytest.raises(
-        TrajectoryError, match=r"its optimizer holds 'net.embed.weight', .* it has 'embed.weight'"
-    ):
-        Trajectory.from_lightning(tmp_path, tmp_path / "run", prefix="model.", model=model)
-
-
-def test_an_optimizer_without_its_model_is_refused(tmp_path, tiny):
-    with pytest.raises(ValueError, match="give model= as well"):
-        Trajectory.from_lightning(tmp_path, tmp_path / "run", optimizer=two_groups(tiny()))
-
-
-def test_several_optimizers_are_refused_and_the_weights_can_be_had(tmp_path, tiny):
-    model = tiny()
-    torch.save(trainers_file(model, [two_groups(model)] * 2), tmp_path / "step=3.ckpt")
-    with pytest.raises(TrajectoryError, match=r"it has 2 optimizers and 0 schedulers, .* key='state_dict'"):
-        Trajectory.from_lightning(tmp_path, tmp_path / "run", prefix="model.")
-    run = Trajectory.from_state_dicts(
-        tmp_path / "step=3.ckpt", tmp_path / "run", key="state_dict", prefix="model.", model=model
-    )
-    assert run.steps == (3,)
-
-
-def test_a_trainers_file_that_needs_more_than_weights_says_what_to_do(tmp_path, tiny):
-    torch.save(
-        trainers_file(tiny(), hyper_parameters={"where": Path("data"), "n": Fraction(1)}), tmp_path / "a.ckpt"
-    )
-    with pytest.raises(TrajectoryError, match=r"fractions.Fraction.* could run code.*\.safe_globals\(\["):
-        Trajectory.from_lightning(tmp_path, tmp_path / "run", prefix="model.")
-    with torch.serialization.safe_globals([type(Path("data")), Fraction]):
-        run = Trajectory.from_lightning(tmp_path, tmp_path / "run", prefix="model.", model=tiny())
-    assert run.steps == (3,)
-
-
-def test_a_file_that_no_trainer_wrote_is_refused(tmp_path):
-    torch.save(W, tmp_path / "a.ckpt")
-    with pytest.raises(
-        TrajectoryError, match=r"has no 'state_dict', 'global_step', but 'w'\. .*from_state_dicts"
-    ):
-        Trajectory.from_lightning(tmp_path, tmp_path / "run")
-
-
-# --- safetensors and Hugging Face -------------------------------------------------------------------------
-
-
-def test_safetensors_are_kept_bit_for_bit(tmp_path):
-    for step in (1, 20):
-        save_file(mixed(step), tmp_path / f"model-{step}.safetensors")
-    run = Trajectory.from_safetensors(tmp_path, tmp_path / "run")
-    assert run.steps == (1, 20)
-    assert run.verify() == []
-    for step in run.steps:
-        found = stored(run, step)
-        assert differences({name: found[name] for name in mixed()}, mixed(step)) == []
-    run.export(20, tmp_path / "again-20.safetensors")
-    assert (
-        differences(
-            load_file(tmp_path / "again-20.safetensors"), load_file(tmp_path / "model-20.safetensors")
-        )
-        == []
-    )
-
-
-def test_what_save_model_wrote_of_tied_tensors_is_read(tmp_path, tiny):
-    model = tiny(seed=4)
-    save_model(model, str(tmp_path / "m_4.safetensors"))
-    run = Trajectory.from_safetensors(tmp_path, tmp_path / "run", model=tiny(seed=4))
-    assert run.at(4).differences(Checkpoint.capture(model, step=4)) == []
-
-
-def revision(folder, state, form):
-    """A revision in one of the forms that `save_pretrained` has had."""
-    folder.mkdir(parents=True)
-    names = list(state)
-    halves = [{n: state[n] for n in names[::2]}, {n: state[n] for n in names[1::2]}]
-    stem, suffix, save = (
-        ("model", "safetensors", save_file) if "safe" in form else ("pytorch_model", "bin", torch.save)
-    )
-    if "shards" in form:
-        shards = {f"{stem}-0000{i + 1}-of-00002.{suffix}": half for i, half in enumerate(halves)}
-        weight_map = {name: shard for shard, half in shards.items() for name in half}
-        (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    else:
-        shards = {f"{stem}.{suffix}": state}
-    for shard, held in shards.items():
-        save(held, folder / shard)
-
-
-@pytest.mark.parametrize("form", ["safetensors", "safetensors shards", "bin", "bin shards"])
-def test_revisions_of_every_form_are_read(tmp_path, form):
-    for step in (0, 1000):
-        revision(tmp_path / "suite" / f"step{step}", mixed(step), form)
-    run = Trajectory.from_huggingface(tmp_path / "suite", ["step1000", "step0"], tmp_path / "run")
-    assert run.steps == (0, 1000)
-    found = stored(run, 1000)
-    assert differences({name: found[name] for name in mixed()}, mixed(1000)) == []
-    sources = run.provenance["imported"]["sources"]
-    assert [source["name"].split("@")[1] for source in sources] == ["step0", "step1000"]
-    assert len(sources[0]["files"]) == (2 if "shards" in form else 1)
-
-
-def test_a_revision_may_be_loaded_by_a_function_of_its_folder(tmp_path, tiny):
-    for step in (1, 2):
-        revision(tmp_path / "suite" / f"step{step}", tiny(seed=step).state_dict(), "bin")
-    asked = []
-
-    def load(folder):
-        asked.append(folder.name)
-        return tiny(seed=int(folder.name[4:]))
-
-    run = Trajectory.from_huggingface(tmp_path / "suite", ["step1", "step2"], tmp_path / "run", load=load)
-    assert set(asked) == {"step1", "step2"}
-    for step in (1, 2):
-        assert run.at(step).differences(Checkpoint.capture(tiny(seed=step), step=step)) == []
-    assert run.provenance["imported"]["lent"] == ["scale"]
-
-
-def test_names_that_a_hugging_face_model_declares_harmless_are_left_out(tmp_path):
-    model = nn.Linear(2, 2)
-    model._keys_to_ignore_on_load_unexpected = [r"attention\.bias"]
-    state = {**model.state_dict(), "layers.0.attention.bias": torch.ones(2)}
-    torch.save(state, tmp_path / "m_1.pt")
-    run = Trajectory.from_state_dicts(tmp_path / "m_1.pt", tmp_path / "run", model=model)
-    assert run.provenance["imported"]["left_out"] == ["layers.0.attention.bias"]
-    assert list(run.at(1).parameters) == ["weight", "bias"]
-
-
-def test_a_repository_is_fetched_one_revision_after_another_safetensors_first(tmp_path, monkeypatch):
-    import huggingface_hub
-
-    asked = []
-
-    def snapshot_download(repo, revision, allow_patterns):
-        asked.append((repo, revision, allow_patterns[0]))
-        folder = tmp_path / revision
-        if allow_patterns[0] == "pytorch_model.bin":
-            torch.save(mixed(int(revision[4:])), folder / "pytorch_model.bin")
-        folder.mkdir(exist_ok=True)
-        return str(folder)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    run = Trajectory.from_huggingface("EleutherAI/pythia-70m", ["step1", "step512"], tmp_path / "run")
-    assert run.steps == (1, 512)
-    assert asked == [
-        ("EleutherAI/pythia-70m", name, file)
-        for name in ("step1", "step512")
-        for file in ("model.safetensors", "pytorch_model.bin")
-    ]
-    assert run.provenance["imported"]["sources"][1]["name"] == "EleutherAI/pythia-70m@step512"
-
-
-def test_a_revision_that_cannot_be_had_is_named(tmp_path, monkeypatch):
-    import huggingface_hub
-
-    def unreachable(*args, **kwargs):
-        raise OSError("no network\nand a page of advice")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(
-        TrajectoryError, match=r"'a/b' is no folder here, .*'step1' could not be .*: no network$"
-    ):
-        Trajectory.from_huggingface("a/b", "step1", tmp_path / "run")
-    revision(tmp_path / "suite/step1", W, "bin")
-    (tmp_path / "suite/step2").mkdir()
-    for wanted, message in (
-        ("step3", r"has no folder 'step3'; it has 'step1', 'step2'"),
-        ("step2", r"holds no weights: expected model.safetensors or pytorch_model.bin"),
-        ("main", r"'main' does not say its step"),
-    ):
-        with pytest.raises(TrajectoryError, match=message):
-            Trajectory.from_huggingface(tmp_path / "suite", [wanted], tmp_path / "run")
-
-
-@pytest.mark.parametrize(
-    ("index", "message"),
-    [
-        ("{}", "not a readable index"),
-        ('{"weight_map": {"w": "../other.bin"}}', "not files beside it"),
-        ('{"weight_map": {"w": "absent.bin"}}', r"absent\.bin is not readable"),
-    ],
-)
-def test_an_index_of_shards_is_not_believed_blindly(tmp_path, index, message):
-    (tmp_path / "suite/step1").mkdir(parents=True)
-    (tmp_path / "suite/step1/pytorch_model.bin.index.json").write_text(index)
-    with pytest.raises(TrajectoryError, match=message):
-        Trajectory.from_huggingface(tmp_path / "suite", ["step1"], tmp_path / "run")
-
-
-def test_what_is_not_installed_is_said_by_the_call_that_needs_it(tmp_path, monkeypatch):
-    save_file(W, tmp_path / "m_1.safetensors")
-    torch.save(W, tmp_path / "m_1.pt")
-    for package in ("safetensors", "safetensors.torch", "huggingface_hub"):
-        monkeypatch.setitem(sys.modules, package, None)
-    run = Trajectory.from_state_dicts(tmp_path / "m_1.pt", tmp_path / "run")
-    for call in (
-        lambda: Trajectory.from_safetensors(tmp_path / "m_1.safetensors", tmp_path / "other"),
-        lambda: run.export(1, tmp_path / "new.safetensors"),
-        lambda: Trajectory.from_huggingface("a/b", ["step1"], tmp_path / "other"),
-    ):
-        with pytest.raises(TrajectoryError, match=r"is needed: pip install (safetensors|huggingface_hub)"):
-            call()
-
-
-# --- export -----------------------------------------------------------------------------------------------
-
-
-def test_any_run_can_be_exported(run, tmp_path):
-    Trajectory.open(run).export(10, tmp_path / "model.pt")
-    checkpoint = Trajectory.open(run).at(10)
-    back = torch.load(tmp_path / "model.pt", weights_only=True)
-    assert differences(back, {**checkpoint.parameters, **checkpoint.buffers}) == []
-
-
-def test_an_export_overwrites_nothing_and_leaves_nothing_half_written(run, tmp_path):
-    trajectory = Trajectory.open(run)
-    (tmp_path / "model.pt").write_bytes(b"mine")
-    for step, name, message in (
-        (10, "model.pt", "is there already, and nothing is overwritten"),
-        (11, "new.pt", "Step 11 is not stored"),
-        (10, "new.bin", r"ends in neither \.pt nor \.safetensors"),
-    ):
-        with pytest.raises(TrajectoryError, match=message):
-            trajectory.export(step, tmp_path / name)
-    assert (tmp_path / "model.pt").read_bytes() == b"mine"
-    assert sorted(os.listdir(tmp_path)) == ["model.pt", "run"]
-
-
-def test_what_safetensors_cannot_hold_is_said(tmp_path):
-    torch.save({"w": torch.ones(2, dtype=torch.complex128)}, tmp_path / "m_1.pt")
-    run = Trajectory.from_state_dicts(tmp_path / "m_1.pt", tmp_path / "run")
-    with pytest.raises(TrajectoryError, match=r"safetensors cannot hold it: .*complex128; a \.pt file can"):
-        run.export(1, tmp_path / "model.safetensors")
-    run.export(1, tmp_path / "model.pt")

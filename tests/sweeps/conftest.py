@@ -1,0 +1,34 @@
+"""The runs that sweeps are tried on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sweep_bench import trained
+
+from checkpoints import Trajectory
+from dynamics.sweeps import planning
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> list[Trajectory]:
+    return [trained(tmp_path_factory.mktemp("runs") / f"seed {seed}", seed) for seed in (0, 1)]
+
+
+@pytest.fixture
+def run(runs) -> Trajectory:
+    return runs[0]
+
+
+@pytest.fixture
+def small_units(monkeypatch):
+    """Units of one contrast, so that there are many."""
+    monkeypatch.setattr(planning, "UNIT_REPLAYS", 1)
