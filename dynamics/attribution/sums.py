@@ -63,7 +63,7 @@ class SiteSums:
 
         totals = np.zeros(self._n_sites)
         for key, (numbers, *places) in self._elements.items():
-            np.add.at(totals, numbers, reduced(key)[tuple(places)])
+            totals[numbers] += reduced(key)[tuple(places)]  # of a tensor each site covers one part
         for number, key, index in self._slices:
             totals[number] += reduced(key)[index].sum()
         return totals

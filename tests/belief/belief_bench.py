@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 
 import pytest
 import torch
@@ -11,9 +10,6 @@ import torch.nn.functional as F
 
 from dynamics.steps.states import revived
 from dynamics.studies import battery, belief
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
 
 NAMES = [
     "sufficiency and necessity agree",
