@@ -65,11 +65,14 @@ def test_a_batch_moves_with_all_its_fields_and_the_original_stays():
 
 
 def test_a_contrast_moves_with_all_its_batches_whatever_they_are():
-    original = Contrast(batch(), (torch.ones(2), {"x": torch.ones(3), "name": "a"}), None, {"example": "one"})
+    original = Contrast(
+        batch(), (torch.ones(2), {"x": torch.ones(3), "name": "a"}), batch(), {"example": "one"}
+    )
     moved = original.to("meta")
-    found = [moved.base.tokens, moved.base.targets, moved.source[0], moved.source[1]["x"]]
+    found = [moved.base.tokens, moved.base.targets, moved.source[0], moved.source[1]["x"], moved.probe.tokens]
     assert {t.device.type for t in found} == {"meta"}
-    assert (moved.probe, moved.source[1]["name"], moved.coords) == (None, "a", {"example": "one"})
+    assert (moved.source[1]["name"], moved.coords) == ("a", {"example": "one"})
+    assert Contrast(batch(), batch()).to("meta").probe is None
     assert original.source[0].device.type == original.base.tokens.device.type == "cpu"
 
 

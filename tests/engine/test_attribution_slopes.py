@@ -133,6 +133,21 @@ def test_leaves_are_left_as_they_are():
     assert all(torch.equal(leaf, before[name]) and not leaf.requires_grad for name, leaf in leaves.items())
 
 
+def test_a_users_function_may_write_into_the_parameters_it_is_given():
+    def measure(model, batch):
+        logits = dy.measures.correct_logit(model, batch)
+        model.unembed.b_U.fill_(1e9)
+        return logits
+
+    recipe = transformer_recipe()
+    state, others, leaves = at_several(recipe)
+    before = {name: leaf.clone() for name, leaf in leaves.items()}
+    asked = [Asked("m", m, tokens(1), others, "a test") for m in (measure, dy.measures.correct_logit)]
+    found, expected = (Slopes(recipe, state).summed(a, leaves, WEIGHTS) for a in asked)
+    assert_alike(found, expected)
+    assert all(torch.equal(leaf, before[name]) for name, leaf in leaves.items())
+
+
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_finite_gradient_whose_norm_overflows_is_finite(n):
     recipe = transformer_recipe(model=transformer("float32"))
