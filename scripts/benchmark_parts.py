@@ -22,7 +22,19 @@ from unittest import mock
 
 import numpy as np
 import torch
-from benchmark_patching import PRESETS, SIZES, Bench, Row, config_of, every, looped, ours, rows, timed
+from benchmark_patching import (
+    PRESETS,
+    SIZES,
+    Bench,
+    Row,
+    config_of,
+    every,
+    looped,
+    ours,
+    rate_of,
+    rows,
+    timed,
+)
 from into_readme import stamp, write
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -78,12 +90,6 @@ def taken_apart() -> Iterator[Counter[str]]:
             for owner, name in places:
                 patches.enter_context(mock.patch.object(owner, name, watched(part, getattr(owner, name))))
         yield spent
-
-
-def rate_of(rows: int, width: int, n: int) -> float:
-    """Operations a second of n products [rows, width] x [width, width] at once."""
-    a, b = torch.randn(n, rows, width), torch.randn(n, width, width)
-    return 2 * n * rows * width**2 / min(timed(lambda: a @ b)[0] for _ in range(20))
 
 
 def passes_ms(parameters: int, n: int) -> float:

@@ -250,11 +250,16 @@ def _resident(which: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(which))
 
 
+def rate_of(rows: int, width: int, n: int, device: str = "cpu") -> float:
+    """Operations a second of n products [rows, width] x [width, width] at once, at best."""
+    a, b = torch.randn(n, rows, width, device=device), torch.randn(n, width, width, device=device)
+    return 2 * n * rows * width**2 / min(timed(lambda: a @ b)[0] for _ in range(20))
+
+
 def floor_ms(bench: Bench, device: str) -> tuple[float, float]:
     """Milliseconds that the matrix products of the measure's forward pass take at this machine's best rate, and
     that rate in GFLOP/s."""
-    a = torch.randn(1024, 1024, device=device)
-    rate = 2 * 1024**3 / min(timed(lambda: a @ a)[0] for _ in range(10))
+    rate = rate_of(1024, 1024, 1, device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         dy.measures.correct_logit(bench.recipe.model, bench.contrasts[0].probe)
     return 1e3 * counter.get_total_flops() / rate, rate / 1e9

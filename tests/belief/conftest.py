@@ -6,7 +6,6 @@ import warnings
 from importlib.resources import files
 
 import pytest
-import torch
 import yaml
 
 from dynamics.config import StudyConfig
@@ -15,14 +14,6 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from dynamics.training import fit
 from belief_bench import Seen, checked, made
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +25,6 @@ def runs(tmp_path_factory):
     preset["phases"] |= {name: {"steps": n} for name, n in (("pretrain", 60), ("x1", 60), ("x2", 20))}
     preset["patching"] |= {"x2_steps": [0, 10]}
     preset["schedule"] = {"per_decade": 1, "dense": 0, "evaluate_every": 400}
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("runs")
     return [fit(StudyConfig.from_dict({**preset, "seed": s}), folder / f"seed-{s}") for s in (0, 1)]
 

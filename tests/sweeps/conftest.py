@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from sweep_bench import trained
 
 from checkpoints import Trajectory
 from dynamics.sweeps import planning
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import warnings
 
 import pytest
-import torch
 
 from dynamics.config import (
     AliasConfig,
@@ -19,14 +18,6 @@ from dynamics.config import (
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import lightning.pytorch  # noqa: F401 - its imports warn of their own accord
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
