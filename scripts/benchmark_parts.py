@@ -1,4 +1,4 @@
-"""Where the time of the verbs goes, part by part, beside what their goals leave and what cannot be avoided.
+"""Where the time of the verbs goes, part by part, beside what their goals leave and a floor for the work they do.
 
     .venv/bin/python scripts/benchmark_parts.py --readme
 
