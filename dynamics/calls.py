@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 T = TypeVar("T")
+
+_CONTAINERS = (list, dict, set, deque, defaultdict)
+_OF_TORCH = frozenset(vars(nn.Module())) - {"training"}
 
 
 def is_bridge(model: nn.Module) -> bool:
@@ -66,3 +70,43 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for module, training in modes.items():
             if module.training != training:
                 module.training = training
+
+
+@contextmanager
+def attributes_kept(module: nn.Module) -> Iterator[None]:
+    """Afterwards every attribute of every submodule is what it was, parameters, buffers and hooks aside.
+
+    Lists, dicts and sets hold what they held, however deep, and tensors their values. Other objects are
+    the same, but may have changed inside.
+    """
+    model_state = {id(t) for t in (*module.parameters(), *module.buffers())}
+    containers: dict[int, tuple[Any, Any]] = {}
+    clones: dict[int, Tensor] = {}
+
+    def look_into(value: Any) -> None:
+        if type(value) in _CONTAINERS and id(value) not in containers:
+            items = value.values() if isinstance(value, dict) else value
+            containers[id(value)] = value, dict(value) if isinstance(value, dict) else list(value)
+            for item in items:
+                look_into(item)
+
+    def kept(value: Any) -> Any:
+        look_into(value)
+        if isinstance(value, Tensor) and not value.requires_grad and id(value) not in model_state:
+            return clones.setdefault(id(value), value.clone())
+        return value
+
+    before = [
+        (vars(part), {name: kept(value) for name, value in vars(part).items() if name not in _OF_TORCH})
+        for part in module.modules()
+    ]
+    try:
+        yield
+    finally:
+        for container, items in containers.values():
+            container.clear()
+            (container.extend if isinstance(container, list | deque) else container.update)(items)
+        for attributes, known in before:
+            for name in attributes.keys() - known.keys() - _OF_TORCH:
+                del attributes[name]
+            attributes.update(known)

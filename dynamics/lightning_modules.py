@@ -8,9 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from checkpoints.rng import replayed
+from dynamics.calls import attributes_kept
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +123,7 @@ def training_loss(model: Any, batch: Any) -> Tensor:
         RecipeError: there is no loss in what it returns.
     """
     arguments = (batch, 0) if _takes_batch_index(model) else (batch,)
-    with _attributes_kept(model):
+    with attributes_kept(model):
         _part_from_trainer(model, "training_step")
         returned = model.training_step(*arguments)
     loss = returned.get("loss") if isinstance(returned, Mapping) else returned
@@ -328,47 +327,3 @@ def _part_from_trainer(module: nn.Module, method: str) -> None:
         if _lightning_module(part) is not None:
             part.trainer = _NoTrainer(f"{type(part).__name__}.{method}", _INSTEAD[method])  # type: ignore[assignment]
             vars(part).update(dict.fromkeys(("log", "log_dict", "print"), _do_nothing))
-
-
-_CONTAINERS = (list, dict, set, deque, defaultdict)
-_OF_TORCH = frozenset(vars(nn.Module())) - {"training"}
-
-
-@contextmanager
-def _attributes_kept(module: nn.Module) -> Iterator[None]:
-    """Afterwards every attribute of every submodule is what it was, parameters, buffers and hooks aside.
-
-    Lists, dicts and sets hold what they held, however deep, and tensors their values. Other objects are
-    the same, but may have changed inside.
-    """
-    model_state = {id(t) for t in (*module.parameters(), *module.buffers())}
-    containers: dict[int, tuple[Any, Any]] = {}
-    clones: dict[int, Tensor] = {}
-
-    def look_into(value: Any) -> None:
-        if type(value) in _CONTAINERS and id(value) not in containers:
-            items = value.values() if isinstance(value, dict) else value
-            containers[id(value)] = value, dict(value) if isinstance(value, dict) else list(value)
-            for item in items:
-                look_into(item)
-
-    def kept(value: Any) -> Any:
-        look_into(value)
-        if isinstance(value, Tensor) and not value.requires_grad and id(value) not in model_state:
-            return clones.setdefault(id(value), value.clone())
-        return value
-
-    before = [
-        (vars(part), {name: kept(value) for name, value in vars(part).items() if name not in _OF_TORCH})
-        for part in module.modules()
-    ]
-    try:
-        yield
-    finally:
-        for container, items in containers.values():
-            container.clear()
-            (container.extend if isinstance(container, list | deque) else container.update)(items)
-        for attributes, known in before:
-            for name in attributes.keys() - known.keys() - _OF_TORCH:
-                del attributes[name]
-            attributes.update(known)

@@ -40,14 +40,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from dynamics.attribution.lines import Line
-from dynamics.patching import experiment, signals
+from dynamics.patching import signals
+from dynamics.patching.ahead import Ahead
 from dynamics.patching.experiment import REFERENCE_ORDER
 from dynamics.patching.measuring import Measuring
 from dynamics.steps.pullbacks import Pullbacks
 from dynamics.steps.update import Steps
 
 PARTS: dict[str, list[tuple[Any, str]]] = {
-    "gradients": [(experiment, "gradient"), (signals, "recorded"), (signals, "pullbacks")],
+    "gradients": [(Ahead, "gradient"), (signals, "recorded"), (signals, "pullbacks")],
     "references": [],
     "backward from the sites": [(Pullbacks, "exchanging"), (signals, "gradient")],
     "steps": [(Steps, "take")],

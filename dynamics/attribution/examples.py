@@ -17,6 +17,7 @@ from dynamics.attribution.rows import gradients_of_rows, moved_by_each, rows_of
 from dynamics.attribution.slopes import Slopes
 from dynamics.attribution.tables import Array, Table
 from dynamics.measures import Measure
+from dynamics.patching.ahead import Ahead
 from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS, Runs, references
 from dynamics.patching.measuring import Measuring
 from dynamics.recipe import Contrast, Recipe
@@ -78,7 +79,8 @@ def attribute_examples(
     quadrature = Quadrature(method, tolerance, max_nodes)
     state = starting_point(recipe, checkpoint)
     rows = rows_of(batch)
-    runs = Runs(Steps(recipe, state), Contrast(batch, batch), "attribute_examples")
+    whole = Contrast(batch, batch)
+    runs = Runs(Steps(recipe, state), whole, "attribute_examples", Ahead(recipe, state, [whole]))
     shares = gradients_of_rows(runs, rows)
     untouched, coasted, base, _ = chain.from_iterable(references(runs))
     moved = moved_by_each(runs, shares, base)

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from dynamics.patching.ahead import Ahead
 from dynamics.patching.experiment import Runs, stepped
-from dynamics.steps import StepGradient, gradient
+from dynamics.recipe import Contrast
+from dynamics.steps import StepGradient
 from dynamics.trees import Gradients, squared_norm
 
 MOST_DISAGREEMENT = 1e-3
@@ -58,9 +60,10 @@ def gradients_of_rows(runs: Runs, rows: Sequence[Any]) -> list[dict[str, Tensor 
         ValueError: the shares do not add up to the batch's gradient: the loss is no mean over rows.
     """
     shares: list[dict[str, Tensor | None]] = []
+    ahead = Ahead(runs.recipe, runs.checkpoint, [Contrast(row, row) for row in rows])
     for i, row in enumerate(rows):
         try:
-            alone = gradient(runs.recipe, runs.checkpoint, row, f"row {i} of the batch").gradients
+            alone = ahead.gradient(row, f"row {i} of the batch").gradients
         except Exception as error:
             error.add_note(f"This was row {i} of the batch by itself. {_NO_MEAN}")
             raise

@@ -16,6 +16,7 @@ from dynamics.attribution.sums import SiteSums
 from dynamics.attribution.tables import Table
 from dynamics.labels import site_columns
 from dynamics.measures import Measure
+from dynamics.patching.ahead import Ahead
 from dynamics.patching.experiment import REFERENCE_ORDER, SECONDS_BEFORE_PROGRESS, Runs, references
 from dynamics.patching.measuring import Measuring
 from dynamics.recipe import Contrast, Recipe
@@ -92,10 +93,10 @@ def attribute_step(
     sums = SiteSums(sites, {n: p.shape for n, p in recipe.model.named_parameters() if p.requires_grad})
     table = Table(measure, len(contrasts), len(sites), REFERENCE_ORDER)
     steps, measuring = Steps(recipe, state), Measuring(recipe, state, table.by_name)
-    slopes = Slopes(recipe, state)
+    slopes, ahead = Slopes(recipe, state), Ahead(recipe, state, contrasts)
     progress = tqdm(contrasts, desc="attribute_step", unit="contrast", delay=SECONDS_BEFORE_PROGRESS)
     for i, contrast in enumerate(progress):
-        runs = Runs(steps, contrast, str(contrast.coords.get("example", f"contrast {i}")))
+        runs = Runs(steps, contrast, str(contrast.coords.get("example", f"contrast {i}")), ahead)
         models = dict(zip(REFERENCE_ORDER, chain.from_iterable(references(runs)), strict=True))
         table.evaluate(measuring, i, contrast, models)
         base, source = models["base"], models["source"]

@@ -16,11 +16,12 @@ from checkpoints import Checkpoint
 from dynamics import measures, results
 from dynamics.labels import Labels, example_columns
 from dynamics.measures import Measure
+from dynamics.patching.ahead import Ahead
 from dynamics.patching.measuring import Measuring
 from dynamics.patching.memory import HALF, at_most, chunks
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site
-from dynamics.steps import StepGradient, gradient
+from dynamics.steps import StepGradient
 from dynamics.steps.factors import Factors, factors
 from dynamics.steps.stacks import Stack, Workspace, stack
 from dynamics.steps.states import starting_point
@@ -41,6 +42,7 @@ class Runs:
         steps: how steps are taken, and from where.
         contrast: on which batches.
         name: how errors name the contrast.
+        ahead: who takes the gradients.
         space: memory for stacks that are measured one after another.
         known: gradients that were taken already, by "base" and "source".
     """
@@ -48,6 +50,7 @@ class Runs:
     steps: Steps
     contrast: Contrast
     name: str
+    ahead: Ahead
     space: Workspace = field(default_factory=Workspace)
     known: dict[str, StepGradient] = field(default_factory=dict)
 
@@ -69,18 +72,14 @@ class Runs:
     @cached_property
     def base(self) -> StepGradient:
         """Gradient and buffers of the base batch, before clipping."""
-        return self.known.get("base") or gradient(
-            self.recipe, self.checkpoint, self.contrast.base, self.where[0]
-        )
+        return self.known.get("base") or self.ahead.gradient(self.contrast.base, self.where[0])
 
     @cached_property
     def source(self) -> StepGradient:
         """Gradient and buffers of the source batch, before clipping; the base's own where the batches are one."""
         if self.contrast.source is self.contrast.base:
             return self.base
-        return self.known.get("source") or gradient(
-            self.recipe, self.checkpoint, self.contrast.source, self.where[1]
-        )
+        return self.known.get("source") or self.ahead.gradient(self.contrast.source, self.where[1])
 
     @cached_property
     def nothing(self) -> StepGradient:
@@ -169,11 +168,13 @@ def experiment(
     n_references = len(REFERENCE_ORDER)
     values = np.full((len(contrasts), n_references + len(patched_sites), n_times, len(by_name)), np.nan)
     steps, measuring, space = Steps(recipe, state), Measuring(recipe, state, by_name), Workspace()
+    groups = _sharing_batches(contrasts)
+    ahead = Ahead(recipe, state, [contrasts[members[0]] for members in groups])
     with tqdm(total=values[..., 0].size, desc=verb, unit="step", delay=SECONDS_BEFORE_PROGRESS) as bar:
-        for members in _sharing_batches(contrasts):
+        for members in groups:
             first = contrasts[members[0]]
             name = str(first.coords.get("example", f"contrast {members[0]}"))
-            runs = Runs(steps, first, name, space)
+            runs = Runs(steps, first, name, ahead, space)
             filled = 0
             for models in outcomes(runs, patched_sites):
                 for i in members:

@@ -75,10 +75,10 @@ def _outcomes(
     hooks = list(dict.fromkeys(name for site in sites for name in site.covers))
     recipe, state = runs.recipe, runs.checkpoint
     step, source = recorded(recipe, state, runs.contrast.source, hooks, runs.where[1])
-    known, kept = {"source": step}, None
+    base, kept = runs.contrast.base, None
     if forward == "base":
-        kept = pullbacks(recipe, state, runs.contrast.base, hooks, runs.where[0])
-        known["base"] = kept.step
+        kept = pullbacks(recipe, state, base, hooks, runs.where[0])
+    known = {"source": step, "base": kept.step if kept else gradient(recipe, state, base, runs.where[0])}
     runs = replace(runs, known=known)
     return chain(references(runs), stepped(runs, _patched(runs, sites, forward, linear, source, kept), HALF))
 

@@ -11,6 +11,7 @@ import xarray as xr
 
 from checkpoints import Checkpoint
 from dynamics.measures import Measure
+from dynamics.patching.ahead import Ahead
 from dynamics.patching.experiment import Runs, experiment
 from dynamics.patching.gradients import patched
 from dynamics.recipe import Contrast, Recipe
@@ -93,10 +94,9 @@ def _along(window: Runs, way: StepOf, after: Sequence[int]) -> Iterator[Stack]:
     batches: list[tuple[Any, Any]] = list(zip(window.contrast.base, window.contrast.source, strict=True))
 
     def step(state: Checkpoint) -> StepGradient:
-        base, source = batches[state.step - window.checkpoint.step]
-        return way(
-            Runs(Steps(window.recipe, state), Contrast(base, source), f"{window.name}, step {state.step}")
-        )
+        pair = Contrast(*batches[state.step - window.checkpoint.step])
+        name = f"{window.name}, step {state.step}"
+        return way(Runs(Steps(window.recipe, state), pair, name, Ahead(window.recipe, state, [pair])))
 
     for number, state in enumerate(walk(window.recipe, window.checkpoint, step, after[-1]), start=1):
         if number in after:

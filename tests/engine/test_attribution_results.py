@@ -89,13 +89,16 @@ def test_measures_of_logits_keep_their_units_and_share_the_verbs_arguments():
 
 
 @methods
-def test_a_contrast_and_a_site_do_not_depend_on_those_beside_them(method, setting):
+def test_a_site_depends_on_none_beside_it_and_a_contrast_to_rounding(method, setting):
     together = dy.attribute_step(*setting[:2], PAIRS, setting[2], margin, method)
     for i, pair in enumerate(PAIRS):
+        by_itself = dy.attribute_step(*setting[:2], [pair], setting[2], margin, method)
+        for name in ("attribution", "residual"):
+            assert float(abs(by_itself[name][0] - together[name][i]).max()) <= 1e-12
         for j, site in enumerate(setting[2]):
             alone = dy.attribute_step(*setting[:2], [pair], [site], margin, method)
-            assert together["attribution"][i, j].item() == alone["attribution"].item()
-            assert together["residual"][i].item() == alone["residual"].item()
+            assert by_itself["attribution"][0, j].item() == alone["attribution"].item()
+            assert by_itself["residual"].item() == alone["residual"].item()
 
 
 def test_without_a_checkpoint_the_model_as_it_stands_is_stepped_by_a_new_optimizer(setting):

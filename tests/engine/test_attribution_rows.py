@@ -24,6 +24,7 @@ from torch.optim import SparseAdam
 import dynamics as dy
 from dynamics.attribution.rows import gradients_of_rows, moved_by_each, rows_of
 from dynamics.batch import Batch
+from dynamics.patching.ahead import Ahead
 from dynamics.patching.experiment import Runs, references
 from dynamics.steps.update import Steps
 
@@ -115,7 +116,8 @@ def test_of_a_token_that_one_row_alone_has_nothing_is_left_without_it():
     batch = tokens(2, rows=5, below=10)
     batch = replace(batch, tokens=batch.tokens.clone())
     batch.tokens[3, 0] = 10
-    runs = Runs(Steps(recipe, checkpoint), dy.Contrast(batch, batch), "a batch")
+    whole = dy.Contrast(batch, batch)
+    runs = Runs(Steps(recipe, checkpoint), whole, "a batch", Ahead(recipe, checkpoint, [whole]))
     ((_, coasted, base, _),) = references(runs)
     moved = moved_by_each(runs, gradients_of_rows(runs, rows_of(batch)), base)
     alone = (base["embed.W_E"] - coasted["embed.W_E"])[10]

@@ -11,7 +11,7 @@ from torch import nn
 
 import dynamics as dy
 from dynamics import sites
-from dynamics.patching import experiment, signals
+from dynamics.patching import ahead, experiment, signals
 from dynamics.patching.measuring import Measuring
 from dynamics.steps import update
 from dynamics.steps.stacks import Stack
@@ -213,7 +213,7 @@ def test_what_a_stack_rounds_otherwise_than_the_base_model_alone_is_taken_off_al
 
 def test_while_updates_are_exchanged_no_gradient_is_held(monkeypatch):
     held, found = [], []
-    take = experiment.gradient
+    take = ahead.gradient
 
     def remembered(*arguments):
         step = take(*arguments)
@@ -224,7 +224,7 @@ def test_while_updates_are_exchanged_no_gradient_is_held(monkeypatch):
         found.append(sum(gradient() is not None for gradient in held))
         return dy.measures.correct_logit(model, batch)
 
-    monkeypatch.setattr(experiment, "gradient", remembered)
+    monkeypatch.setattr(ahead, "gradient", remembered)
     recipe = transformer_recipe()
     dy.patch_updates(recipe, None, CONTRASTS[:1], sites.parameters(recipe.model), measure)
     assert found[0] > 0

@@ -57,11 +57,14 @@ def test_contrasts_with_the_same_batches_are_run_once_and_each_is_measured_on_it
         calls.clear()
         together = verb(recipe, live.last, contrasts, patched, {"margin": margin, "spread": spread})
         numbers.append(len(calls))
-    assert numbers == [numbers[0], numbers[0], 3 * numbers[0]]
+    at_once = 2  # the first batch by itself, then all of them
+    assert numbers == [numbers[0], numbers[0], 3 * numbers[0] if verb is dy.patch_window else at_once]
     apart = [verb(recipe, live.last, [c], patched, {"margin": margin, "spread": spread}) for c in mixed]
     for i, alone in enumerate(apart):
         for name in ("patched", "effect", *REFERENCES):
-            np.testing.assert_array_equal(together[name].isel(example=[i]).values, alone[name].values)
+            np.testing.assert_allclose(
+                together[name].isel(example=[i]).values, alone[name].values, rtol=0, atol=1e-12
+            )
     assert len({float(v) for v in together["base"].isel(measure=0).values.flatten()}) == 6
 
 

@@ -1,0 +1,116 @@
+"""The gradients of many batches of one shape in one backward pass: `vmap(grad)`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from checkpoints import Checkpoint
+from checkpoints.rng import RngState
+from dynamics.calls import attributes_kept, call
+from dynamics.recipe import Recipe
+from dynamics.steps.gradients import StepGradient
+from dynamics.steps.pullbacks import alike
+from dynamics.trees import not_finite
+
+Tensors = dict[str, Tensor]
+
+
+def signature(batch: Any) -> tuple[Any, ...]:
+    """What batches must share to be taken at once: structure, shapes, dtypes, devices, and what is no tensor."""
+    leaves, structure = _pytree.tree_flatten(batch)
+    return structure, *map(_kind, leaves)
+
+
+def _kind(leaf: Any) -> tuple[Any, ...]:
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype, leaf.device
+    return type(leaf), leaf if isinstance(leaf, str | int | float | None) else id(leaf)
+
+
+def gradients_at_once(
+    recipe: Recipe, checkpoint: Checkpoint, batches: Sequence[Any], first: StepGradient
+) -> list[StepGradient] | None:
+    """What `gradient` gives for each of the batches, up to rounding, in one pass over all.
+
+    The first is compared with what it gives alone. Attributes that the model writes on the way are taken back.
+    Memory: a gradient for each batch.
+
+    Args:
+        recipe, checkpoint: as `gradient`.
+        batches: of one `signature`, in any pytree of torch's that holds tensors.
+        first: what `gradient` gives for the first; what it has no gradient of, no other has.
+
+    Returns:
+        None where this is not what each batch gives by itself: where vmap cannot take the model or the loss
+        (`.item()`, branches on values, an LSTM), a gradient is sparse, or something is not finite.
+    """
+    try:
+        losses, gradients, buffers, rng = _together(recipe, checkpoint, batches, first)
+    except Exception:  # noqa: BLE001 (batch by batch it is said what is wrong, if anything is)
+        return None
+    if not_finite({"the loss": losses, **gradients}):
+        return None
+    steps = [
+        StepGradient(losses[i], {n: None if g is None else g[i] for n, g in gradients.items()}, moved, rng)
+        for i, moved in enumerate(buffers)
+    ]
+    return steps if _agree(steps[0], first) else None
+
+
+def _together(
+    recipe: Recipe, checkpoint: Checkpoint, batches: Sequence[Any], first: StepGradient
+) -> tuple[Tensor, dict[str, Tensor | None], list[Tensors], RngState]:
+    """Losses [n], gradients [n, *shape], each batch's buffers, and the random number generators after it."""
+    loss_of, n = recipe.require_loss(), len(batches)
+    leaves, structure = _pytree.tree_flatten(batches[0])
+    columns = zip(*(_pytree.tree_leaves(batch) for batch in batches), strict=True)
+    tensors = {i: torch.stack(c) for i, c in enumerate(columns) if isinstance(c[0], Tensor)}
+    parameters = {name: p.detach() for name, p in checkpoint.parameters.items()}
+    trained = {name: parameters[name] for name, g in first.gradients.items() if g is not None}
+    kept, moving = {}, {}
+    for name, buffer in checkpoint.buffers.items():
+        if torch.equal(buffer, first.buffers[name]):
+            kept[name] = buffer.clone()
+        else:
+            moving[name] = buffer.expand(n, *buffer.shape).clone()
+
+    def loss(
+        own: Tensors, moving: Tensors, tensors: dict[int, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensors]]:
+        batch = _pytree.tree_unflatten([tensors.get(i, leaf) for i, leaf in enumerate(leaves)], structure)
+        buffers = {name: buffer.clone() for name, buffer in moving.items()}
+
+        def passes(model: nn.Module, batch: Any) -> tuple[Tensor, tuple[Tensor, Tensors]]:
+            found = loss_of(model, batch)
+            return found, (found.detach(), {name: b for name, b in model.named_buffers() if name in moving})
+
+        return call(passes, recipe.model, {**parameters, **own, **kept, **buffers}, batch)
+
+    with warnings.catch_warnings(), checkpoint.random_state(), attributes_kept(recipe.model):
+        warnings.simplefilter("error")  # of loops that vmap falls back to
+        of_each = torch.func.grad(loss, has_aux=True)
+        found, (losses, moved) = torch.vmap(of_each, in_dims=(None, 0, 0), randomness="same")(
+            trained, moving, tensors
+        )
+        rng = RngState.capture()
+    if any(not torch.equal(buffer, checkpoint.buffers[name]) for name, buffer in kept.items()):
+        raise ValueError("a batch writes into a buffer that the first leaves alone")
+    buffers = [{**first.buffers, **{name: b[i] for name, b in moved.items()}} for i in range(n)]
+    return losses, {name: found.get(name) for name in first.gradients}, buffers, rng
+
+
+def _agree(ours: StepGradient, theirs: StepGradient) -> bool:
+    """Whether two runs of one batch are one up to rounding."""
+    counted = [name for name, b in theirs.buffers.items() if not b.is_floating_point()]
+    rounded = [{n: b for n, b in run.buffers.items() if n not in counted} for run in (ours, theirs)]
+    return (
+        alike(ours.gradients, theirs.gradients)
+        and alike(*rounded)
+        and all(torch.equal(ours.buffers[name], theirs.buffers[name]) for name in counted)
+    )
