@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
-import torch
 import xarray as xr
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -18,7 +17,7 @@ from dynamics.labels import Labels, example_columns
 from dynamics.measures import Measure
 from dynamics.patching.ahead import Ahead
 from dynamics.patching.measuring import Measuring
-from dynamics.patching.memory import HALF, at_most, chunks
+from dynamics.patching.memory import HALF, at_most, chunks, give_back
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site
 from dynamics.steps import StepGradient
@@ -100,6 +99,7 @@ class Runs:
         self.known.clear()
         for name in ("base", "source", "nothing"):
             self.__dict__.pop(name, None)
+        give_back(self.checkpoint.parameters)
 
     @cached_property
     def base_factors(self) -> Factors:
@@ -113,10 +113,10 @@ class Runs:
 
 
 def _zero(gradient: Tensor | None) -> Tensor | None:
-    """Zero where there is a gradient; of a sparse one, in the rows it stores."""
-    if gradient is None:
-        return None
-    return gradient * 0 if gradient.is_sparse else torch.zeros_like(gradient)
+    """Zero where there is a gradient, one number for all elements; of a sparse one, in the rows it stores."""
+    if gradient is None or gradient.is_sparse:
+        return None if gradient is None else gradient * 0
+    return gradient.new_zeros(()).expand_as(gradient)
 
 
 @dataclass(frozen=True)

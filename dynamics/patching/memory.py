@@ -1,13 +1,17 @@
-"""How many models are stacked at a time."""
+"""How many models are stacked at a time, and memory that is given back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import ctypes
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from itertools import islice
 from typing import TypeVar
 
+import psutil
+import torch
 from torch import Tensor
 
 T = TypeVar("T")
@@ -15,22 +19,29 @@ T = TypeVar("T")
 CHUNK = 16
 """Models stacked at most, whatever their size: more no longer share what comes before the first change."""
 
+USUAL = 2**26
+"""Bytes of a stack where memory abounds: a stack of this size, two gradients and what a pass leaves fit four models
+of the size of the stack. Twice as much saves up to a fifth of the time."""
+
+LARGE = 2**24
+"""Bytes of parameters from which freed memory is given back: below, it costs more than it gives."""
+
 HALF, QUARTER = 1 / 2, 1 / 4
 """Shares of the memory, for stacks that are held beside other models."""
 
-_stacked_bytes: ContextVar[int] = ContextVar("stacked_bytes", default=2**27)
+_budget: ContextVar[int | None] = ContextVar("budget", default=None)
 
 
 @contextmanager
 def max_memory(n_bytes: int) -> Iterator[None]:
-    """Inside, verbs stack models up to this many bytes at a time (one model always), in place of 128 MiB.
+    """Inside, verbs stack models up to this many bytes at a time (one model always).
 
         with dy.max_memory(2**32):
             dy.patch_gradients(recipe, checkpoint, contrasts, sites, measure)
 
-    Beside a stack a verb holds up to two gradients and two models. Results depend on it only to rounding; the
-    default is a constant, so that the same call gives the same bits whatever else the machine does. It holds in
-    this thread; workers of a sweep have the default.
+    Outside, on a GPU half of what is free; on a CPU too, but at most 64 MiB, so that the same call gives the same
+    bits whatever else the machine does. Beside a stack a verb holds up to two gradients and two models. Results
+    depend on the budget only to rounding. It holds in this thread; workers of a sweep have the default.
 
     Args:
         n_bytes: more than 0.
@@ -40,17 +51,46 @@ def max_memory(n_bytes: int) -> Iterator[None]:
     """
     if n_bytes <= 0:
         raise ValueError(f"max_memory({n_bytes}): give a number of bytes above 0, such as 2**30.")
-    token = _stacked_bytes.set(n_bytes)
+    token = _budget.set(n_bytes)
     try:
         yield
     finally:
-        _stacked_bytes.reset(token)
+        _budget.reset(token)
 
 
 def at_most(tensors: Iterable[Tensor], share: float = 1) -> int:
     """How many copies of these tensors are stacked in a share of the memory."""
-    room = share * _stacked_bytes.get()
-    return min(CHUNK, max(1, int(room // max(1, sum(t.nbytes for t in tensors)))))
+    given = list(tensors)
+    size = max(1, sum(t.nbytes for t in given))
+    room = _budget.get() or _free(given[0].device if given else torch.device("cpu"))
+    return min(CHUNK, max(1, int(share * room // size)))
+
+
+def _free(device: torch.device) -> int:
+    """Half of what is free on a device, and no more than is usual on a CPU."""
+    if device.type != "cuda":
+        return min(USUAL, _half_of_free_at_first())
+    free, _ = torch.cuda.mem_get_info(device)
+    return (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) // 2
+
+
+@cache
+def _half_of_free_at_first() -> int:
+    """Half of what was free on the CPU when this process first asked."""
+    return int(psutil.virtual_memory().available // 2)
+
+
+def give_back(parameters: Mapping[str, Tensor]) -> None:
+    """Have the C library return to the system what was freed of a large model's gradients and copies.
+
+    It keeps as much as the model again otherwise. Nothing is done for small models, nor where the library has no
+    `malloc_trim` (glibc has).
+    """
+    if sum(p.nbytes for p in parameters.values()) >= LARGE and hasattr(_C_LIBRARY, "malloc_trim"):
+        _C_LIBRARY.malloc_trim(0)
+
+
+_C_LIBRARY = ctypes.CDLL(None)
 
 
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:

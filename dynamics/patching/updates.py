@@ -52,6 +52,7 @@ def _outcomes(runs: Runs, sites: Sequence[Site]) -> Iterator[Stack | Beside]:
     for models in references(runs):
         yield models
         kept |= {name: m for m, name in zip(models, names, strict=False) if name in ("base", "source")}
+        del models  # before the next ones are made
         if kept:
             runs.forget()
     base, source = kept["base"], kept["source"]

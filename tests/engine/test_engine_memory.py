@@ -2,8 +2,10 @@
 
 import contextlib
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from engine_models import ADAMW, OPTIMIZERS, perturbed, tokens, trained, transformer, transformer_recipe
@@ -11,7 +13,7 @@ from torch import nn
 
 import dynamics as dy
 from dynamics import sites
-from dynamics.patching import ahead, experiment, signals
+from dynamics.patching import ahead, experiment, memory, signals
 from dynamics.patching.measuring import Measuring
 from dynamics.steps import update
 from dynamics.steps.stacks import Stack
@@ -86,6 +88,42 @@ def test_a_budget_ends_where_its_block_ends_also_by_an_error():
 def test_a_budget_of_nothing_is_refused(n_bytes):
     with pytest.raises(ValueError, match="above 0"), dy.max_memory(n_bytes):
         pass
+
+
+def test_stacks_take_half_of_what_is_free_and_of_much_memory_64_mib(monkeypatch):
+    kilobyte = torch.zeros(256)
+    for available, n in ((8 * 2**10, 4), (2**10, 1), (0, 1), (2**40, memory.CHUNK)):
+        memory._half_of_free_at_first.cache_clear()
+        monkeypatch.setattr(psutil, "virtual_memory", lambda a=available: SimpleNamespace(available=a))
+        assert memory.at_most([kilobyte]) == n
+        with dy.max_memory(3 * 2**10):
+            assert memory.at_most([kilobyte]) == 3
+    assert memory.at_most([torch.zeros(2**18)] * 8) == 8  # 8 MiB each
+    assert memory.at_most([torch.zeros(2**18)] * 8, memory.HALF) == 4
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    assert memory.at_most([kilobyte]) == memory.CHUNK  # the same as before, in this process
+    memory._half_of_free_at_first.cache_clear()
+
+
+def test_on_a_gpu_they_take_half_of_what_is_free_now_and_what_torch_keeps_counts_as_free(monkeypatch):
+    free = [8000]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 10**6))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
+    tensor = SimpleNamespace(nbytes=1000, device=torch.device("cuda"))
+    assert memory.at_most([tensor]) == 5
+    free[0] = 2000
+    assert memory.at_most([tensor]) == 2
+
+
+@pytest.mark.parametrize(("numel", "given"), [(2**22, [0]), (2**22 - 1, [])])
+def test_freed_memory_is_given_back_where_the_model_is_large(numel, given, monkeypatch):
+    trimmed = []
+    monkeypatch.setattr(memory, "_C_LIBRARY", SimpleNamespace(malloc_trim=trimmed.append))
+    memory.give_back({"a": torch.empty(numel - 10), "b": torch.empty(10)})
+    assert trimmed == given
+    monkeypatch.setattr(memory, "_C_LIBRARY", SimpleNamespace())  # another C library
+    memory.give_back({"a": torch.empty(2**23)})
 
 
 class Unstackable(nn.Module):
@@ -229,6 +267,28 @@ def test_while_updates_are_exchanged_no_gradient_is_held(monkeypatch):
     dy.patch_updates(recipe, None, CONTRASTS[:1], sites.parameters(recipe.model), measure)
     assert found[0] > 0
     assert set(found[len(experiment.REFERENCE_ORDER) :]) == {0}
+
+
+@pytest.mark.parametrize("verb", ["patch_gradients", "patch_updates"])
+def test_of_the_references_none_is_held_that_is_not_needed_later(verb, monkeypatch):
+    """While one is made: of updates the base model, which is exchanged with the source model."""
+    made, held = [], []
+    take = Steps.take
+
+    def remembered(self, many, space=None):
+        held.append(sum(model() is not None for model in made))
+        stack = take(self, many, space)
+        made.append(weakref.ref({**stack.shared, **stack.stacked}["unembed.W_U"]))
+        return stack
+
+    monkeypatch.setattr(Steps, "take", remembered)
+    recipe = transformer_recipe()
+    with dy.max_memory(1):
+        VERBS[verb](
+            recipe, None, CONTRASTS[:1], sites.parameters(recipe.model)[:1], dy.measures.correct_logit
+        )
+    untouched = 1  # the checkpoint's own
+    assert held[1:4] == [untouched, untouched, untouched + (verb == "patch_updates")]
 
 
 def test_while_signals_are_exchanged_the_source_gradient_is_not_held(monkeypatch):
