@@ -16,7 +16,7 @@ from dynamics import measures, results
 from dynamics.labels import Labels, example_columns
 from dynamics.measures import Measure
 from dynamics.patching.ahead import Ahead
-from dynamics.patching.measuring import Measuring
+from dynamics.patching.measuring import Beginnings, Measuring
 from dynamics.patching.memory import HALF, at_most, chunks, give_back
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site
@@ -121,9 +121,15 @@ def _zero(gradient: Tensor | None) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Beside:
-    """Models that share with the base model what they do not change; the first of them is the base model."""
+    """Models that share with the base model what they do not change; the first of them is the base model.
+
+    Attributes:
+        models: these.
+        begun: what is known of the base model's passes on each probe.
+    """
 
     models: Stack
+    begun: Beginnings
 
 
 Outcomes = Callable[[Runs, Sequence[Site]], Iterable[Stack | Beside]]
@@ -181,7 +187,7 @@ def experiment(
                     cells, probe = values[i].reshape(-1, len(by_name)), contrasts[i].probe
                     if isinstance(models, Beside):
                         found = measuring.beside(
-                            models.models, probe, cells[REFERENCE_ORDER.index("base") * n_times]
+                            models.models, probe, cells[REFERENCE_ORDER.index("base") * n_times], models.begun
                         )
                     else:
                         found = measuring(models, probe)

@@ -16,11 +16,14 @@ from checkpoints import Checkpoint
 from dynamics import measures
 from dynamics.calls import call, evaluating
 from dynamics.measures import Measure
+from dynamics.patching.beginnings import Beginning, beginning
+from dynamics.patching.memory import is_large
 from dynamics.recipe import Recipe
 from dynamics.steps.stacks import Stack
 from dynamics.trees import copied
 
 Array = npt.NDArray[np.float64]
+Beginnings = dict[int, Beginning | None]
 
 
 @dataclass
@@ -56,17 +59,33 @@ class Measuring:
         """[n_models, n_measures], rows of the probe averaged."""
         if self._at_once is None:
             return self._both_ways(models, probe)
-        return self._together(models, probe) if self._at_once else self._one_by_one(models, probe)
+        if self._at_once:
+            try:
+                return self._together(models, probe)
+            except Exception:  # noqa: BLE001 (a module may write into what a later stack has in common)
+                self._at_once = False
+        return self._one_by_one(models, probe)
 
-    def beside(self, models: Stack, probe: Any, base: Array) -> Array:
+    def beside(self, models: Stack, probe: Any, base: Array, begun: Beginnings) -> Array:
         """The same of all but the first, the base model, of which `base` is known: [n_models − 1, n_measures].
 
         At once, kernels round by what is stacked: what the first model measures other than `base` is taken off the
         others, so that an exchange which changes nothing has no effect.
+
+        Args:
+            begun: of the same base model, what it computes before the first change, by the probe's id; filled here
+                for large models, and not used again where it leads elsewhere.
         """
         if self._at_once is False:
             return self._one_by_one(models, probe, first=1)
-        found = self(models, probe)
+        if id(probe) not in begun:
+            begun[id(probe)] = self._beginning(models[0], probe)
+        known, found = begun[id(probe)], None
+        if known is not None:
+            found = self._resumed(known, models, probe)
+        if found is None or not np.allclose(found[0], base, *self._tolerance, equal_nan=True):
+            begun[id(probe)] = None
+            found = self(models, probe)
         exact: Array = base + (found[1:] - found[0])
         return exact
 
@@ -115,6 +134,27 @@ class Measuring:
                 return of_one({}).double().cpu().numpy()[None].repeat(len(models), 0)
             found = torch.vmap(of_one, randomness="same")(stacked)
         return found.double().cpu().numpy()
+
+    def _beginning(self, base: Mapping[str, Tensor], probe: Any) -> Beginning | None:
+        """The base model's forward pass, where models are so large that to keep it pays."""
+        if not (self._of_logits and self._at_once and is_large(self.checkpoint.parameters)):
+            return None
+
+        def run(tensors: Mapping[str, Tensor]) -> Tensor:
+            return call(self._evaluate, self.recipe.model, tensors, probe)
+
+        try:
+            with evaluating(self.recipe.model), self.checkpoint.random_state():
+                return beginning(run, self.recipe.model, copied(base, self.checkpoint.buffers))
+        except Exception:  # noqa: BLE001 (all of every pass is then taken)
+            return None
+
+    def _resumed(self, begun: Beginning, models: Stack, probe: Any) -> Array | None:
+        try:
+            with begun.resumed(self.recipe.model, models.stacked):
+                return self._together(models, probe)
+        except Exception:  # noqa: BLE001 (all of the pass is then taken)
+            return None
 
     def _evaluate(self, model: Any, batch: Any) -> Tensor:
         return measures.evaluate(self.by_name, model, batch)

@@ -24,7 +24,7 @@ USUAL = 2**26
 of the size of the stack. Twice as much saves up to a fifth of the time."""
 
 LARGE = 2**24
-"""Bytes of parameters from which freed memory is given back: below, it costs more than it gives."""
+"""Bytes of parameters from which memory is given back and passes are resumed: below, it does not pay."""
 
 HALF, QUARTER = 1 / 2, 1 / 4
 """Shares of the memory, for stacks that are held beside other models."""
@@ -80,13 +80,18 @@ def _half_of_free_at_first() -> int:
     return int(psutil.virtual_memory().available // 2)
 
 
+def is_large(parameters: Mapping[str, Tensor]) -> bool:
+    """Whether a model's memory and its single passes are worth some care."""
+    return sum(p.nbytes for p in parameters.values()) >= LARGE
+
+
 def give_back(parameters: Mapping[str, Tensor]) -> None:
     """Have the C library return to the system what was freed of a large model's gradients and copies.
 
     It keeps as much as the model again otherwise. Nothing is done for small models, nor where the library has no
     `malloc_trim` (glibc has).
     """
-    if sum(p.nbytes for p in parameters.values()) >= LARGE and hasattr(_C_LIBRARY, "malloc_trim"):
+    if is_large(parameters) and hasattr(_C_LIBRARY, "malloc_trim"):
         _C_LIBRARY.malloc_trim(0)
 
 

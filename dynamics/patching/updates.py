@@ -10,6 +10,7 @@ from torch import Tensor
 from checkpoints import Checkpoint
 from dynamics.measures import Measure
 from dynamics.patching.experiment import REFERENCE_ORDER, Beside, Runs, experiment, references
+from dynamics.patching.measuring import Beginnings
 from dynamics.patching.memory import QUARTER, at_most
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, check, check_whole
@@ -56,20 +57,21 @@ def _outcomes(runs: Runs, sites: Sequence[Site]) -> Iterator[Stack | Beside]:
         if kept:
             runs.forget()
     base, source = kept["base"], kept["source"]
+    begun: Beginnings = {}
     covered: dict[str, Tensor] = {}
     pending: list[Site] = []
     for site in sites:
         wider = covered | {name: base[name] for name in site.covers}
         if len(pending) + 2 > at_most(wider.values(), QUARTER) and pending:
-            yield _exchanged(base, source, pending, runs.space)
+            yield Beside(_exchanged(base, source, pending, runs.space), begun)
             pending, wider = [], {name: base[name] for name in site.covers}
         pending, covered = [*pending, site], wider
-    yield _exchanged(base, source, pending, runs.space)
+    yield Beside(_exchanged(base, source, pending, runs.space), begun)
 
 
 def _exchanged(
     base: Mapping[str, Tensor], source: Mapping[str, Tensor], sites: Sequence[Site], space: Workspace
-) -> Beside:
+) -> Stack:
     """The base model, and beside it those with the source's value on one of the sites each."""
     names = dict.fromkeys(name for site in sites for name in site.covers)
     stacked = {
@@ -82,4 +84,4 @@ def _exchanged(
         for name, index in site.covers.items():
             stacked[name][row][index] = source[name][index]
     shared = {name: tensor for name, tensor in base.items() if name not in names}
-    return Beside(Stack(1 + len(sites), shared, stacked))
+    return Stack(1 + len(sites), shared, stacked)
