@@ -1,6 +1,7 @@
 """Passes taken up where the first change is: they give what whole passes give, and leave out what comes before."""
 
 import contextlib
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -16,7 +17,7 @@ from dynamics import sites
 from dynamics.calls import call
 from dynamics.measures import LogitMeasure
 from dynamics.patching import measuring
-from dynamics.patching.beginnings import beginning
+from dynamics.patching.beginnings import Beginning, beginning
 from dynamics.steps.states import starting_point
 
 CONTRASTS = [dy.Contrast(tokens(i), tokens(i + 10), tokens(i + 20), {"example": f"{i}"}) for i in range(2)]
@@ -120,7 +121,7 @@ def begun(model, probe):
 
 
 def exchanged(
-    model, watched=None, resume=True, monkeypatch=None, n_bytes=1, measure=dy.measures.correct_logit
+    model, watched=None, resume=True, n_bytes=1, measure=dy.measures.correct_logit, contrasts=CONTRASTS
 ):
     """What patch_updates finds, and how often the watched submodule's forward was taken."""
     runs = []
@@ -133,7 +134,7 @@ def exchanged(
             )
         with dy.max_memory(n_bytes):
             found = dy.patch_updates(
-                recipe_of(model), None, CONTRASTS, sites.parameters(model), {"m": measure, "p": PROBABILITY}
+                recipe_of(model), None, contrasts, sites.parameters(model), {"m": measure, "p": PROBABILITY}
             )
     return found, len(runs)
 
@@ -148,6 +149,15 @@ def test_exchanges_are_those_of_whole_passes(name, n_bytes):
     for variable in whole.data_vars:
         np.testing.assert_allclose(found[variable], whole[variable], rtol=0, atol=1e-12)
     assert float(abs(whole["effect"]).max()) > 1e-3
+
+
+def test_each_probe_has_a_beginning_of_its_own():
+    model, pair = Blocks(Block), CONTRASTS[0]
+    probed = [replace(pair, probe=tokens(i), coords={"example": f"{i}"}) for i in range(3)]
+    found, _ = exchanged(model, contrasts=probed)
+    whole, _ = exchanged(model, resume=False, contrasts=probed)
+    for variable in whole.data_vars:
+        np.testing.assert_allclose(found[variable], whole[variable], rtol=0, atol=1e-12)
 
 
 def test_what_comes_before_the_first_change_is_not_taken_again():
@@ -205,7 +215,7 @@ def test_a_pass_that_does_more_than_compute_is_not_kept(step):
         np.testing.assert_allclose(found[variable], whole[variable], rtol=0, atol=1e-12)
 
 
-def test_a_pass_that_leads_elsewhere_is_not_resumed_again():
+def test_a_pass_that_leads_elsewhere_is_not_resumed_again(monkeypatch):
     """A measure that sees a model's tensors, for which a block's output is not all that it does."""
     model, noted = Blocks(Block), []
 
@@ -221,8 +231,11 @@ def test_a_pass_that_leads_elsewhere_is_not_resumed_again():
         noted.clear()
         return logits.sum(-1) * (1 if passed else 2)
 
-    measure = LogitMeasure("noted", "1", read)
+    measure, resumed = LogitMeasure("noted", "1", read), []
+    resume = Beginning.resumed
+    monkeypatch.setattr(Beginning, "resumed", lambda *given: resumed.append(1) or resume(*given))
     found, _ = exchanged(model, measure=measure)
+    assert len(resumed) == len(CONTRASTS) * (3 + 1)  # three sites up to that block, and one after it
     whole, _ = exchanged(model, resume=False, measure=measure)
     for variable in whole.data_vars:
         np.testing.assert_allclose(found[variable], whole[variable], rtol=0, atol=1e-12)
