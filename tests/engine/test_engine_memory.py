@@ -245,7 +245,7 @@ def test_what_a_stack_rounds_otherwise_than_the_base_model_alone_is_taken_off_al
     recipe = transformer_recipe()
     measuring = Measuring(recipe, starting_point(recipe, None), {"m": dy.measures.correct_logit})
     monkeypatch.setattr(Measuring, "__call__", lambda self, models, probe: np.array([[1.0], [1.5], [1.0]]))
-    found = measuring.beside(Stack(3, {}, {}), None, np.array([0.9]))
+    found = measuring.beside(Stack(3, {}, {}), None, np.array([0.9]), {})
     np.testing.assert_array_equal(found, [[1.4], [0.9]])
 
 
