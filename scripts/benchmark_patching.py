@@ -14,17 +14,16 @@ import ctypes
 import gc
 import json
 import multiprocessing
-import os
 import statistics
 import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -208,25 +207,22 @@ def gpu_peak(function: Callable[[], Any]) -> float:
 
 
 MEMORY_GOALS = {"toy": lambda model: 512, "seed": lambda model: 4 * model}
-"""Megabytes that verbs may need, from those of the model."""
+"""Megabytes that a sweep of matrices may need, from those of the model."""
 
-MEMORY = {
-    "as it is": ({}, 2**27),
-    "freed memory given back": ({"MALLOC_MMAP_THRESHOLD_": str(2**20)}, 2**27),
-    "the same, `max_memory(2**26)`": ({"MALLOC_MMAP_THRESHOLD_": str(2**20)}, 2**26),
-}
-"""How memory is measured: the environment, and what stacks may take. The C library keeps much of what is freed,
-unless it is told that tensors of a megabyte or more come from the system and go back there."""
+MEMORY = {"as it is": None, "`max_memory(2**27)`": 2**27}
+"""What stacks may take; None for the default."""
+
+SWEEPS, OTHERS = ("patch_gradients", "patch_updates"), ("patch_signals", "attribute_step")
+"""Verbs whose memory has a goal, and others."""
 
 
-def extra_memory(size: str, verb: str, environment: dict[str, str], n_bytes: int) -> float:
+def extra_memory(size: str, verb: str, n_bytes: int | None) -> float:
     """Megabytes that a verb needs at its peak beyond the model and the checkpoint; in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    with mock.patch.dict(os.environ, environment), ProcessPoolExecutor(1, context) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_peak, size, verb, n_bytes).result()
 
 
-def _peak(size: str, verb: str, n_bytes: int) -> float:
+def _peak(size: str, verb: str, n_bytes: int | None) -> float:
     torch.set_num_threads(1)
 
     def row_of(size: str) -> tuple[Bench, Row]:
@@ -239,7 +235,7 @@ def _peak(size: str, verb: str, n_bytes: int) -> float:
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    with dy.max_memory(n_bytes):
+    with dy.max_memory(n_bytes) if n_bytes else nullcontext():
         ours(bench, row)
     return _resident("VmHWM") - before
 
@@ -396,19 +392,19 @@ def table(
 def memory_table(memory: dict[str, dict[str, dict[str, float]]], models: dict[str, float]) -> list[str]:
     """Lines: what verbs need at their peak, in megabytes."""
     lines = [
-        f"| resident MB beyond model and checkpoint | {' | '.join(MEMORY)} |",
-        "|---|" + "---|" * len(MEMORY),
+        f"| resident MB beyond model and checkpoint | model | {' | '.join(MEMORY)} | goal |",
+        "|---|---|" + "---|" * (len(MEMORY) + 1),
     ]
     for size, verbs in memory.items():
-        goal = MEMORY_GOALS[size](models[size])
         for verb, needs in verbs.items():
+            goal = f"{MEMORY_GOALS[size](models[size]):.0f}" if verb in SWEEPS else "–"
             cells = " | ".join(f"{mb:.0f}" for mb in needs.values())
-            lines.append(f"| {SIZES[size]}: `{verb}`; model {models[size]:.0f}, goal {goal:.0f} | {cells} |")
+            lines.append(f"| {SIZES[size]}: `{verb}` | {models[size]:.0f} | {cells} | {goal} |")
     return [
         *lines,
         "",
-        "At the peak of one call, 1 thread, a process for each. Freed memory given back: with "
-        "`MALLOC_MMAP_THRESHOLD_=1048576` in the environment, without which the C library keeps much of it.",
+        "At the peak of one call, 1 thread, a process for each, the larger of two. The goal is that of a sweep of "
+        "all matrices.",
     ]
 
 
@@ -428,8 +424,11 @@ def main() -> None:
     tables = [measure(size, given.repeats, threads, device) for size, threads, device in runs]
     memory = {
         size: {
-            verb: {how: extra_memory(size, verb, *given_how) for how, given_how in MEMORY.items()}
-            for verb in ("patch_gradients", "patch_updates", "patch_signals")
+            verb: {
+                how: max(extra_memory(size, verb, n_bytes) for _ in range(2))
+                for how, n_bytes in MEMORY.items()
+            }
+            for verb in (*SWEEPS, *OTHERS)
         }
         for size in given.sizes
     }

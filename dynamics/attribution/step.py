@@ -99,9 +99,10 @@ def attribute_step(
         runs = Runs(steps, contrast, str(contrast.coords.get("example", f"contrast {i}")), ahead)
         models = dict(zip(REFERENCE_ORDER, chain.from_iterable(references(runs)), strict=True))
         table.evaluate(measuring, i, contrast, models)
-        base, source = models["base"], models["source"]
+        base, source, buffers = models["base"], models["source"], runs.base.buffers
+        models.clear()
+        runs.forget()
         line = Line(slopes, base, source, contrast.probe, runs.name)
-        buffers = runs.base.buffers
         end = table.references["source"][:, i]
         if any(not torch.equal(source[n], buffer) for n, buffer in buffers.items()):
             end = measuring.alone({**source, **buffers}, contrast.probe)

@@ -116,7 +116,7 @@ def test_ratios_agreement_and_slopes_are_in_the_table(tmp_path):
     assert "| `attribute_step` | 18.0x (0.5 of 9 ms; goal 150x) | not measured |" in text
     assert "agree to 3e-07" in text
     assert "at least 0.98" in text
-    assert "| toy 2 x 128: `patch_updates`; model 4, goal 512 | 12 | 12 | 12 |" in text
+    assert "| toy 2 x 128: `patch_updates` | 4 | 12 | 12 | 512 |" in text
     on_gpu = {**part, "device": "GPU", "rows": [{**row, "gpu_mb": 7.0} for row in rows]}
     text = script.table([part, on_gpu], memory, slopes)
     assert "| toy 2 x 128, 1 thread | toy 2 x 128, GPU |" in text
