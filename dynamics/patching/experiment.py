@@ -94,10 +94,10 @@ class Runs:
         """The base gradient set to zero: momentum and decay alone move what it would have moved."""
         return replace(self.base, gradients={n: _zero(g) for n, g in self.base.gradients.items()})
 
-    def forget(self) -> None:
-        """Let go of the gradients, which are as large as the model."""
-        self.known.clear()
-        for name in ("base", "source", "nothing"):
+    def forget(self, names: Iterable[str] = ("base", "source")) -> None:
+        """Let go of the gradient of the base or the source batch, or of both: each is as large as the model."""
+        for name in names:
+            self.known.pop(name, None)
             self.__dict__.pop(name, None)
         give_back(self.checkpoint.parameters)
 

@@ -11,7 +11,8 @@ import xarray as xr
 from checkpoints import Checkpoint
 from dynamics.measures import Measure
 from dynamics.patching.corners import Corners
-from dynamics.patching.experiment import Runs, experiment, references, stepped
+from dynamics.patching.experiment import Beside, Runs, experiment, references, stepped
+from dynamics.patching.selections import selections
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, check
 from dynamics.steps import StepGradient
@@ -55,7 +56,10 @@ def patch_gradients(
     return experiment("patch_gradients", recipe, checkpoint, contrasts, sites, measure, _outcomes)
 
 
-def _outcomes(runs: Runs, sites: Sequence[Site]) -> Iterator[Stack]:
+def _outcomes(runs: Runs, sites: Sequence[Site]) -> Iterator[Stack | Beside]:
+    whole = all(site.positions is None for site in sites)
+    if whole and runs.steps.separable(runs.base.gradients, runs.source.gradients):
+        return selections(runs, sites)
     return chain(references(runs), stepped(runs, patched(runs, sites)))
 
 

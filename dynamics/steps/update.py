@@ -114,6 +114,20 @@ class Steps:
             stacked[name] = after
         return Stack(len(many), shared, stacked)
 
+    def separable(self, one: Gradients, other: Gradients) -> bool:
+        """Whether the step with any mixture of two gradients has each element from one of their two steps.
+
+        So it is where the optimizer works element by element, both gradients are of the same parameters, and no
+        mixture can be so long that clipping scales it: N² is at most the sum of both.
+        """
+        rules, clip = self._rules, self.recipe.clip
+        if rules is None or any(g is not None and g.is_sparse for gs in (one, other) for g in gs.values()):
+            return False
+        if any((one[name] is None) != (other[name] is None) for name in rules):
+            return False
+        longest = sum(self._norm(gs[name]) for gs in (one, other) for name in rules)
+        return not isinstance(clip, ByNorm) or coefficient(longest, clip.max_norm) == 1
+
     @cached_property
     def _rules(self) -> dict[str, Moved] | None:
         """How each of the optimizer's parameters moves; None where one of them needs the real optimizer."""

@@ -1,0 +1,56 @@
+"""Models that have each of their elements from one of two others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import Tensor
+
+from dynamics.patching.experiment import REFERENCE_ORDER, Beside, Runs, references
+from dynamics.patching.measuring import Beginnings
+from dynamics.patching.memory import QUARTER, at_most
+from dynamics.sites import Site
+from dynamics.steps.stacks import Stack, Workspace
+
+
+def selections(runs: Runs, sites: Sequence[Site]) -> Iterator[Stack | Beside]:
+    """The references, and the base model with the source model's elements on one site at a time.
+
+    Stacks hold copies of the tensors that their sites cover, and no others.
+    """
+    kept: dict[str, dict[str, Tensor]] = {}
+    names = iter(REFERENCE_ORDER)
+    for models in references(runs):
+        yield models
+        kept |= {name: m for m, name in zip(models, names, strict=False) if name in ("base", "source")}
+        del models  # before the next ones are made
+        runs.forget(kept)
+    base, source = kept["base"], kept["source"]
+    begun: Beginnings = {}
+    covered: dict[str, Tensor] = {}
+    pending: list[Site] = []
+    for site in sites:
+        wider = covered | {name: base[name] for name in site.covers}
+        if len(pending) + 2 > at_most(wider.values(), QUARTER) and pending:
+            yield Beside(_exchanged(base, source, pending, runs.space), begun)
+            pending, wider = [], {name: base[name] for name in site.covers}
+        pending, covered = [*pending, site], wider
+    yield Beside(_exchanged(base, source, pending, runs.space), begun)
+
+
+def _exchanged(
+    base: Mapping[str, Tensor], source: Mapping[str, Tensor], sites: Sequence[Site], space: Workspace
+) -> Stack:
+    """The base model, and beside it those with the source's value on one of the sites each."""
+    names = dict.fromkeys(name for site in sites for name in site.covers)
+    stacked = {
+        name: space.empty(place, base[name], 1 + len(sites), *base[name].shape)
+        for place, name in enumerate(names)
+    }
+    for name, tensor in stacked.items():
+        tensor[:] = base[name]
+    for row, site in enumerate(sites, start=1):
+        for name, index in site.covers.items():
+            stacked[name][row][index] = source[name][index]
+    shared = {name: tensor for name, tensor in base.items() if name not in names}
+    return Stack(1 + len(sites), shared, stacked)
