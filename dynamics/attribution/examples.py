@@ -18,7 +18,7 @@ from dynamics.attribution.slopes import Slopes
 from dynamics.attribution.tables import Array, Table
 from dynamics.measures import Measure
 from dynamics.patching.ahead import Ahead
-from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS, Runs, references
+from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS, Runs, reference_models
 from dynamics.patching.measuring import Measuring
 from dynamics.recipe import Contrast, Recipe
 from dynamics.steps.states import starting_point
@@ -82,7 +82,7 @@ def attribute_examples(
     whole = Contrast(batch, batch)
     runs = Runs(Steps(recipe, state), whole, "attribute_examples", Ahead(recipe, state, [whole]))
     shares = gradients_of_rows(runs, rows)
-    untouched, coasted, base, _ = chain.from_iterable(references(runs))
+    untouched, coasted, base, _ = chain.from_iterable(reference_models(runs))
     moved = moved_by_each(runs, shares, base)
     models = {"untouched": untouched, "base": base, "coasted": coasted}
     table = Table(measure, len(probes), len(rows), list(models))

@@ -17,7 +17,7 @@ from dynamics.attribution.tables import Table
 from dynamics.labels import site_columns
 from dynamics.measures import Measure
 from dynamics.patching.ahead import Ahead
-from dynamics.patching.experiment import REFERENCE_ORDER, SECONDS_BEFORE_PROGRESS, Runs, references
+from dynamics.patching.experiment import REFERENCE_ORDER, SECONDS_BEFORE_PROGRESS, Runs, reference_models
 from dynamics.patching.measuring import Measuring
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, SiteError, check
@@ -97,7 +97,7 @@ def attribute_step(
     progress = tqdm(contrasts, desc="attribute_step", unit="contrast", delay=SECONDS_BEFORE_PROGRESS)
     for i, contrast in enumerate(progress):
         runs = Runs(steps, contrast, str(contrast.coords.get("example", f"contrast {i}")), ahead)
-        models = dict(zip(REFERENCE_ORDER, chain.from_iterable(references(runs)), strict=True))
+        models = dict(zip(REFERENCE_ORDER, chain.from_iterable(reference_models(runs)), strict=True))
         table.evaluate(measuring, i, contrast, models)
         base, source, buffers = models["base"], models["source"], runs.base.buffers
         models.clear()

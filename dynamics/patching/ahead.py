@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from checkpoints import Checkpoint
-from dynamics.patching.memory import QUARTER, at_most, give_back
+from dynamics.patching.memory import QUARTER, at_most
 from dynamics.recipe import Contrast, Recipe
 from dynamics.steps import StepGradient, gradient
 from dynamics.steps.per_example import gradients_at_once, signature
@@ -38,7 +38,6 @@ class Ahead:
             return self._taken[id(batch)]
         self._taken = {}
         alone = gradient(self._recipe, self._checkpoint, batch, where)
-        give_back(self._checkpoint.parameters)  # the pass worked on a copy of them
         company = self._company(batch)
         if len(company) > 2:
             found = gradients_at_once(self._recipe, self._checkpoint, company, alone)

@@ -99,7 +99,6 @@ class Runs:
         for name in names:
             self.known.pop(name, None)
             self.__dict__.pop(name, None)
-        give_back(self.checkpoint.parameters)
 
     @cached_property
     def base_factors(self) -> Factors:
@@ -220,14 +219,34 @@ def _sharing_batches(contrasts: Sequence[Contrast]) -> list[list[int]]:
 
 
 def references(runs: Runs) -> Iterator[Stack]:
+    """The same as `reference_models`; what gradients and steps leave behind is given back around each gradient."""
+
+    def sparing() -> Iterator[StepGradient]:
+        parameters = runs.checkpoint.parameters
+        steps = _reference_steps(runs)
+        for _ in REFERENCE_ORDER:
+            give_back(parameters)
+            step = next(steps)
+            give_back(parameters)
+            yield step
+            del step
+
+    return _stepped(runs, sparing(), Workspace, HALF)
+
+
+def reference_models(runs: Runs) -> Iterator[Stack]:
     """The models of `REFERENCE_ORDER`, each in memory of its own."""
+    return _stepped(runs, _reference_steps(runs), Workspace, HALF)
+
+
+def _reference_steps(runs: Runs) -> Iterator[StepGradient]:
     steps = {
         "untouched": lambda: runs.nothing,
         "coasted": lambda: runs.coasting,
         "base": lambda: runs.base,
         "source": lambda: runs.source,
     }
-    return _stepped(runs, (steps[name]() for name in REFERENCE_ORDER), Workspace, HALF)
+    return (steps[name]() for name in REFERENCE_ORDER)
 
 
 def stepped(runs: Runs, gradients: Iterable[StepGradient], share: float = 1) -> Iterator[Stack]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dynamics.patching.experiment import REFERENCE_ORDER, Beside, Runs, references
 from dynamics.patching.measuring import Beginnings
-from dynamics.patching.memory import QUARTER, at_most
+from dynamics.patching.memory import QUARTER, at_most, give_back
 from dynamics.sites import Site
 from dynamics.steps.stacks import Stack, Workspace
 
@@ -25,6 +25,7 @@ def selections(runs: Runs, sites: Sequence[Site]) -> Iterator[Stack | Beside]:
         kept |= {name: m for m, name in zip(models, names, strict=False) if name in ("base", "source")}
         del models  # before the next ones are made
         runs.forget(kept)
+    give_back(runs.checkpoint.parameters)
     base, source = kept["base"], kept["source"]
     begun: Beginnings = {}
     covered: dict[str, Tensor] = {}

@@ -13,7 +13,7 @@ import xarray as xr
 from checkpoints import Checkpoint
 from dynamics.measures import Measure
 from dynamics.patching.experiment import Runs, experiment, references, stepped
-from dynamics.patching.memory import HALF, at_most, chunks, give_back
+from dynamics.patching.memory import HALF, at_most, chunks
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, check_outputs, check_whole
 from dynamics.steps import StepGradient, gradient
@@ -108,7 +108,6 @@ def _patched(
         if kept is None or not linear.get(name, True) or not all(kept.takes(s, source) for s in sites):
             return None
         alone = None if name in linear else one(sites[0]).gradients
-        give_back(state.parameters)
         found = kept.exchanging(sites, source)
         if alone is not None:
             linear[name] = found is not None and alike(found[0].gradients, alone)
