@@ -78,7 +78,10 @@ class Beginning:
 
 
 def beginning(
-    run: Callable[[Mapping[str, Tensor]], Any], model: nn.Module, tensors: Mapping[str, Tensor]
+    run: Callable[[Mapping[str, Tensor]], Any],
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    n_bytes: int,
 ) -> Beginning | None:
     """Take a forward pass and keep it.
 
@@ -86,12 +89,16 @@ def beginning(
         run: takes it, with the given tensors in place of the model's own.
         model: whose submodules are watched.
         tensors: parameters and buffers by name.
+        n_bytes: how much may be kept.
+
+    Raises:
+        MemoryError: it would be more.
 
     Returns:
         None where parts of the pass cannot be left out: it draws random numbers, or writes into buffers,
         activations or parameters.
     """
-    watch = _Watch({id(tensor): name for name, tensor in tensors.items()})
+    watch = _Watch({id(tensor): name for name, tensor in tensors.items()}, n_bytes)
     watch.see(tensors)
     before = vars(RngState.capture())
     with torch.no_grad(), watch, _forwards(model, watch.around):
@@ -105,9 +112,10 @@ def beginning(
 class _Watch(TorchFunctionMode):
     """Notes when which tensor is read and which submodule runs."""
 
-    def __init__(self, names: Mapping[int, str]) -> None:
+    def __init__(self, names: Mapping[int, str], n_bytes: int) -> None:
         super().__init__()
         self.names = names
+        self.n_bytes = n_bytes
         self.clock = 0
         self.calls: list[Call] = []
         self.first_read: dict[str, int] = {}
@@ -131,14 +139,19 @@ class _Watch(TorchFunctionMode):
             call = Call(name, self._now(), 0, None)
             self.see((arguments, keywords))
             output = forward(*arguments, **keywords)
-            self.see(output)
+            self.n_bytes -= self.see(output)
+            if self.n_bytes < 0:
+                raise MemoryError("what submodules give is more than may be kept")
             self.calls.append(replace(call, end=self._now(), output=output))
             return output
 
         return run
 
-    def see(self, values: Any) -> None:
-        self.seen += [(x, x._version) for x in tree_leaves(values) if isinstance(x, Tensor)]
+    def see(self, values: Any) -> int:
+        """Note tensors, and say how many bytes they have."""
+        tensors = [x for x in tree_leaves(values) if isinstance(x, Tensor)]
+        self.seen += [(x, x._version) for x in tensors]
+        return sum(x.nbytes for x in tensors)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from dynamics import measures
 from dynamics.calls import call, evaluating
 from dynamics.measures import Measure
 from dynamics.patching.beginnings import Beginning, beginning
-from dynamics.patching.memory import is_large
+from dynamics.patching.memory import QUARTER, bytes_at_most, is_large
 from dynamics.recipe import Recipe
 from dynamics.steps.stacks import Stack
 from dynamics.trees import copied
@@ -143,9 +143,11 @@ class Measuring:
         def run(tensors: Mapping[str, Tensor]) -> Tensor:
             return call(self._evaluate, self.recipe.model, tensors, probe)
 
+        device = next(iter(self.checkpoint.parameters.values())).device
         try:
             with evaluating(self.recipe.model), self.checkpoint.random_state():
-                return beginning(run, self.recipe.model, copied(base, self.checkpoint.buffers))
+                tensors = copied(base, self.checkpoint.buffers)
+                return beginning(run, self.recipe.model, tensors, bytes_at_most(device, QUARTER))
         except Exception:  # noqa: BLE001 (all of every pass is then taken)
             return None
 

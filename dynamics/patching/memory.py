@@ -62,8 +62,13 @@ def at_most(tensors: Iterable[Tensor], share: float = 1) -> int:
     """How many copies of these tensors are stacked in a share of the memory."""
     given = list(tensors)
     size = max(1, sum(t.nbytes for t in given))
-    room = _budget.get() or _free(given[0].device if given else torch.device("cpu"))
-    return min(CHUNK, max(1, int(share * room // size)))
+    room = bytes_at_most(given[0].device if given else torch.device("cpu"), share)
+    return min(CHUNK, max(1, room // size))
+
+
+def bytes_at_most(device: torch.device, share: float = 1) -> int:
+    """A share of the memory."""
+    return int(share * (_budget.get() or _free(device)))
 
 
 def _free(device: torch.device) -> int:

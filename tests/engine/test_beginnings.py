@@ -112,11 +112,11 @@ def recipe_of(model):
     return dy.Recipe(model, dy.measures.cross_entropy, partial(torch.optim.AdamW, lr=1e-2), max_grad_norm=0.1)
 
 
-def begun(model, probe):
+def begun(model, probe, n_bytes=2**20):
     state = starting_point(recipe_of(model), None)
     tensors = {**state.parameters, **{name: buffer.clone() for name, buffer in state.buffers.items()}}
     return beginning(
-        lambda given: call(dy.measures.correct_logit, model.eval(), given, probe), model, tensors
+        lambda given: call(dy.measures.correct_logit, model.eval(), given, probe), model, tensors, n_bytes
     )
 
 
@@ -127,6 +127,7 @@ def exchanged(
     runs = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measuring, "is_large", lambda parameters: resume)
+        patch.setattr(measuring, "bytes_at_most", lambda *given: 2**20)  # whatever stacks may take
         if watched is not None:
             forward = watched.forward
             patch.setitem(
@@ -189,6 +190,16 @@ def test_runs_inside_a_run_that_is_left_out_are_left_out_with_it():
         logits = model(CONTRASTS[0].probe.tokens)
     assert taken == ["blocks.0", "blocks.1", "blocks.2", "blocks.1.layer", "blocks.0", "head"]
     assert torch.equal(logits, model(CONTRASTS[0].probe.tokens))
+
+
+def test_no_more_is_kept_than_there_is_memory_for():
+    model, probe = Blocks(Block), CONTRASTS[0].probe
+    kept = begun(model, probe)
+    size = sum(call.output.nbytes for call in kept.calls)
+    assert len(begun(model, probe, n_bytes=size).calls) == len(kept.calls)
+    with pytest.raises(MemoryError):
+        begun(model, probe, n_bytes=size - 1)
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_in_another_order_it_cannot_be_resumed():
