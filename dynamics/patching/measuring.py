@@ -33,7 +33,7 @@ class Measuring:
     Measures of the logits are taken of all models at once, by vmap; functions of the user's one model at a time,
     each with tensors of its own, since they may keep or change what they see. Of the first stack one model is
     taken both ways: where vmap cannot take it (an LSTM, `.item()`, a branch on values) or finds something else,
-    all are taken one at a time.
+    all are taken one at a time, as are those that follow a stack which it cannot take.
 
     Attributes:
         recipe: its model gives the code.
