@@ -21,7 +21,7 @@ CHUNK = 16
 
 USUAL = 2**26
 """Bytes of a stack where memory abounds: a stack of this size, two gradients and what a pass leaves fit four models
-of the size of the stack. Twice as much saves up to a fifth of the time."""
+of the size of the stack. Twice as much takes less time, and more memory than that."""
 
 LARGE = 2**24
 """Bytes of parameters from which memory is given back and passes are resumed: below, it does not pay."""
