@@ -13,7 +13,7 @@ from torch import nn
 
 import dynamics as dy
 from dynamics import sites
-from dynamics.patching import ahead, experiment, memory, signals
+from dynamics.patching import ahead, experiment, memory, selections, signals
 from dynamics.patching.measuring import Measuring
 from dynamics.steps import update
 from dynamics.steps.stacks import Stack
@@ -267,6 +267,24 @@ def test_while_updates_are_exchanged_no_gradient_is_held(monkeypatch):
     dy.patch_updates(recipe, None, CONTRASTS[:1], sites.parameters(recipe.model), measure)
     assert found[0] > 0
     assert set(found[len(experiment.REFERENCE_ORDER) :]) == {0}
+
+
+def test_memory_is_given_back_around_both_gradients_and_before_updates_are_exchanged(monkeypatch):
+    events = []
+    take = ahead.gradient
+    monkeypatch.setattr(ahead, "gradient", lambda *given: events.append("gradient") or take(*given))
+    for room in (experiment, selections):
+        monkeypatch.setattr(room, "give_back", lambda parameters: events.append("given back"))
+    beside = Measuring.beside
+    monkeypatch.setattr(Measuring, "beside", lambda *given: events.append("exchanged") or beside(*given))
+    recipe = transformer_recipe()
+    with dy.max_memory(1):
+        dy.patch_updates(
+            recipe, None, CONTRASTS[:1], sites.parameters(recipe.model)[:1], dy.measures.correct_logit
+        )
+    around = ["given back", "gradient", "given back"]
+    without = ["given back"] * 2  # of the zero gradient, and of the base gradient again
+    assert events == [*around, *without, *without, *around, "given back", "exchanged"]
 
 
 @pytest.mark.parametrize("verb", ["patch_gradients", "patch_updates"])
