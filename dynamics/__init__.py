@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from dynamics.batch import Batch as Batch
     from dynamics.comparison import compare as compare
     from dynamics.config import StudyConfig as StudyConfig
+    from dynamics.engine.memory import max_memory as max_memory
     from dynamics.models.bridges import bridge as bridge
     from dynamics.models.bridges import processed_bridge as processed_bridge
     from dynamics.patching import both_directions as both_directions
     from dynamics.patching import interactions as interactions
     from dynamics.patching import interchange as interchange
-    from dynamics.patching import max_memory as max_memory
     from dynamics.patching import patch_activations as patch_activations
     from dynamics.patching import patch_factors as patch_factors
     from dynamics.patching import patch_gradients as patch_gradients
@@ -75,7 +75,7 @@ _HOMES = {
     "both_directions": "dynamics.patching",
     "interchange": "dynamics.patching",
     "interactions": "dynamics.patching",
-    "max_memory": "dynamics.patching",
+    "max_memory": "dynamics.engine.memory",
     "shapley_values": "dynamics.patching",
     "patch_activations": "dynamics.patching",
     "patch_gradients": "dynamics.patching",

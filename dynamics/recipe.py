@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree
 
-from dynamics import lightning_modules
-from dynamics.lightning_modules import RecipeError as RecipeError
+from dynamics.models import lightning_modules
+from dynamics.models.lightning_modules import RecipeError as RecipeError
 
 
 @dataclass(frozen=True)

@@ -39,11 +39,11 @@ from into_readme import stamp, write
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from dynamics.attribution.lines import Line
+from dynamics.engine.gradient_prefetch import Ahead
+from dynamics.engine.measuring import Measuring
+from dynamics.engine.path_integral import Line
+from dynamics.engine.runs import REFERENCE_ORDER
 from dynamics.patching import signals
-from dynamics.patching.ahead import Ahead
-from dynamics.patching.experiment import REFERENCE_ORDER
-from dynamics.patching.measuring import Measuring
 from dynamics.steps.pullbacks import Pullbacks
 from dynamics.steps.update import Steps
 

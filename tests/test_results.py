@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from dynamics import provenance, results
+from dynamics import results
+from dynamics.results import provenance_json
 
 SITES = {"site": ["embed", "L0H0", "L0H1"], "layer": [None, 0, 0], "head": [None, 0, 1]}
 EXAMPLES = {"example": ["alias 17", "alias 4"], "integer": [11, 3], "set": ["Dt3", "Df4"]}
@@ -251,7 +252,7 @@ def test_provenance_holds_the_facts_versions_and_a_utc_date() -> None:
 
 
 def test_provenance_names_the_commit_of_the_code_or_stays_silent() -> None:
-    folder = Path(results.__file__).parent
+    folder = Path(results.__file__).parent.parent
     git = subprocess.run(
         ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
@@ -265,9 +266,9 @@ def test_provenance_names_the_commit_of_the_code_or_stays_silent() -> None:
 
 def test_provenance_needs_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    provenance._commit.cache_clear()
+    provenance_json._commit.cache_clear()
     assert "commit" not in json.loads(results.provenance())
-    provenance._commit.cache_clear()
+    provenance_json._commit.cache_clear()
 
 
 def test_importing_results_and_statistics_imports_neither_torch_nor_matplotlib() -> None:

@@ -14,13 +14,7 @@ from tqdm.auto import tqdm
 
 from checkpoints import Checkpoint
 from dynamics import measures
-from dynamics.attribution.lines import Method, Quadrature
-from dynamics.attribution.sums import SiteSums
-from dynamics.labels import Labels, site_columns
-from dynamics.measures import Measure
-from dynamics.patching.activations import check_activation_sites, fill
-from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS
-from dynamics.patching.forwards import (
+from dynamics.engine.forward_passes import (
     Activations,
     Exchange,
     Pack,
@@ -32,7 +26,13 @@ from dynamics.patching.forwards import (
     measured,
     passes,
 )
+from dynamics.engine.path_integral import Method, Quadrature
+from dynamics.engine.runs import SECONDS_BEFORE_PROGRESS
+from dynamics.engine.site_sums import SiteSums
+from dynamics.measures import Measure
+from dynamics.patching.activations import check_activation_sites, fill
 from dynamics.recipe import Contrast, Recipe
+from dynamics.results.labels import Labels, site_columns
 from dynamics.sites import Site
 from dynamics.steps import NonFiniteGradient
 from dynamics.steps.taps import Taps, runs_of

@@ -12,14 +12,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from checkpoints import Checkpoint
-from dynamics.attribution.lines import Line, Method, Quadrature
-from dynamics.attribution.rows import gradients_of_rows, moved_by_each, rows_of
-from dynamics.attribution.slopes import Slopes
-from dynamics.attribution.tables import Array, Table
+from dynamics.engine.attribution_table import Array, Table
+from dynamics.engine.batch_rows import gradients_of_rows, moved_by_each, rows_of
+from dynamics.engine.gradient_prefetch import Ahead
+from dynamics.engine.measure_gradients import Slopes
+from dynamics.engine.measuring import Measuring
+from dynamics.engine.path_integral import Line, Method, Quadrature
+from dynamics.engine.runs import SECONDS_BEFORE_PROGRESS, Runs, reference_models
 from dynamics.measures import Measure
-from dynamics.patching.ahead import Ahead
-from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS, Runs, reference_models
-from dynamics.patching.measuring import Measuring
 from dynamics.recipe import Contrast, Recipe
 from dynamics.steps.states import starting_point
 from dynamics.steps.update import Steps

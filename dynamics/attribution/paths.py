@@ -21,14 +21,14 @@ from dynamics.attribution.activations import (
     sum_of_sizes,
     sums_by_member,
 )
-from dynamics.attribution.lines import Method, Quadrature
-from dynamics.labels import Labels, site_columns
+from dynamics.engine.forward_passes import Exchange, Pass, Standing, exchanges, exchanging, measured, passes
+from dynamics.engine.path_integral import Method, Quadrature
+from dynamics.engine.runs import SECONDS_BEFORE_PROGRESS
 from dynamics.measures import Measure
 from dynamics.patching.activations import check_activation_sites, fill
-from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS
-from dynamics.patching.forwards import Exchange, Pass, Standing, exchanges, exchanging, measured, passes
 from dynamics.patching.paths import by_hooks, with_heads, written_at
 from dynamics.recipe import Contrast, Recipe
+from dynamics.results.labels import Labels, site_columns
 from dynamics.sites import Site
 from dynamics.sites.edges import End, Path, apart, check_paths, receivers_of, senders_of
 

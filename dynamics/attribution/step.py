@@ -10,16 +10,16 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from checkpoints import Checkpoint
-from dynamics.attribution.lines import Line, Method, Quadrature
-from dynamics.attribution.slopes import Slopes
-from dynamics.attribution.sums import SiteSums
-from dynamics.attribution.tables import Table
-from dynamics.labels import site_columns
+from dynamics.engine.attribution_table import Table
+from dynamics.engine.gradient_prefetch import Ahead
+from dynamics.engine.measure_gradients import Slopes
+from dynamics.engine.measuring import Measuring
+from dynamics.engine.path_integral import Line, Method, Quadrature
+from dynamics.engine.runs import REFERENCE_ORDER, SECONDS_BEFORE_PROGRESS, Runs, reference_models
+from dynamics.engine.site_sums import SiteSums
 from dynamics.measures import Measure
-from dynamics.patching.ahead import Ahead
-from dynamics.patching.experiment import REFERENCE_ORDER, SECONDS_BEFORE_PROGRESS, Runs, reference_models
-from dynamics.patching.measuring import Measuring
 from dynamics.recipe import Contrast, Recipe
+from dynamics.results.labels import site_columns
 from dynamics.sites import Site, SiteError, check
 from dynamics.steps.states import starting_point
 from dynamics.steps.update import Steps

@@ -18,12 +18,12 @@ from tqdm.auto import tqdm
 
 from checkpoints import Checkpoint
 from dynamics import measures, results
-from dynamics.calls import evaluating
 from dynamics.comparison.tables import Array, Products, cosine, presented
-from dynamics.labels import columns, site_columns
+from dynamics.engine.runs import SECONDS_BEFORE_PROGRESS
 from dynamics.measures import Measure
-from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS
+from dynamics.models.functional import evaluating
 from dynamics.recipe import Contrast, Recipe
+from dynamics.results.labels import columns, site_columns
 from dynamics.sites import Site, check, check_whole
 from dynamics.steps import gradient
 from dynamics.steps.states import starting_point

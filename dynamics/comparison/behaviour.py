@@ -15,9 +15,9 @@ from torch import Tensor
 from checkpoints import Checkpoint
 from dynamics import results
 from dynamics.batch import Batch, concatenate
-from dynamics.calls import call, evaluating
 from dynamics.comparison.tables import Array, labelled
 from dynamics.measures import target_logits
+from dynamics.models.functional import call, evaluating
 from dynamics.recipe import Recipe
 from dynamics.steps.states import starting_point
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from checkpoints import Checkpoint
 from dynamics import results
 from dynamics.batch import Batch
-from dynamics.calls import call, evaluating
 from dynamics.comparison.tables import labelled
-from dynamics.labels import site_columns
+from dynamics.models.functional import call, evaluating
 from dynamics.recipe import Recipe
+from dynamics.results.labels import site_columns
 from dynamics.sites import Site, SiteError, check_outputs
 from dynamics.sites.outputs import called
 from dynamics.steps.states import starting_point

@@ -18,8 +18,8 @@ from dynamics.comparison.tables import (
     labelled,
     presented,
 )
-from dynamics.labels import site_columns
 from dynamics.recipe import ByNorm, Recipe
+from dynamics.results.labels import site_columns
 from dynamics.sites import Site, check, check_whole
 from dynamics.steps import gradient, steps_from
 from dynamics.steps.clipping import coefficient

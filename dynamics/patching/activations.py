@@ -15,10 +15,7 @@ from tqdm.auto import tqdm
 from checkpoints import Checkpoint
 from dynamics import measures
 from dynamics.batch import Batch
-from dynamics.labels import Labels
-from dynamics.measures import Measure
-from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS
-from dynamics.patching.forwards import (
+from dynamics.engine.forward_passes import (
     Exchange,
     Pack,
     Pass,
@@ -29,7 +26,10 @@ from dynamics.patching.forwards import (
     measured,
     passes,
 )
+from dynamics.engine.runs import SECONDS_BEFORE_PROGRESS
+from dynamics.measures import Measure
 from dynamics.recipe import Contrast, Recipe
+from dynamics.results.labels import Labels
 from dynamics.sites import Site, check_outputs, check_whole
 from dynamics.steps.taps import runs_of
 from dynamics.trees import Index

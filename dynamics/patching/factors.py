@@ -10,9 +10,9 @@ import xarray as xr
 
 from checkpoints import Checkpoint
 from dynamics import results
+from dynamics.engine.factor_crossing import Corners, Run
+from dynamics.engine.runs import Runs, experiment, references, stepped
 from dynamics.measures import Measure
-from dynamics.patching.corners import Corners, Run
-from dynamics.patching.experiment import Runs, experiment, references, stepped
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, check
 from dynamics.steps import StepGradient

@@ -9,10 +9,10 @@ from itertools import chain
 import xarray as xr
 
 from checkpoints import Checkpoint
+from dynamics.engine.factor_crossing import Corners
+from dynamics.engine.mixtures import selections
+from dynamics.engine.runs import Beside, Runs, experiment, references, stepped
 from dynamics.measures import Measure
-from dynamics.patching.corners import Corners
-from dynamics.patching.experiment import Beside, Runs, experiment, references, stepped
-from dynamics.patching.selections import selections
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, check
 from dynamics.steps import StepGradient

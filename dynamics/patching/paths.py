@@ -12,11 +12,7 @@ from tqdm.auto import tqdm
 
 from checkpoints import Checkpoint
 from dynamics import measures
-from dynamics.labels import Labels
-from dynamics.measures import Measure
-from dynamics.patching.activations import check_activation_sites, fill
-from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS
-from dynamics.patching.forwards import (
+from dynamics.engine.forward_passes import (
     Exchange,
     Standing,
     Values,
@@ -24,7 +20,11 @@ from dynamics.patching.forwards import (
     measured,
     passes,
 )
+from dynamics.engine.runs import SECONDS_BEFORE_PROGRESS
+from dynamics.measures import Measure
+from dynamics.patching.activations import check_activation_sites, fill
 from dynamics.recipe import Contrast, Recipe
+from dynamics.results.labels import Labels
 from dynamics.sites import Site
 from dynamics.sites.edges import End, Path, apart, check_paths, receivers_of, senders_of
 from dynamics.steps.taps import Taps

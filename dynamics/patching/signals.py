@@ -11,9 +11,9 @@ from typing import get_args
 import xarray as xr
 
 from checkpoints import Checkpoint
+from dynamics.engine.memory import HALF, at_most, chunks
+from dynamics.engine.runs import Runs, experiment, references, stepped
 from dynamics.measures import Measure
-from dynamics.patching.experiment import Runs, experiment, references, stepped
-from dynamics.patching.memory import HALF, at_most, chunks
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, check_outputs, check_whole
 from dynamics.steps import StepGradient, gradient

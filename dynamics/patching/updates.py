@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import xarray as xr
 
 from checkpoints import Checkpoint
+from dynamics.engine.mixtures import selections
+from dynamics.engine.runs import experiment
 from dynamics.measures import Measure
-from dynamics.patching.experiment import experiment
-from dynamics.patching.selections import selections
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, check, check_whole
 

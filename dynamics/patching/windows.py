@@ -10,9 +10,9 @@ from typing import Any
 import xarray as xr
 
 from checkpoints import Checkpoint
+from dynamics.engine.gradient_prefetch import Ahead
+from dynamics.engine.runs import Runs, experiment
 from dynamics.measures import Measure
-from dynamics.patching.ahead import Ahead
-from dynamics.patching.experiment import Runs, experiment
 from dynamics.patching.gradients import patched
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, check

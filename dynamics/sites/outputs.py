@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from checkpoints.rng import replayed
 from dynamics.batch import Batch
-from dynamics.calls import call, evaluating, is_bridge
+from dynamics.models.functional import call, evaluating, is_bridge
 from dynamics.sites.site import Site, SiteError, check_labels, coords_of, some
 
 Axis = Literal["layer", "head", "pos", "src"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from checkpoints import Checkpoint
 from checkpoints.rng import RngState
-from dynamics.calls import call
+from dynamics.models.functional import call
 from dynamics.recipe import Recipe, RecipeError
 from dynamics.steps.taps import Taps
 from dynamics.trees import not_finite

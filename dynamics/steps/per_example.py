@@ -12,7 +12,7 @@ from torch.utils import _pytree
 
 from checkpoints import Checkpoint
 from checkpoints.rng import RngState
-from dynamics.calls import attributes_kept, call
+from dynamics.models.functional import attributes_kept, call
 from dynamics.recipe import Recipe
 from dynamics.steps.gradients import StepGradient
 from dynamics.steps.pullbacks import alike

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from checkpoints import Checkpoint
-from dynamics.calls import is_bridge
+from dynamics.models.functional import is_bridge
 from dynamics.recipe import Recipe, RecipeError
 
 

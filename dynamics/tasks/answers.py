@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from checkpoints.rng import replayed
-from dynamics.calls import evaluating
+from dynamics.models.functional import evaluating
 
 
 def top_answers(

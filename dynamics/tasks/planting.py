@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamics.batch import Batch, concatenate
-from dynamics.calls import call
+from dynamics.models.functional import call
 from dynamics.recipe import Recipe
 from dynamics.sites import Site, check, complement, union
 from dynamics.tasks.aliases import AliasTask

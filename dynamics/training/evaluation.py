@@ -16,8 +16,8 @@ from torch import nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from dynamics.batch import Batch
-from dynamics.calls import evaluating
 from dynamics.measures import target_logits
+from dynamics.models.functional import evaluating
 
 
 def scores(model: nn.Module, batches: Mapping[str, Batch], d_vocab: int) -> dict[str, float]:

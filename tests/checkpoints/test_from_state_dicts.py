@@ -11,7 +11,8 @@ from elsewhere import W, mixed, stored
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from checkpoints import Checkpoint, Trajectory, TrajectoryError, TrajectoryWriter, conversion
+from checkpoints import Checkpoint, Trajectory, TrajectoryError, TrajectoryWriter
+from checkpoints.formats import conversion
 from checkpoints.values import differences, same_bits
 
 

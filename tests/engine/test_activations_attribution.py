@@ -16,8 +16,8 @@ from transformer_lens.tools.analysis.attribution_patching import attribution_pat
 
 import dynamics as dy
 from dynamics import measures, sites
+from dynamics.engine import forward_passes
 from dynamics.measures import LogitMeasure
-from dynamics.patching import forwards
 from dynamics.sites import Site
 from dynamics.steps import NonFiniteGradient
 
@@ -140,7 +140,7 @@ def test_contrasts_run_together_and_several_measures_are_those_alone(toy, monkey
                 cell = together.sel(measure=name).isel(example=i)
                 for variable in alone.data_vars:
                     np.testing.assert_allclose(cell[variable], alone[variable], rtol=0, atol=1e-12)
-    monkeypatch.setattr(forwards, "ROWS", 2)
+    monkeypatch.setattr(forward_passes, "ROWS", 2)
     np.testing.assert_allclose(
         attributed(toy, pairs(), chosen, several)["attribution"],
         attributed(toy, pairs(), chosen, several)["attribution"],

@@ -17,7 +17,7 @@ from transformer_lens import patching
 import dynamics as dy
 from dynamics import measures, sites
 from dynamics.batch import Batch, concatenate
-from dynamics.patching import forwards
+from dynamics.engine import forward_passes
 from dynamics.recipe import RecipeError
 from dynamics.sites import Site, SiteError
 
@@ -256,7 +256,7 @@ def test_contrasts_run_together_are_those_run_alone_and_keep_their_rows_apart(to
             np.testing.assert_allclose(
                 together[name].isel(example=i).values, alone[name].isel(example=0).values, rtol=0, atol=1e-12
             )
-    monkeypatch.setattr(forwards, "ROWS", 3)
+    monkeypatch.setattr(forward_passes, "ROWS", 3)
     ran.clear()
     split = dy.patch_activations(dy.Recipe(toy), None, uneven, chosen, LOGITS)
     assert ran == [2, 2, 3, 3, 2, 2]

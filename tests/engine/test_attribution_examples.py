@@ -25,7 +25,7 @@ from scipy.stats import spearmanr
 from torch.optim import SGD, AdamW
 
 import dynamics as dy
-from dynamics.attribution.rows import rows_of
+from dynamics.engine.batch_rows import rows_of
 
 BATCHES = [points(seed) for seed in range(3)]
 BATCH = points(10)

@@ -22,10 +22,10 @@ from torch import nn
 from torch.optim import SparseAdam
 
 import dynamics as dy
-from dynamics.attribution.rows import gradients_of_rows, moved_by_each, rows_of
 from dynamics.batch import Batch
-from dynamics.patching.ahead import Ahead
-from dynamics.patching.experiment import Runs, references
+from dynamics.engine.batch_rows import gradients_of_rows, moved_by_each, rows_of
+from dynamics.engine.gradient_prefetch import Ahead
+from dynamics.engine.runs import Runs, references
 from dynamics.steps.update import Steps
 
 BATCH = points(10)

@@ -6,7 +6,7 @@ from engine_models import classifier_recipe, points, tokens, transformer, transf
 from torch import nn
 
 import dynamics as dy
-from dynamics.attribution.slopes import Asked, Slopes
+from dynamics.engine.measure_gradients import Asked, Slopes
 from dynamics.steps import NonFiniteGradient
 from dynamics.steps.states import starting_point
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dynamics.attribution.sums import SiteSums
+from dynamics.engine.site_sums import SiteSums
 from dynamics.sites import Site
 from dynamics.trees import mask
 

@@ -14,10 +14,10 @@ from torch import nn
 
 import dynamics as dy
 from dynamics import sites
-from dynamics.calls import call
+from dynamics.engine import measuring
+from dynamics.engine.resumed_forward import Beginning, beginning
 from dynamics.measures import LogitMeasure
-from dynamics.patching import measuring
-from dynamics.patching.beginnings import Beginning, beginning
+from dynamics.models.functional import call
 from dynamics.steps.states import starting_point
 
 CONTRASTS = [dy.Contrast(tokens(i), tokens(i + 10), tokens(i + 20), {"example": f"{i}"}) for i in range(2)]

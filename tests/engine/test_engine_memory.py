@@ -13,8 +13,9 @@ from torch import nn
 
 import dynamics as dy
 from dynamics import sites
-from dynamics.patching import ahead, experiment, memory, selections, signals
-from dynamics.patching.measuring import Measuring
+from dynamics.engine import gradient_prefetch, memory, mixtures, runs
+from dynamics.engine.measuring import Measuring
+from dynamics.patching import signals
 from dynamics.steps import update
 from dynamics.steps.stacks import Stack
 from dynamics.steps.states import starting_point
@@ -251,7 +252,7 @@ def test_what_a_stack_rounds_otherwise_than_the_base_model_alone_is_taken_off_al
 
 def test_while_updates_are_exchanged_no_gradient_is_held(monkeypatch):
     held, found = [], []
-    take = ahead.gradient
+    take = gradient_prefetch.gradient
 
     def remembered(*arguments):
         step = take(*arguments)
@@ -262,18 +263,20 @@ def test_while_updates_are_exchanged_no_gradient_is_held(monkeypatch):
         found.append(sum(gradient() is not None for gradient in held))
         return dy.measures.correct_logit(model, batch)
 
-    monkeypatch.setattr(ahead, "gradient", remembered)
+    monkeypatch.setattr(gradient_prefetch, "gradient", remembered)
     recipe = transformer_recipe()
     dy.patch_updates(recipe, None, CONTRASTS[:1], sites.parameters(recipe.model), measure)
     assert found[0] > 0
-    assert set(found[len(experiment.REFERENCE_ORDER) :]) == {0}
+    assert set(found[len(runs.REFERENCE_ORDER) :]) == {0}
 
 
 def test_memory_is_given_back_around_both_gradients_and_before_updates_are_exchanged(monkeypatch):
     events = []
-    take = ahead.gradient
-    monkeypatch.setattr(ahead, "gradient", lambda *given: events.append("gradient") or take(*given))
-    for room in (experiment, selections):
+    take = gradient_prefetch.gradient
+    monkeypatch.setattr(
+        gradient_prefetch, "gradient", lambda *given: events.append("gradient") or take(*given)
+    )
+    for room in (runs, mixtures):
         monkeypatch.setattr(room, "give_back", lambda parameters: events.append("given back"))
     beside = Measuring.beside
     monkeypatch.setattr(Measuring, "beside", lambda *given: events.append("exchanged") or beside(*given))
@@ -327,7 +330,7 @@ def test_while_signals_are_exchanged_the_source_gradient_is_not_held(monkeypatch
     chosen = sites.activations(recipe.model, "blocks.*.attn.hook_z", ("layer",), CONTRASTS[0].base)
     dy.patch_signals(recipe, None, CONTRASTS[:1], chosen, measure)
     assert found[0] > 0
-    assert set(found[len(experiment.REFERENCE_ORDER) :]) == {0}
+    assert set(found[len(runs.REFERENCE_ORDER) :]) == {0}
 
 
 @pytest.mark.parametrize("name", [n for n in OPTIMIZERS if not n.endswith(("amsgrad", "maximize"))])

@@ -12,7 +12,7 @@ from test_engine_unused import Routed
 
 import dynamics as dy
 from dynamics import sites
-from dynamics.patching import ahead
+from dynamics.engine import gradient_prefetch
 from dynamics.patching import gradients as patch_gradients_module
 from dynamics.recipe import ByNorm, ByValue
 from dynamics.steps import gradient
@@ -130,8 +130,8 @@ def test_sites_with_positions_take_steps(setting, monkeypatch):
 
 def test_each_gradient_is_taken_once(setting, monkeypatch):
     calls = []
-    take = ahead.gradient
-    monkeypatch.setattr(ahead, "gradient", lambda *given: calls.append(1) or take(*given))
+    take = gradient_prefetch.gradient
+    monkeypatch.setattr(gradient_prefetch, "gradient", lambda *given: calls.append(1) or take(*given))
     chosen = sites.parameters(setting[0].model)
     with dy.max_memory(1):
         dy.patch_gradients(setting[0], setting[1], [CONTRAST], chosen, dy.measures.correct_logit)

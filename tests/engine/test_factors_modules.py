@@ -30,7 +30,7 @@ from torch import nn
 
 import dynamics as dy
 from dynamics import sites
-from dynamics.projections import Projection
+from dynamics.models.projections import Projection
 from dynamics.sites import SiteError
 
 FACTORS = ("x", "delta", "both")

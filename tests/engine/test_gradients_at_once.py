@@ -15,7 +15,7 @@ import dynamics as dy
 from checkpoints.values import differences
 from dynamics import sites
 from dynamics.batch import Batch
-from dynamics.patching import ahead
+from dynamics.engine import gradient_prefetch
 from dynamics.recipe import Contrast
 from dynamics.steps import NonFiniteGradient, gradient
 from dynamics.steps.per_example import gradients_at_once, signature
@@ -94,7 +94,7 @@ def test_a_verb_finds_the_same_with_gradients_taken_one_by_one(verb, n_bytes, se
     with dy.max_memory(n_bytes):
         ours = VERBS[verb](recipe, checkpoint, contrasts, patched, margin)
     taken = []
-    monkeypatch.setattr(ahead, "gradients_at_once", lambda *given: taken.append(given))
+    monkeypatch.setattr(gradient_prefetch, "gradients_at_once", lambda *given: taken.append(given))
     with dy.max_memory(4 * 4 * sum(p.nbytes for p in checkpoint.parameters.values())):
         theirs = VERBS[verb](recipe, checkpoint, contrasts, patched, margin)
     assert [len(given[2]) for given in taken] == [4]  # it is not tried again
@@ -105,7 +105,7 @@ def test_a_verb_finds_the_same_with_gradients_taken_one_by_one(verb, n_bytes, se
 
 def test_ten_batches_take_two_forward_passes(setting):
     recipe, calls = counted(setting[0])
-    taker = ahead.Ahead(recipe, setting[1], setting[2])
+    taker = gradient_prefetch.Ahead(recipe, setting[1], setting[2])
     for contrast in setting[2]:
         assert taker.gradient(contrast.base, "base") is taker.gradient(contrast.base, "base")
         taker.gradient(contrast.source, "source")
@@ -116,7 +116,7 @@ def test_as_many_are_taken_at_once_as_the_memory_holds(setting):
     recipe, calls = counted(setting[0])
     model = sum(p.nbytes for p in setting[1].parameters.values())
     with dy.max_memory(4 * 4 * model):
-        taker = ahead.Ahead(recipe, setting[1], setting[2])
+        taker = gradient_prefetch.Ahead(recipe, setting[1], setting[2])
         for contrast in setting[2]:
             taker.gradient(contrast.base, "base")
             taker.gradient(contrast.source, "source")
@@ -128,7 +128,7 @@ def test_batches_of_other_shapes_are_taken_with_their_like(setting):
     recipe, calls = counted(setting[0])
     small = [(x[:3], y[:3]) for x, y in map(points, range(20, 26))]
     contrasts = [dy.Contrast(c.base, s) for c, s in zip(setting[2], small, strict=False)]
-    taker = ahead.Ahead(recipe, setting[1], contrasts)
+    taker = gradient_prefetch.Ahead(recipe, setting[1], contrasts)
     for contrast in contrasts:
         for batch in (contrast.base, contrast.source):
             found, alone = taker.gradient(batch, "it"), gradient(recipe, setting[1], batch)
@@ -253,7 +253,7 @@ def test_rows_of_a_batch_are_taken_at_once(name, monkeypatch):
     probes = [Contrast(None, None, batches[1], {"example": "it"})]
     ours = dy.attribute_examples(recipe, checkpoint, batches[0], probes, dy.measures.correct_logit)
     taken = []
-    monkeypatch.setattr(ahead, "gradients_at_once", lambda *given: taken.append(len(given[2])))
+    monkeypatch.setattr(gradient_prefetch, "gradients_at_once", lambda *given: taken.append(len(given[2])))
     theirs = dy.attribute_examples(recipe, checkpoint, batches[0], probes, dy.measures.correct_logit)
     assert taken == [len(batches[0])]
     assert float(abs(ours["attribution"] - theirs["attribution"]).max()) <= 1e-12

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from dynamics.calls import call
+from dynamics.models.functional import call
 
 ITSELF = ""
 """The declaring module: its first argument is read, or its output written."""

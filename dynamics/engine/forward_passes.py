@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from checkpoints import Checkpoint
 from checkpoints.rng import RngState, replayed
 from dynamics.batch import Batch, concatenate
-from dynamics.calls import call, evaluating, is_bridge
 from dynamics.measures import LogitMeasure, Measure, at_target_pos
+from dynamics.models.functional import call, evaluating, is_bridge
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, SiteError
 from dynamics.steps.states import check_bridge, starting_point

@@ -16,8 +16,7 @@ import numpy.typing as npt
 import pandas as pd
 import xarray as xr
 
-from dynamics.provenance import common, parse
-from dynamics.provenance import provenance as provenance
+from dynamics.results.provenance_json import common, parse
 
 DIMS = ("example", "site", "row", "other", "step", "seed", "measure", "factor", "direction", "optimizer")
 """Every dim a result of this toolkit may have."""

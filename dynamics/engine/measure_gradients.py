@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from checkpoints import Checkpoint
 from dynamics import measures
-from dynamics.calls import call, evaluating
 from dynamics.measures import LogitMeasure, Measure
+from dynamics.models.functional import call, evaluating
 from dynamics.recipe import Recipe
 from dynamics.steps import NonFiniteGradient
 from dynamics.steps.pullbacks import alike

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynamics.attribution.slopes import Asked, Slopes
+from dynamics.engine.measure_gradients import Asked, Slopes
+from dynamics.engine.memory import QUARTER, at_most, chunks
 from dynamics.measures import Measure
-from dynamics.patching.memory import QUARTER, at_most, chunks
 
 Method = Literal["first_order", "integrated"]
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from dynamics.patching.experiment import Runs
+from dynamics.engine.runs import Runs
 from dynamics.sites import Site
 from dynamics.steps.factors import Factors, check_complete, crossed
 

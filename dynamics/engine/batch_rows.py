@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from dynamics.patching.ahead import Ahead
-from dynamics.patching.experiment import Runs, stepped
+from dynamics.engine.gradient_prefetch import Ahead
+from dynamics.engine.runs import Runs, stepped
 from dynamics.recipe import Contrast
 from dynamics.steps import StepGradient
 from dynamics.trees import Gradients, squared_norm

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from dynamics.patching.experiment import REFERENCE_ORDER, Beside, Runs, references
-from dynamics.patching.measuring import Beginnings
-from dynamics.patching.memory import QUARTER, at_most, give_back
+from dynamics.engine.measuring import Beginnings
+from dynamics.engine.memory import QUARTER, at_most, give_back
+from dynamics.engine.runs import REFERENCE_ORDER, Beside, Runs, references
 from dynamics.sites import Site
 from dynamics.steps.stacks import Stack, Workspace
 

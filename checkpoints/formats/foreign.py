@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from checkpoints import store
 from checkpoints.checkpoint import Checkpoint
-from checkpoints.conversion import Contents, Import, Progress, Source, checked
 from checkpoints.errors import TrajectoryError
-from checkpoints.naming import Naming, some
+from checkpoints.formats.conversion import Contents, Import, Progress, Source, checked
+from checkpoints.formats.naming import Naming, some
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 StepOf = Callable[[str], int] | str | None

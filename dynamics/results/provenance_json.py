@@ -82,7 +82,7 @@ def _versions() -> dict[str, str]:
 @functools.cache
 def _commit() -> dict[str, str | bool]:
     """The commit of this package's code, asked once; empty outside a working tree that holds it."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parent.parent
 
     def git(*arguments: str) -> str:
         command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]

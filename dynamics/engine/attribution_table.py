@@ -12,10 +12,10 @@ from torch import Tensor
 
 from checkpoints import Checkpoint
 from dynamics import measures
-from dynamics.labels import Labels
+from dynamics.engine.measuring import Measuring
 from dynamics.measures import Measure
-from dynamics.patching.measuring import Measuring
 from dynamics.recipe import Contrast
+from dynamics.results.labels import Labels
 
 Array = npt.NDArray[np.float64]
 

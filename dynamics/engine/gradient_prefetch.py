@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from checkpoints import Checkpoint
-from dynamics.patching.memory import QUARTER, at_most
+from dynamics.engine.memory import QUARTER, at_most
 from dynamics.recipe import Contrast, Recipe
 from dynamics.steps import StepGradient, gradient
 from dynamics.steps.per_example import gradients_at_once, signature

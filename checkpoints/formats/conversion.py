@@ -16,7 +16,7 @@ from torch import nn
 from checkpoints import encoding
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import TrajectoryError
-from checkpoints.naming import Naming, Split, optimizer_state, split
+from checkpoints.formats.naming import Naming, Split, optimizer_state, split
 
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
 

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from checkpoints.rng import replayed
-from dynamics.calls import attributes_kept
+from dynamics.models.functional import attributes_kept
 
 logger = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ from tqdm.auto import tqdm
 
 from checkpoints import Checkpoint
 from dynamics import measures, results
-from dynamics.labels import Labels, example_columns
+from dynamics.engine.gradient_prefetch import Ahead
+from dynamics.engine.measuring import Beginnings, Measuring
+from dynamics.engine.memory import HALF, at_most, chunks, give_back
 from dynamics.measures import Measure
-from dynamics.patching.ahead import Ahead
-from dynamics.patching.measuring import Beginnings, Measuring
-from dynamics.patching.memory import HALF, at_most, chunks, give_back
 from dynamics.recipe import Contrast, Recipe
+from dynamics.results.labels import Labels, example_columns
 from dynamics.sites import Site
 from dynamics.steps import StepGradient
 from dynamics.steps.factors import Factors, factors

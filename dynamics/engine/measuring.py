@@ -14,10 +14,10 @@ from torch import Tensor
 
 from checkpoints import Checkpoint
 from dynamics import measures
-from dynamics.calls import call, evaluating
+from dynamics.engine.memory import QUARTER, bytes_at_most, is_large
+from dynamics.engine.resumed_forward import Beginning, beginning
 from dynamics.measures import Measure
-from dynamics.patching.beginnings import Beginning, beginning
-from dynamics.patching.memory import QUARTER, bytes_at_most, is_large
+from dynamics.models.functional import call, evaluating
 from dynamics.recipe import Recipe
 from dynamics.steps.stacks import Stack
 from dynamics.trees import copied
