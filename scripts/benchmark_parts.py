@@ -39,21 +39,21 @@ from into_readme import stamp, write
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from dynamics.engine.gradient_prefetch import Ahead
+from dynamics.engine.gradient_prefetch import GradientPrefetch
 from dynamics.engine.measuring import Measuring
-from dynamics.engine.path_integral import Line
+from dynamics.engine.path_integral import StraightPath
 from dynamics.engine.runs import REFERENCE_ORDER
 from dynamics.patching import signals
 from dynamics.steps.pullbacks import Pullbacks
 from dynamics.steps.update import Steps
 
 PARTS: dict[str, list[tuple[Any, str]]] = {
-    "gradients": [(Ahead, "gradient"), (signals, "recorded"), (signals, "pullbacks")],
+    "gradients": [(GradientPrefetch, "gradient"), (signals, "recorded"), (signals, "pullbacks")],
     "references": [],
     "backward from the sites": [(Pullbacks, "exchanging"), (signals, "gradient")],
     "steps": [(Steps, "take")],
     "measure": [(Measuring, "__call__"), (Measuring, "beside"), (Measuring, "alone")],
-    "slopes": [(Line, "mean_gradient")],
+    "slopes": [(StraightPath, "mean_gradient")],
 }
 """The functions that do a part of the work; where one calls another, the outer one's part counts. Steps and measure
 are the references' until these are measured."""

@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 from checkpoints import Checkpoint
 from dynamics import measures, results
 from dynamics.comparison.tables import Array, Products, cosine, presented
-from dynamics.engine.runs import SECONDS_BEFORE_PROGRESS
+from dynamics.engine.progress import SECONDS_BEFORE_PROGRESS
 from dynamics.measures import Measure
-from dynamics.models.functional import evaluating
+from dynamics.models.functional import eval_mode
 from dynamics.recipe import Contrast, Recipe
 from dynamics.results.labels import columns, site_columns
 from dynamics.sites import Site, check, check_whole
@@ -199,7 +199,7 @@ def _up(recipe: Recipe, state: Checkpoint, measure: Measure, probe: Any, where: 
     def mean(model: nn.Module, batch: Any) -> Tensor:
         return measure(model, batch).mean()
 
-    with evaluating(recipe.model):
+    with eval_mode(recipe.model):
         found = gradient(replace(recipe, loss=mean), state, probe, where)
     return presented(found.gradients, state.parameters)
 

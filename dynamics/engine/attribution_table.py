@@ -1,4 +1,4 @@
-"""What both attribution verbs share: the references beside their numbers, and the Dataset around them."""
+"""The table of an attribution verb: attributions, their references and residuals, and the Dataset made of them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from dynamics.engine.measuring import Measuring
 from dynamics.measures import Measure
 from dynamics.recipe import Contrast
 from dynamics.results.labels import Labels
+from dynamics.steps.fallbacks import ComputePaths
 
 Array = npt.NDArray[np.float64]
 
 
-class Table:
-    """The numbers of one verb, filled in contrast by contrast.
+class AttributionTable:
+    """The numbers of one attribution verb, filled in contrast by contrast.
 
     Attributes:
         by_name: the measures.
@@ -59,7 +60,7 @@ class Table:
     ) -> None:
         """Fill in the references of one example."""
         for name, tensors in models.items():
-            self.references[name][:, example] = measuring.alone(tensors, contrast.probe)
+            self.references[name][:, example] = measuring.one_model(tensors, contrast.probe)
 
     def labelled(
         self,
@@ -68,8 +69,9 @@ class Table:
         contrasts: Sequence[Contrast],
         along: str,
         coords: Mapping[str, Sequence[Any]],
+        paths: ComputePaths,
     ) -> xr.Dataset:
         """The Dataset, with a dim `measure` where several were asked for."""
-        return Labels(self._measure, contrasts, verb, state.step, {}).attributions(
+        return Labels(self._measure, contrasts, verb, state.step, {"paths": paths.facts()}).attributions(
             self.attribution, self.residual, self.nodes, self.references, along, coords
         )

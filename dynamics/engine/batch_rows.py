@@ -1,4 +1,4 @@
-"""The rows of a training batch: each one's gradient, and how far it moved the optimizer's step."""
+"""Rows of a training batch: per-sample gradients, and how far each row moved the optimizer's step."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from dynamics.engine.gradient_prefetch import Ahead
-from dynamics.engine.runs import Runs, stepped
+from dynamics.engine.gradient_prefetch import GradientPrefetch
+from dynamics.engine.runs import Runs, stepped_models
 from dynamics.recipe import Contrast
 from dynamics.steps import StepGradient
 from dynamics.trees import Gradients, squared_norm
@@ -22,7 +22,7 @@ MOST_DISAGREEMENT = 1e-3
 """‖Σ g_i − g‖ / Σ ‖g_i‖ above which a loss is no mean over rows. Rounding leaves 5e-7 in fp32."""
 
 
-def rows_of(batch: Any) -> list[Any]:
+def split_rows(batch: Any) -> list[Any]:
     """Each row of a batch as a batch of its own.
 
     Args:
@@ -49,8 +49,8 @@ def rows_of(batch: Any) -> list[Any]:
     ]
 
 
-def gradients_of_rows(runs: Runs, rows: Sequence[Any]) -> list[dict[str, Tensor | None]]:
-    """Each row's share of the base batch's gradient, g_i = ∇L(row i) / n_rows, before clipping.
+def row_gradients(runs: Runs, rows: Sequence[Any]) -> list[dict[str, Tensor | None]]:
+    """Per-sample gradients: each row's share of the base batch's, g_i = ∇L(row i) / n_rows, before clipping.
 
     Args:
         runs: whose base batch it is.
@@ -60,10 +60,11 @@ def gradients_of_rows(runs: Runs, rows: Sequence[Any]) -> list[dict[str, Tensor 
         ValueError: the shares do not add up to the batch's gradient: the loss is no mean over rows.
     """
     shares: list[dict[str, Tensor | None]] = []
-    ahead = Ahead(runs.recipe, runs.checkpoint, [Contrast(row, row) for row in rows])
+    each_row = [Contrast(row, row) for row in rows]
+    prefetch = GradientPrefetch(runs.recipe, runs.checkpoint, each_row, runs.prefetch.paths)
     for i, row in enumerate(rows):
         try:
-            alone = ahead.gradient(row, f"row {i} of the batch").gradients
+            alone = prefetch.gradient(row, f"row {i} of the batch").gradients
         except Exception as error:
             error.add_note(f"This was row {i} of the batch by itself. {_NO_MEAN}")
             raise
@@ -88,7 +89,7 @@ _NO_MEAN = (
 )
 
 
-def moved_by_each(
+def row_updates(
     runs: Runs, shares: Sequence[dict[str, Tensor | None]], after: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """How far each row moved every parameter: θ(g) − θ(g − g_i), {name: [n_rows, *shape]}.
@@ -112,7 +113,7 @@ def moved_by_each(
             yield replace(runs.base, gradients=rest)
 
     moved: dict[str, list[Tensor]] = {name: [] for name, g in whole.items() if g is not None}
-    for without in chain.from_iterable(stepped(runs, left_out())):
+    for without in chain.from_iterable(stepped_models(runs, left_out())):
         for name, distances in moved.items():
             distances.append(after[name] - without[name])
     return {name: torch.stack(distances) for name, distances in moved.items()}

@@ -1,4 +1,4 @@
-"""Corners: gradients whose two factors come from different runs, over all or some positions."""
+"""Crossed factors: gradients Σ δ xᵀ whose x and δ come from different runs, over all or some positions."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dynamics.steps.factors import Factors, check_complete, crossed
 Run = Literal["base", "source"]
 
 
-class Corners:
-    """The gradients of one contrast with x and δ each from the base or the source run.
+class CrossedFactors:
+    """The gradients Σ δ xᵀ of one contrast with x and δ each from the base or the source run.
 
     Args:
         runs: the contrast's two runs.

@@ -1,4 +1,4 @@
-"""How many models are stacked at a time, and memory that is given back."""
+"""Memory: how many models are stacked at a time, and trimming of what was freed (`malloc_trim`)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-CHUNK = 16
+MAX_STACKED = 16
 """Models stacked at most, whatever their size: more no longer share what comes before the first change."""
 
-USUAL = 2**26
+CPU_STACK_BYTES = 2**26
 """Bytes of a stack where memory abounds: a stack of this size, two gradients and what a pass leaves fit four models
 of the size of the stack. Twice as much takes less time, and more memory than that."""
 
-LARGE = 2**24
-"""Bytes of parameters from which memory is given back and passes are resumed: below, it does not pay."""
+LARGE_MODEL_BYTES = 2**24
+"""Bytes of parameters from which freed memory is trimmed and forward passes are resumed: below, it does not pay."""
 
 HALF, QUARTER = 1 / 2, 1 / 4
 """Shares of the memory, for stacks that are held beside other models."""
@@ -58,23 +58,23 @@ def max_memory(n_bytes: int) -> Iterator[None]:
         _budget.reset(token)
 
 
-def at_most(tensors: Iterable[Tensor], share: float = 1) -> int:
-    """How many copies of these tensors are stacked in a share of the memory."""
+def models_per_stack(tensors: Iterable[Tensor], share: float = 1) -> int:
+    """How many models of these tensors are stacked in a share of the memory."""
     given = list(tensors)
     size = max(1, sum(t.nbytes for t in given))
-    room = bytes_at_most(given[0].device if given else torch.device("cpu"), share)
-    return min(CHUNK, max(1, room // size))
+    room = memory_budget(given[0].device if given else torch.device("cpu"), share)
+    return min(MAX_STACKED, max(1, room // size))
 
 
-def bytes_at_most(device: torch.device, share: float = 1) -> int:
-    """A share of the memory."""
+def memory_budget(device: torch.device, share: float = 1) -> int:
+    """A share of what stacks may take, in bytes."""
     return int(share * (_budget.get() or _free(device)))
 
 
 def _free(device: torch.device) -> int:
     """Half of what is free on a device, and no more than is usual on a CPU."""
     if device.type != "cuda":
-        return min(USUAL, _half_of_free_at_first())
+        return min(CPU_STACK_BYTES, _half_of_free_at_first())
     free, _ = torch.cuda.mem_get_info(device)
     return (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) // 2
 
@@ -87,11 +87,11 @@ def _half_of_free_at_first() -> int:
 
 def is_large(parameters: Mapping[str, Tensor]) -> bool:
     """Whether a model's memory and its single passes are worth some care."""
-    return sum(p.nbytes for p in parameters.values()) >= LARGE
+    return sum(p.nbytes for p in parameters.values()) >= LARGE_MODEL_BYTES
 
 
-def give_back(parameters: Mapping[str, Tensor]) -> None:
-    """Have the C library return to the system what was freed of a large model's gradients and copies.
+def trim_freed_memory(parameters: Mapping[str, Tensor]) -> None:
+    """Have the C library return freed memory of a large model's gradients and copies to the system.
 
     It keeps as much as the model again otherwise. Nothing is done for small models, nor where the library has no
     `malloc_trim` (glibc has).

@@ -1,4 +1,4 @@
-"""Models that have each of their elements from one of two others."""
+"""Models mixed element by element from two others: the base model with the source model's elements on a site."""
 
 from __future__ import annotations
 
@@ -6,40 +6,41 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from dynamics.engine.measuring import Beginnings
-from dynamics.engine.memory import QUARTER, at_most, give_back
-from dynamics.engine.runs import REFERENCE_ORDER, Beside, Runs, references
+from dynamics.engine.measuring import CachedPrefixes
+from dynamics.engine.memory import QUARTER, models_per_stack, trim_freed_memory
+from dynamics.engine.runs import REFERENCE_ORDER, Runs, Variants, reference_models_trimmed
 from dynamics.sites import Site
 from dynamics.steps.stacks import Stack, Workspace
 
 
-def selections(runs: Runs, sites: Sequence[Site]) -> Iterator[Stack | Beside]:
+def mixed_models(runs: Runs, sites: Sequence[Site]) -> Iterator[Stack | Variants]:
     """The references, and the base model with the source model's elements on one site at a time.
 
     Stacks hold copies of the tensors that their sites cover, and no others.
     """
+    runs.steps.paths.took("steps", "elements of two finished steps")
     kept: dict[str, dict[str, Tensor]] = {}
     names = iter(REFERENCE_ORDER)
-    for models in references(runs):
+    for models in reference_models_trimmed(runs):
         yield models
         kept |= {name: m for m, name in zip(models, names, strict=False) if name in ("base", "source")}
         del models  # before the next ones are made
-        runs.forget(kept)
-    give_back(runs.checkpoint.parameters)
+        runs.release(kept)
+    trim_freed_memory(runs.checkpoint.parameters)
     base, source = kept["base"], kept["source"]
-    begun: Beginnings = {}
+    prefixes: CachedPrefixes = {}
     covered: dict[str, Tensor] = {}
     pending: list[Site] = []
     for site in sites:
         wider = covered | {name: base[name] for name in site.covers}
-        if len(pending) + 2 > at_most(wider.values(), QUARTER) and pending:
-            yield Beside(_exchanged(base, source, pending, runs.space), begun)
+        if len(pending) + 2 > models_per_stack(wider.values(), QUARTER) and pending:
+            yield Variants(_mixed(base, source, pending, runs.space), prefixes)
             pending, wider = [], {name: base[name] for name in site.covers}
         pending, covered = [*pending, site], wider
-    yield Beside(_exchanged(base, source, pending, runs.space), begun)
+    yield Variants(_mixed(base, source, pending, runs.space), prefixes)
 
 
-def _exchanged(
+def _mixed(
     base: Mapping[str, Tensor], source: Mapping[str, Tensor], sites: Sequence[Site], space: Workspace
 ) -> Stack:
     """The base model, and beside it those with the source's value on one of the sites each."""

@@ -1,6 +1,6 @@
-"""The gradient of a measure, averaged along the straight line from one model to another.
+"""Path integral of a measure's gradient along the straight line from one model to another: integrated gradients.
 
-Only the measure is ever differentiated; where the line leads is the optimizer's own step.
+Only the measure is ever differentiated; where the path leads is the optimizer's own step.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynamics.engine.measure_gradients import Asked, Slopes
-from dynamics.engine.memory import QUARTER, at_most, chunks
+from dynamics.engine.measure_gradients import MeasureGradients, MeasureQuery
+from dynamics.engine.memory import QUARTER, chunks, models_per_stack
 from dynamics.measures import Measure
 
 Method = Literal["first_order", "integrated"]
@@ -26,10 +26,10 @@ FEWEST_NODES = 8
 
 @dataclass(frozen=True)
 class Quadrature:
-    """Where along a line the gradient is taken, and when that is often enough.
+    """The nodes of an integration path at which the gradient is taken, and when they suffice.
 
     Attributes:
-        method: "first_order", one gradient where the line begins; or "integrated", Gauss-Legendre nodes.
+        method: "first_order", one gradient where the path begins; or "integrated", Gauss-Legendre nodes.
         tolerance: |ΣA − change of the measure| / Σ|A| over the parameter tensors, at which nodes suffice.
         max_nodes: the most that are tried.
 
@@ -50,30 +50,30 @@ class Quadrature:
             )
 
     def rules(self) -> Iterator[list[tuple[float, float]]]:
-        """Rules to try in turn, each a list of (place on [0, 1], weight); the nodes double."""
+        """Quadrature rules to try in turn, each a list of (node in [0, 1], weight); the nodes double."""
         if self.method == "first_order":
             yield [(0.0, 1.0)]
             return
         n = min(FEWEST_NODES, self.max_nodes)
         while n <= self.max_nodes:
-            places, weights = np.polynomial.legendre.leggauss(n)
-            yield [((1 + x) / 2, w / 2) for x, w in zip(places.tolist(), weights.tolist(), strict=True)]
+            nodes, weights = np.polynomial.legendre.leggauss(n)
+            yield [((1 + x) / 2, w / 2) for x, w in zip(nodes.tolist(), weights.tolist(), strict=True)]
             n *= 2
 
 
 @dataclass(frozen=True)
-class Line:
-    """Two models that differ in trained parameters alone, and what is measured along the way.
+class StraightPath:
+    """A straight integration path between two models that differ in trained parameters alone.
 
     Attributes:
-        slopes: how gradients are taken; shared by the lines of one call.
-        start: all tensors where the line begins.
+        gradients: how gradients are taken; shared by the paths of one call.
+        start: all tensors where the path begins.
         stop: parameters where it ends. Buffers are those of `start` throughout.
         probe: what the measure is evaluated on.
         name: how errors name it.
     """
 
-    slopes: Slopes
+    gradients: MeasureGradients
     start: Mapping[str, Tensor]
     stop: Mapping[str, Tensor]
     probe: object
@@ -82,13 +82,13 @@ class Line:
     @cached_property
     def change(self) -> dict[str, Tensor]:
         """Stop − start of every trained parameter, in fp64."""
-        trained = [name for name, p in self.slopes.recipe.model.named_parameters() if p.requires_grad]
+        trained = [name for name, p in self.gradients.recipe.model.named_parameters() if p.requires_grad]
         return {name: self.stop[name].double() - self.start[name].double() for name in trained}
 
     def mean_gradient(
         self, name: str, measure: Measure, change_of_measure: float, quadrature: Quadrature
     ) -> tuple[dict[str, Tensor], int]:
-        """The measure's gradient averaged over the line, by trained parameter in fp64, and the nodes taken.
+        """The measure's gradient averaged over the path, by trained parameter in fp64, and the number of nodes.
 
         Nodes are doubled until the gradient times the change of the parameters is the change of the measure
         to within the tolerance, or there are no more. A parameter the measure does not read has gradient zero.
@@ -100,12 +100,12 @@ class Line:
         mean: dict[str, Tensor] = {}
         n_nodes = 0
         others = {n: t for n, t in self.start.items() if n not in self.change}
-        asked = Asked(name, measure, self.probe, others, self.name)
+        query = MeasureQuery(name, measure, self.probe, others, self.name)
         for rule in quadrature.rules():
             mean = {n: torch.zeros_like(delta) for n, delta in self.change.items()}
-            for nodes in chunks(rule, at_most((self.start[n] for n in self.change), QUARTER)):
-                places, weights = zip(*nodes, strict=True)
-                for n, g in self.slopes.summed(asked, self._at(places), weights).items():
+            for chunk in chunks(rule, models_per_stack((self.start[n] for n in self.change), QUARTER)):
+                nodes, weights = zip(*chunk, strict=True)
+                for n, g in self.gradients.summed(query, self._at(nodes), weights).items():
                     mean[n].add_(g)
             n_nodes = len(rule)
             parts = [float((mean[n] * delta).sum()) for n, delta in self.change.items()]
@@ -113,11 +113,11 @@ class Line:
                 break
         return mean, n_nodes
 
-    def _at(self, places: Sequence[float]) -> dict[str, Tensor]:
-        """Trained parameters at start + place · change: [n_places, *shape]."""
+    def _at(self, nodes: Sequence[float]) -> dict[str, Tensor]:
+        """Trained parameters at start + node · change: [n_nodes, *shape]."""
         found = {}
         for n, delta in self.change.items():
             start = self.start[n].detach()
             step = delta.to(start.dtype)
-            found[n] = torch.stack([torch.add(start, step, alpha=place) for place in places])
+            found[n] = torch.stack([torch.add(start, step, alpha=node) for node in nodes])
         return found

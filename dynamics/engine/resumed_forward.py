@@ -1,4 +1,4 @@
-"""What a base model computes before the first change, kept for all models that differ from it later on."""
+"""Resuming a forward pass: the cached prefix of a base model's pass serves all models that differ only after it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Forward = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Call:
+class SubmoduleCall:
     """One run of a submodule.
 
     Attributes:
@@ -35,15 +35,15 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """A base model's forward pass.
+class CachedPrefix:
+    """A base model's forward pass, cached submodule by submodule.
 
     Attributes:
         calls: of submodules that have parameters, in the order in which they began.
         first_read: when each tensor was first used in a computation, whoever did so.
     """
 
-    calls: list[Call]
+    calls: list[SubmoduleCall]
     first_read: Mapping[str, int]
 
     @contextmanager
@@ -77,13 +77,13 @@ class Beginning:
             yield
 
 
-def beginning(
+def cache_prefix(
     run: Callable[[Mapping[str, Tensor]], Any],
     model: nn.Module,
     tensors: Mapping[str, Tensor],
     n_bytes: int,
-) -> Beginning | None:
-    """Take a forward pass and keep it.
+) -> CachedPrefix | None:
+    """Take a forward pass and cache what its submodules give.
 
     Args:
         run: takes it, with the given tensors in place of the model's own.
@@ -98,7 +98,7 @@ def beginning(
         None where parts of the pass cannot be left out: it draws random numbers, or writes into buffers,
         activations or parameters.
     """
-    watch = _Watch({id(tensor): name for name, tensor in tensors.items()}, n_bytes)
+    watch = _PassRecorder({id(tensor): name for name, tensor in tensors.items()}, n_bytes)
     watch.see(tensors)
     before = vars(RngState.capture())
     with torch.no_grad(), watch, _forwards(model, watch.around):
@@ -106,18 +106,18 @@ def beginning(
     drawn = differences(before, vars(RngState.capture()))
     if drawn or any(tensor._version != version for tensor, version in watch.seen):
         return None
-    return Beginning(sorted(watch.calls, key=lambda call: call.start), watch.first_read)
+    return CachedPrefix(sorted(watch.calls, key=lambda call: call.start), watch.first_read)
 
 
-class _Watch(TorchFunctionMode):
-    """Notes when which tensor is read and which submodule runs."""
+class _PassRecorder(TorchFunctionMode):
+    """Records when each tensor is first read and when each submodule runs."""
 
     def __init__(self, names: Mapping[int, str], n_bytes: int) -> None:
         super().__init__()
         self.names = names
         self.n_bytes = n_bytes
         self.clock = 0
-        self.calls: list[Call] = []
+        self.calls: list[SubmoduleCall] = []
         self.first_read: dict[str, int] = {}
         self.seen: list[tuple[Tensor, int]] = []
         """What submodules were given and gave, with the number of writes into it so far."""
@@ -136,7 +136,7 @@ class _Watch(TorchFunctionMode):
 
     def around(self, name: str, forward: Forward) -> Forward:
         def run(*arguments: Any, **keywords: Any) -> Any:
-            call = Call(name, self._now(), 0, None)
+            call = SubmoduleCall(name, self._now(), 0, None)
             self.see((arguments, keywords))
             output = forward(*arguments, **keywords)
             self.n_bytes -= self.see(output)

@@ -25,6 +25,16 @@ def is_bridge(model: nn.Module) -> bool:
     return hasattr(model, "hook_dict") and hasattr(model, "original_model")
 
 
+def refuse_bridge(model: nn.Module) -> None:
+    """Raise a TypeError for a TransformerBridge, whose parameters cannot be replaced during a call."""
+    if is_bridge(model):
+        raise TypeError(
+            "a TransformerBridge cannot be called with other tensors than its own. Give the verbs that take a step "
+            "the Hugging Face model itself; patch_activations and attribute_activations take a bridge as it stands "
+            "(checkpoint=None)."
+        )
+
+
 class _Bound(nn.Module):
     """A function (model, batch) as a module, so that the model's tensors can be replaced during the call."""
 
@@ -37,7 +47,7 @@ class _Bound(nn.Module):
         return self.function(self.model, batch)
 
 
-def call(
+def call_with(
     function: Callable[[nn.Module, Any], T], model: nn.Module, tensors: Mapping[str, Tensor], batch: Any
 ) -> T:
     """function(model, batch) with the model's parameters and buffers replaced by `tensors`.
@@ -48,18 +58,13 @@ def call(
     Raises:
         TypeError: the model is a TransformerBridge, whose parameters this would corrupt without a word.
     """
-    if is_bridge(model):
-        raise TypeError(
-            "a TransformerBridge cannot be called with other tensors than its own. Give the verbs that take a step "
-            "the Hugging Face model itself; patch_activations and attribute_activations take a bridge as it stands "
-            "(checkpoint=None)."
-        )
+    refuse_bridge(model)
     replaced = {f"model.{name}": tensor for name, tensor in tensors.items()}
     return functional_call(_Bound(model, function), replaced, (batch,))  # type: ignore[no-any-return]
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Every submodule in eval mode inside, each in its own mode again afterwards."""
     modes = {module: module.training for module in model.modules()}
     if any(modes.values()):
@@ -73,7 +78,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def attributes_kept(module: nn.Module) -> Iterator[None]:
+def attributes_restored(module: nn.Module) -> Iterator[None]:
     """Afterwards every attribute of every submodule is what it was, parameters, buffers and hooks aside.
 
     Lists, dicts and sets hold what they held, however deep, and tensors their values. Other objects are

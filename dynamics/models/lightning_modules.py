@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from checkpoints.rng import replayed
-from dynamics.models.functional import attributes_kept
+from dynamics.models.functional import attributes_restored
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ def training_loss(model: Any, batch: Any) -> Tensor:
         RecipeError: there is no loss in what it returns.
     """
     arguments = (batch, 0) if _takes_batch_index(model) else (batch,)
-    with attributes_kept(model):
+    with attributes_restored(model):
         _part_from_trainer(model, "training_step")
         returned = model.training_step(*arguments)
     loss = returned.get("loss") if isinstance(returned, Mapping) else returned

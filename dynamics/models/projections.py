@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from dynamics.models.functional import call
+from dynamics.models.functional import call_with
 
 ITSELF = ""
 """The declaring module: its first argument is read, or its output written."""
@@ -58,7 +58,9 @@ def _whole(module: nn.Module) -> Callable[..., Any]:
     """The module's forward as a function of its parameters and buffers; hooks on the module are not called."""
 
     def apply(tensors: Mapping[str, Tensor], *arguments: Any, **keywords: Any) -> Any:
-        return call(lambda m, given: m.forward(*given[0], **given[1]), module, tensors, (arguments, keywords))
+        return call_with(
+            lambda m, given: m.forward(*given[0], **given[1]), module, tensors, (arguments, keywords)
+        )
 
     return apply
 

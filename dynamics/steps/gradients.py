@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from checkpoints import Checkpoint
 from checkpoints.rng import RngState
-from dynamics.models.functional import call
+from dynamics.models.functional import call_with
 from dynamics.recipe import Recipe, RecipeError
 from dynamics.steps.taps import Taps
 from dynamics.trees import not_finite
@@ -77,7 +77,7 @@ def gradient(
         return loss, found, after
 
     with checkpoint.random_state(), torch.enable_grad(), taps.attached(recipe.model):
-        loss, found, buffers = call(passes, recipe.model, {**parameters, **buffers}, batch)
+        loss, found, buffers = call_with(passes, recipe.model, {**parameters, **buffers}, batch)
         rng = RngState.capture()
     if taps.keeps_graph:
         taps.parameters.update(inputs)

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from checkpoints import Trajectory
 from dynamics import results
-from dynamics.engine.runs import SECONDS_BEFORE_PROGRESS
+from dynamics.engine.progress import SECONDS_BEFORE_PROGRESS
 from dynamics.measures import Measure
 from dynamics.sweeps import shards, working
 from dynamics.sweeps.errors import SweepError

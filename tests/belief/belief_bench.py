@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dynamics.steps.states import revived
+from dynamics.steps.states import restored_copy
 from dynamics.studies import battery, belief
 
 NAMES = [
@@ -66,7 +66,7 @@ def loss_of(model, batch):
 
 def gradient(run, batch, state=None):
     """By an ordinary backward pass on a copy."""
-    model, _, _ = revived(run.recipe, run.state if state is None else state)
+    model, _, _ = restored_copy(run.recipe, run.state if state is None else state)
     model.zero_grad()
     loss_of(model, batch).backward()
     return {name: p.grad for name, p in model.named_parameters()}
@@ -81,7 +81,7 @@ def exchanged(base, source, covers):
 
 def after(run, gradients, state=None):
     """Model, optimizer and scheduler after one ordinary step with given gradients."""
-    model, optimizer, scheduler = revived(run.recipe, run.state if state is None else state)
+    model, optimizer, scheduler = restored_copy(run.recipe, run.state if state is None else state)
     for name, p in model.named_parameters():
         p.grad = gradients[name].clone()
     torch.nn.utils.clip_grad_norm_(model.parameters(), run.task.config.phases.max_grad_norm)

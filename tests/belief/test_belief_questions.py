@@ -29,7 +29,7 @@ from belief_bench import (
 import dynamics as dy
 from dynamics import measures, sites, steps
 from dynamics.sites import Site
-from dynamics.steps.states import revived
+from dynamics.steps.states import restored_copy
 from dynamics.studies import belief
 from dynamics.tasks import AliasTask
 
@@ -219,7 +219,7 @@ def test_true_and_false_contents_are_exchanged_each_in_their_own_contrast(run, t
     np.testing.assert_allclose(false[:3], expected[1], atol=1e-10)
     np.testing.assert_allclose(above.calls[0][0], np.sign(true.mean()) * (true - false), atol=1e-15)
     whole = {}
-    model, _, _ = revived(run.recipe, run.state)
+    model, _, _ = restored_copy(run.recipe, run.state)
     for content, which in (("true", run.task.contrasts()), ("false", belief._false_contrasts(run.task))):
         for tag, side in (("unreliable", "base"), ("reliable", "source")):
             changes = [
@@ -316,7 +316,7 @@ def test_the_impulse_takes_the_runs_own_optimizer_whichever_the_single_step_take
 def test_the_tags_are_counted_measured_and_their_definitions_losses_told(run):
     check = belief._tags([run])
     task, parts = run.task, []
-    model, _, _ = revived(run.recipe, run.state)
+    model, _, _ = restored_copy(run.recipe, run.state)
     for tag, side in (("reliable", "source"), ("unreliable", "base")):
         token = getattr(task, tag)
         n = sum(row[0] == token for row in task.rows("x1").tokens.tolist())

@@ -25,7 +25,7 @@ from scipy.stats import spearmanr
 from torch.optim import SGD, AdamW
 
 import dynamics as dy
-from dynamics.engine.batch_rows import rows_of
+from dynamics.engine.batch_rows import split_rows
 
 BATCHES = [points(seed) for seed in range(3)]
 BATCH = points(10)
@@ -112,7 +112,7 @@ def test_ranks_are_those_of_replays_without_the_row_and_closer_to_them_than_trac
         rest = torch.tensor([i for i in range(16) if i != row])
         exact.append(whole - measured(dy.steps.replay(recipe, checkpoint, batch[rest]).parameters).item())
     gradients = torch.autograd.grad(measured(checkpoint.parameters), list(model.parameters()))
-    for row in rows_of(batch):
+    for row in split_rows(batch):
         of_row = dy.steps.gradient(recipe, checkpoint, row).gradients.values()
         tracin.append(-sum(float((g * h).sum()) for g, h in zip(gradients, of_row, strict=True)))
     ours, theirs = (spearmanr(ranked, exact).statistic for ranked in (found, tracin))

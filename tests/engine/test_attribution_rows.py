@@ -23,9 +23,10 @@ from torch.optim import SparseAdam
 
 import dynamics as dy
 from dynamics.batch import Batch
-from dynamics.engine.batch_rows import gradients_of_rows, moved_by_each, rows_of
-from dynamics.engine.gradient_prefetch import Ahead
-from dynamics.engine.runs import Runs, references
+from dynamics.engine.batch_rows import row_gradients, row_updates, split_rows
+from dynamics.engine.gradient_prefetch import GradientPrefetch
+from dynamics.engine.runs import Runs, reference_models_trimmed
+from dynamics.steps.fallbacks import ComputePaths
 from dynamics.steps.update import Steps
 
 BATCH = points(10)
@@ -34,12 +35,12 @@ PROBES = [dy.Contrast(None, None, points(12)), dy.Contrast(None, None, points(13
 
 def test_a_batch_of_any_kind_is_split_along_its_first_axis():
     batch = tokens(0, rows=3)
-    for i, row in enumerate(rows_of(batch)):
+    for i, row in enumerate(split_rows(batch)):
         assert isinstance(row, Batch)
         assert torch.equal(row.tokens, batch.tokens[i : i + 1])
         assert row.example_ids is None
     x, y = points(0, rows=2)
-    nested = rows_of({"points": (x, [y]), "route": "left", "scale": torch.tensor(2.0)})
+    nested = split_rows({"points": (x, [y]), "route": "left", "scale": torch.tensor(2.0)})
     assert len(nested) == 2
     assert torch.equal(nested[1]["points"][1][0], y[1:])
     assert [row["route"] for row in nested] == ["left", "left"]
@@ -117,9 +118,14 @@ def test_of_a_token_that_one_row_alone_has_nothing_is_left_without_it():
     batch = replace(batch, tokens=batch.tokens.clone())
     batch.tokens[3, 0] = 10
     whole = dy.Contrast(batch, batch)
-    runs = Runs(Steps(recipe, checkpoint), whole, "a batch", Ahead(recipe, checkpoint, [whole]))
-    ((_, coasted, base, _),) = references(runs)
-    moved = moved_by_each(runs, gradients_of_rows(runs, rows_of(batch)), base)
+    runs = Runs(
+        Steps(recipe, checkpoint),
+        whole,
+        "a batch",
+        GradientPrefetch(recipe, checkpoint, [whole], ComputePaths()),
+    )
+    ((_, coasted, base, _),) = reference_models_trimmed(runs)
+    moved = row_updates(runs, row_gradients(runs, split_rows(batch)), base)
     alone = (base["embed.W_E"] - coasted["embed.W_E"])[10]
     assert torch.equal(moved["embed.W_E"][3, 10], alone)
     assert float(alone.abs().min()) > 1e-3

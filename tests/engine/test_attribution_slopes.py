@@ -6,7 +6,7 @@ from engine_models import classifier_recipe, points, tokens, transformer, transf
 from torch import nn
 
 import dynamics as dy
-from dynamics.engine.measure_gradients import Asked, Slopes
+from dynamics.engine.measure_gradients import MeasureGradients, MeasureQuery
 from dynamics.steps import NonFiniteGradient
 from dynamics.steps.states import starting_point
 
@@ -47,10 +47,10 @@ def counting(recipe):
 
 def slopes_of(recipe, measure, probe, weights=WEIGHTS):
     state, others, leaves = at_several(recipe, len(weights))
-    slopes = Slopes(recipe, state)
-    found = slopes.summed(Asked("m", measure, probe, others, "a test"), leaves, weights)
+    slopes = MeasureGradients(recipe, state)
+    found = slopes.summed(MeasureQuery("m", measure, probe, others, "a test"), leaves, weights)
     calls = counting(recipe)
-    again = slopes.summed(Asked("m", measure, probe, others, "a test"), leaves, weights)
+    again = slopes.summed(MeasureQuery("m", measure, probe, others, "a test"), leaves, weights)
     n_calls = len(calls)
     assert all(torch.equal(again[name], g) for name, g in found.items())
     return found, by_hand(recipe, others, leaves, weights, measure, probe), n_calls
@@ -109,8 +109,10 @@ def test_one_model_by_itself_is_not_taken_both_ways():
 def test_what_a_measure_does_not_read_has_no_gradient():
     recipe = classifier_recipe()
     state, others, leaves = at_several(recipe)
-    asked = Asked("m", lambda model, batch: model.encoder(batch[0]).mean(), points(0), others, "a test")
-    found = Slopes(recipe, state).summed(asked, leaves, WEIGHTS)
+    asked = MeasureQuery(
+        "m", lambda model, batch: model.encoder(batch[0]).mean(), points(0), others, "a test"
+    )
+    found = MeasureGradients(recipe, state).summed(asked, leaves, WEIGHTS)
     assert sorted(found) == ["encoder.bias", "encoder.weight"]
 
 
@@ -119,17 +121,17 @@ def test_a_gradient_that_is_not_finite_is_named(n):
     recipe = transformer_recipe()
     state, others, leaves = at_several(recipe, n)
     leaves["unembed.b_U"][-1, 3] = float("nan")
-    asked = Asked("m", dy.measures.correct_log_prob, tokens(1), others, "a test")
+    asked = MeasureQuery("m", dy.measures.correct_log_prob, tokens(1), others, "a test")
     with pytest.raises(NonFiniteGradient, match=r"measure 'm' of a test at \S+ is not finite"):
-        Slopes(recipe, state).summed(asked, leaves, WEIGHTS[:n])
+        MeasureGradients(recipe, state).summed(asked, leaves, WEIGHTS[:n])
 
 
 def test_leaves_are_left_as_they_are():
     recipe = transformer_recipe()
     state, others, leaves = at_several(recipe)
     before = {name: leaf.clone() for name, leaf in leaves.items()}
-    asked = Asked("m", dy.measures.correct_logit, tokens(1), others, "a test")
-    Slopes(recipe, state).summed(asked, leaves, WEIGHTS)
+    asked = MeasureQuery("m", dy.measures.correct_logit, tokens(1), others, "a test")
+    MeasureGradients(recipe, state).summed(asked, leaves, WEIGHTS)
     assert all(torch.equal(leaf, before[name]) and not leaf.requires_grad for name, leaf in leaves.items())
 
 
@@ -142,8 +144,8 @@ def test_a_users_function_may_write_into_the_parameters_it_is_given():
     recipe = transformer_recipe()
     state, others, leaves = at_several(recipe)
     before = {name: leaf.clone() for name, leaf in leaves.items()}
-    asked = [Asked("m", m, tokens(1), others, "a test") for m in (measure, dy.measures.correct_logit)]
-    found, expected = (Slopes(recipe, state).summed(a, leaves, WEIGHTS) for a in asked)
+    asked = [MeasureQuery("m", m, tokens(1), others, "a test") for m in (measure, dy.measures.correct_logit)]
+    found, expected = (MeasureGradients(recipe, state).summed(a, leaves, WEIGHTS) for a in asked)
     assert_alike(found, expected)
     assert all(torch.equal(leaf, before[name]) for name, leaf in leaves.items())
 
@@ -153,9 +155,9 @@ def test_a_finite_gradient_whose_norm_overflows_is_finite(n):
     recipe = transformer_recipe(model=transformer("float32"))
     state, others, leaves = at_several(recipe, n)
     huge = dy.measures.LogitMeasure(
-        "huge", "logit", lambda z, batch: z.gather(-1, batch.targets[:, None]) * 1e25
+        "huge", "logit", lambda z, batch: z.gather(-1, batch.targets[:, None]).squeeze(-1) * 1e25
     )
-    asked = Asked("m", huge, tokens(1), others, "a test")
-    found = Slopes(recipe, state).summed(asked, leaves, WEIGHTS[:n])
+    asked = MeasureQuery("m", huge, tokens(1), others, "a test")
+    found = MeasureGradients(recipe, state).summed(asked, leaves, WEIGHTS[:n])
     assert max(float(g.abs().max()) for g in found.values()) > 1e20
     assert all(bool(g.isfinite().all()) for g in found.values())

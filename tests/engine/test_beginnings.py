@@ -15,9 +15,9 @@ from torch import nn
 import dynamics as dy
 from dynamics import sites
 from dynamics.engine import measuring
-from dynamics.engine.resumed_forward import Beginning, beginning
+from dynamics.engine.resumed_forward import CachedPrefix, cache_prefix
 from dynamics.measures import LogitMeasure
-from dynamics.models.functional import call
+from dynamics.models.functional import call_with
 from dynamics.steps.states import starting_point
 
 CONTRASTS = [dy.Contrast(tokens(i), tokens(i + 10), tokens(i + 20), {"example": f"{i}"}) for i in range(2)]
@@ -115,8 +115,11 @@ def recipe_of(model):
 def begun(model, probe, n_bytes=2**20):
     state = starting_point(recipe_of(model), None)
     tensors = {**state.parameters, **{name: buffer.clone() for name, buffer in state.buffers.items()}}
-    return beginning(
-        lambda given: call(dy.measures.correct_logit, model.eval(), given, probe), model, tensors, n_bytes
+    return cache_prefix(
+        lambda given: call_with(dy.measures.correct_logit, model.eval(), given, probe),
+        model,
+        tensors,
+        n_bytes,
     )
 
 
@@ -127,7 +130,7 @@ def exchanged(
     runs = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measuring, "is_large", lambda parameters: resume)
-        patch.setattr(measuring, "bytes_at_most", lambda *given: 2**20)  # whatever stacks may take
+        patch.setattr(measuring, "memory_budget", lambda *given: 2**20)  # whatever stacks may take
         if watched is not None:
             forward = watched.forward
             patch.setitem(
@@ -243,8 +246,8 @@ def test_a_pass_that_leads_elsewhere_is_not_resumed_again(monkeypatch):
         return logits.sum(-1) * (1 if passed else 2)
 
     measure, resumed = LogitMeasure("noted", "1", read), []
-    resume = Beginning.resumed
-    monkeypatch.setattr(Beginning, "resumed", lambda *given: resumed.append(1) or resume(*given))
+    resume = CachedPrefix.resumed
+    monkeypatch.setattr(CachedPrefix, "resumed", lambda *given: resumed.append(1) or resume(*given))
     found, _ = exchanged(model, measure=measure)
     assert len(resumed) == len(CONTRASTS) * (3 + 1)  # three sites up to that block, and one after it
     whole, _ = exchanged(model, resume=False, measure=measure)

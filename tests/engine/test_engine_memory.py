@@ -93,16 +93,16 @@ def test_a_budget_of_nothing_is_refused(n_bytes):
 
 def test_stacks_take_half_of_what_is_free_and_of_much_memory_64_mib(monkeypatch):
     kilobyte = torch.zeros(256)
-    for available, n in ((8 * 2**10, 4), (2**10, 1), (0, 1), (2**40, memory.CHUNK)):
+    for available, n in ((8 * 2**10, 4), (2**10, 1), (0, 1), (2**40, memory.MAX_STACKED)):
         memory._half_of_free_at_first.cache_clear()
         monkeypatch.setattr(psutil, "virtual_memory", lambda a=available: SimpleNamespace(available=a))
-        assert memory.at_most([kilobyte]) == n
+        assert memory.models_per_stack([kilobyte]) == n
         with dy.max_memory(3 * 2**10):
-            assert memory.at_most([kilobyte]) == 3
-    assert memory.at_most([torch.zeros(2**18)] * 8) == 8  # 8 MiB each
-    assert memory.at_most([torch.zeros(2**18)] * 8, memory.HALF) == 4
+            assert memory.models_per_stack([kilobyte]) == 3
+    assert memory.models_per_stack([torch.zeros(2**18)] * 8) == 8  # 8 MiB each
+    assert memory.models_per_stack([torch.zeros(2**18)] * 8, memory.HALF) == 4
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
-    assert memory.at_most([kilobyte]) == memory.CHUNK  # the same as before, in this process
+    assert memory.models_per_stack([kilobyte]) == memory.MAX_STACKED  # the same as before, in this process
     memory._half_of_free_at_first.cache_clear()
 
 
@@ -112,19 +112,19 @@ def test_on_a_gpu_they_take_half_of_what_is_free_now_and_what_torch_keeps_counts
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3000)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
     tensor = SimpleNamespace(nbytes=1000, device=torch.device("cuda"))
-    assert memory.at_most([tensor]) == 5
+    assert memory.models_per_stack([tensor]) == 5
     free[0] = 2000
-    assert memory.at_most([tensor]) == 2
+    assert memory.models_per_stack([tensor]) == 2
 
 
 @pytest.mark.parametrize(("numel", "given"), [(2**22, [0]), (2**22 - 1, [])])
 def test_freed_memory_is_given_back_where_the_model_is_large(numel, given, monkeypatch):
     trimmed = []
     monkeypatch.setattr(memory, "_C_LIBRARY", SimpleNamespace(malloc_trim=trimmed.append))
-    memory.give_back({"a": torch.empty(numel - 10), "b": torch.empty(10)})
+    memory.trim_freed_memory({"a": torch.empty(numel - 10), "b": torch.empty(10)})
     assert trimmed == given
     monkeypatch.setattr(memory, "_C_LIBRARY", SimpleNamespace())  # another C library
-    memory.give_back({"a": torch.empty(2**23)})
+    memory.trim_freed_memory({"a": torch.empty(2**23)})
 
 
 class Unstackable(nn.Module):
@@ -246,7 +246,7 @@ def test_what_a_stack_rounds_otherwise_than_the_base_model_alone_is_taken_off_al
     recipe = transformer_recipe()
     measuring = Measuring(recipe, starting_point(recipe, None), {"m": dy.measures.correct_logit})
     monkeypatch.setattr(Measuring, "__call__", lambda self, models, probe: np.array([[1.0], [1.5], [1.0]]))
-    found = measuring.beside(Stack(3, {}, {}), None, np.array([0.9]), {})
+    found = measuring.variants_of(Stack(3, {}, {}), None, np.array([0.9]), {})
     np.testing.assert_array_equal(found, [[1.4], [0.9]])
 
 
@@ -277,9 +277,11 @@ def test_memory_is_given_back_around_both_gradients_and_before_updates_are_excha
         gradient_prefetch, "gradient", lambda *given: events.append("gradient") or take(*given)
     )
     for room in (runs, mixtures):
-        monkeypatch.setattr(room, "give_back", lambda parameters: events.append("given back"))
-    beside = Measuring.beside
-    monkeypatch.setattr(Measuring, "beside", lambda *given: events.append("exchanged") or beside(*given))
+        monkeypatch.setattr(room, "trim_freed_memory", lambda parameters: events.append("given back"))
+    variants_of = Measuring.variants_of
+    monkeypatch.setattr(
+        Measuring, "variants_of", lambda *given: events.append("exchanged") or variants_of(*given)
+    )
     recipe = transformer_recipe()
     with dy.max_memory(1):
         dy.patch_updates(

@@ -124,7 +124,7 @@ def test_sites_with_positions_take_steps(setting, monkeypatch):
     recipe = setting[0]
     located = sites.at_positions([sites.heads(recipe.model)[0]], {"first": 0})
     assert located[0].positions is not None
-    monkeypatch.setattr(patch_gradients_module, "selections", None)
+    monkeypatch.setattr(patch_gradients_module, "mixed_models", None)
     dy.patch_gradients(recipe, setting[1], [CONTRAST], located, dy.measures.correct_logit)
 
 

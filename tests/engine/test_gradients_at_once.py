@@ -18,11 +18,22 @@ from dynamics.batch import Batch
 from dynamics.engine import gradient_prefetch
 from dynamics.recipe import Contrast
 from dynamics.steps import NonFiniteGradient, gradient
-from dynamics.steps.per_example import gradients_at_once, signature
+from dynamics.steps.fallbacks import ComputePaths, Fallback
+from dynamics.steps.per_example import signature, vmapped_gradients
 from dynamics.steps.states import starting_point
 
 LOOPED = {"LSTM", "GRU", "LSTM with dropout", "spectral norm", "sparse", "transformer layer"}
 """Those vmap cannot take, and one whose dropout it draws otherwise."""
+
+
+def refusing(told):
+    """vmapped_gradients that says what it was given and takes nothing."""
+
+    def refuse(*given):
+        told(given)
+        raise Fallback("not here")
+
+    return refuse
 
 
 def case(name):
@@ -39,10 +50,11 @@ def case(name):
 def test_gradients_taken_at_once_are_those_of_a_pass_each(name):
     recipe, checkpoint, batches, tolerance = case(name)
     alone = [gradient(recipe, checkpoint, batch) for batch in batches]
-    found = gradients_at_once(recipe, checkpoint, batches, alone[0])
     if name in LOOPED:
-        assert found is None
+        with pytest.raises(Fallback):
+            vmapped_gradients(recipe, checkpoint, batches, alone[0])
         return
+    found = vmapped_gradients(recipe, checkpoint, batches, alone[0])
     assert len(found) == len(batches)
     for ours, theirs in zip(found, alone, strict=True):
         assert abs(float(ours.loss - theirs.loss)) <= tolerance * max(1, abs(float(theirs.loss)))
@@ -64,7 +76,7 @@ def test_elements_without_a_gradient_are_exactly_zero_at_once_too():
     recipe = transformer_recipe()
     state, batches = starting_point(recipe, None), [tokens(seed, below=10) for seed in range(3)]
     alone = [gradient(recipe, state, batch) for batch in batches]
-    for ours, theirs in zip(gradients_at_once(recipe, state, batches, alone[0]), alone, strict=True):
+    for ours, theirs in zip(vmapped_gradients(recipe, state, batches, alone[0]), alone, strict=True):
         unseen = theirs.gradients["embed.W_E"] == 0
         assert 0 < int(unseen.sum()) < unseen.numel()
         assert torch.equal(ours.gradients["embed.W_E"] == 0, unseen)
@@ -94,7 +106,7 @@ def test_a_verb_finds_the_same_with_gradients_taken_one_by_one(verb, n_bytes, se
     with dy.max_memory(n_bytes):
         ours = VERBS[verb](recipe, checkpoint, contrasts, patched, margin)
     taken = []
-    monkeypatch.setattr(gradient_prefetch, "gradients_at_once", lambda *given: taken.append(given))
+    monkeypatch.setattr(gradient_prefetch, "vmapped_gradients", refusing(taken.append))
     with dy.max_memory(4 * 4 * sum(p.nbytes for p in checkpoint.parameters.values())):
         theirs = VERBS[verb](recipe, checkpoint, contrasts, patched, margin)
     assert [len(given[2]) for given in taken] == [4]  # it is not tried again
@@ -105,7 +117,7 @@ def test_a_verb_finds_the_same_with_gradients_taken_one_by_one(verb, n_bytes, se
 
 def test_ten_batches_take_two_forward_passes(setting):
     recipe, calls = counted(setting[0])
-    taker = gradient_prefetch.Ahead(recipe, setting[1], setting[2])
+    taker = gradient_prefetch.GradientPrefetch(recipe, setting[1], setting[2], ComputePaths())
     for contrast in setting[2]:
         assert taker.gradient(contrast.base, "base") is taker.gradient(contrast.base, "base")
         taker.gradient(contrast.source, "source")
@@ -116,7 +128,7 @@ def test_as_many_are_taken_at_once_as_the_memory_holds(setting):
     recipe, calls = counted(setting[0])
     model = sum(p.nbytes for p in setting[1].parameters.values())
     with dy.max_memory(4 * 4 * model):
-        taker = gradient_prefetch.Ahead(recipe, setting[1], setting[2])
+        taker = gradient_prefetch.GradientPrefetch(recipe, setting[1], setting[2], ComputePaths())
         for contrast in setting[2]:
             taker.gradient(contrast.base, "base")
             taker.gradient(contrast.source, "source")
@@ -128,7 +140,7 @@ def test_batches_of_other_shapes_are_taken_with_their_like(setting):
     recipe, calls = counted(setting[0])
     small = [(x[:3], y[:3]) for x, y in map(points, range(20, 26))]
     contrasts = [dy.Contrast(c.base, s) for c, s in zip(setting[2], small, strict=False)]
-    taker = gradient_prefetch.Ahead(recipe, setting[1], contrasts)
+    taker = gradient_prefetch.GradientPrefetch(recipe, setting[1], contrasts, ComputePaths())
     for contrast in contrasts:
         for batch in (contrast.base, contrast.source):
             found, alone = taker.gradient(batch, "it"), gradient(recipe, setting[1], batch)
@@ -167,8 +179,9 @@ def test_what_vmap_finds_otherwise_is_not_taken(setting):
     batches = [c.base for c in contrasts]
     fickle = dy.Recipe(recipe.model, loss, recipe.optimizer)
     alone = gradient(fickle, checkpoint, batches[0])
-    assert gradients_at_once(fickle, checkpoint, batches, alone) is None
-    assert gradients_at_once(recipe, checkpoint, batches, alone) is not None
+    with pytest.raises(Fallback, match="another gradient"):
+        vmapped_gradients(fickle, checkpoint, batches, alone)
+    assert len(vmapped_gradients(recipe, checkpoint, batches, alone)) == len(batches)
 
 
 def test_a_loss_that_reads_a_number_is_taken_batch_by_batch(setting):
@@ -209,7 +222,7 @@ def test_attributes_that_the_model_writes_are_those_of_a_pass_by_itself(setting)
     state, batches = starting_point(keeping, None), [c.base for c in contrasts]
     alone = gradient(keeping, state, batches[0])
     running, seen = float(keeping.model.running), list(keeping.model.seen)
-    assert gradients_at_once(keeping, state, batches, alone) is not None
+    assert len(vmapped_gradients(keeping, state, batches, alone)) == len(batches)
     assert float(keeping.model.running) == running != 0
     assert len(keeping.model.seen) == 1
     assert keeping.model.seen[0] is seen[0]
@@ -242,7 +255,8 @@ def test_a_batch_that_alone_writes_into_a_buffer_is_not_taken_with_others():
     batches[2] = (batches[2][0] + 5, batches[2][1])
     alone = [gradient(recipe, state, batch) for batch in batches]
     assert [float(step.buffers["largest"]) > 0 for step in alone] == [False, False, True]
-    assert gradients_at_once(recipe, state, batches, alone[0]) is None
+    with pytest.raises(Fallback):
+        vmapped_gradients(recipe, state, batches, alone[0])
     assert float(state.buffers["largest"]) == 0
     assert float(recipe.model.largest) == 0
 
@@ -253,7 +267,9 @@ def test_rows_of_a_batch_are_taken_at_once(name, monkeypatch):
     probes = [Contrast(None, None, batches[1], {"example": "it"})]
     ours = dy.attribute_examples(recipe, checkpoint, batches[0], probes, dy.measures.correct_logit)
     taken = []
-    monkeypatch.setattr(gradient_prefetch, "gradients_at_once", lambda *given: taken.append(len(given[2])))
+    monkeypatch.setattr(
+        gradient_prefetch, "vmapped_gradients", refusing(lambda given: taken.append(len(given[2])))
+    )
     theirs = dy.attribute_examples(recipe, checkpoint, batches[0], probes, dy.measures.correct_logit)
     assert taken == [len(batches[0])]
     assert float(abs(ours["attribution"] - theirs["attribution"]).max()) <= 1e-12
