@@ -58,7 +58,7 @@ def patch_signals(
     row, and neither is a patched step. Replacing the signals of the source run by the source run's own
     gives recovery 1 exactly, and says nothing. And taking no step at all has a recovery of its own,
     (untouched − base) / (source − base), which is no zero: rows near it did not move at all. Compare with
-    `untouched` and `coasted` in every result (the seed's puzzle; `tests/engine/test_engine_puzzle.py`).
+    `untouched` and `coasted` in every result (the seed's puzzle; `tests/patching/test_signals_puzzle.py`).
 
     Source: the seed's backward-signal patching, done with an autograd function inside the graph.
     """

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from test_analysis_scripts import rows_of
-from test_readme import blocks
 
 import dynamics as dy
 from dynamics import results
 from dynamics.config import ToyConfig
 from dynamics.models.toy import ToyTransformer
+from tests.end_to_end.test_analysis_scripts import rows_of
+from tests.end_to_end.test_readme import blocks
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))  # where they import from each other

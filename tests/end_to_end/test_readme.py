@@ -8,9 +8,9 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from word_level import save_gpt2
 
 from checkpoints import Checkpoint, TrajectoryWriter, log_spaced
+from tests.zoo.word_level import save_gpt2
 
 README = Path(__file__).parents[2] / "README.md"
 

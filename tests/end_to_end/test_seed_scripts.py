@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from word_level import save_gpt2
 
 import dynamics as dy
 from checkpoints import Trajectory
@@ -17,6 +16,7 @@ from dynamics.config import AcronymsRun, FactsRun, IoiRun, ToyConfig
 from dynamics.config.languages import LatePhasesConfig, OnePhaseConfig
 from dynamics.config.parts import PhaseConfig, ScheduleConfig
 from dynamics.tasks import words
+from tests.zoo.word_level import save_gpt2
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))  # where they import from each other
