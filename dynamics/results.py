@@ -16,6 +16,8 @@ import numpy.typing as npt
 import pandas as pd
 import xarray as xr
 
+from dynamics.names import PLACEBO as PLACEBO
+from dynamics.names import SITE_COORDS as SITE_COORDS
 from dynamics.provenance import common, parse
 from dynamics.provenance import provenance as provenance
 
@@ -29,12 +31,6 @@ REFERENCES = {
     "coasted": "measure after a step with a zero gradient: momentum and decay alone",
 }
 """The references beside every patched measure, and what they are."""
-
-SITE_COORDS: dict[str, int | str] = {"layer": -1, "head": -1, "component": "", "level": ""}
-"""The coordinates every site has, and their values where a site has none."""
-
-PLACEBO = "placebo"
-"""The level of sites that only show what a site's size would do by itself."""
 
 _MISSING: dict[str, tuple[type, Any]] = {
     "i": (np.int64, -1),

@@ -14,7 +14,7 @@ import scipy.stats
 import xarray as xr
 
 from dynamics import results
-from dynamics.results import PLACEBO
+from dynamics.names import PLACEBO
 
 Array = npt.NDArray[np.float64]
 

@@ -18,7 +18,7 @@ import checkpoints
 import dynamics
 
 FLOORS = [
-    {"trees", "provenance", "results", "randomness", "config", "batch", "calls"},
+    {"names", "trees", "provenance", "results", "randomness", "config", "batch", "calls"},
     {"lightning_modules", "recipe", "measures", "sites", "projections", "labels"},
     {"models"},
     {"tasks"},

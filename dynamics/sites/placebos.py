@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynamics.names import PLACEBO
 from dynamics.randomness import generator
-from dynamics.results import PLACEBO
 from dynamics.sites.site import Site, coords_of
 from dynamics.trees import mask, squared_norm
 
