@@ -6,7 +6,8 @@ import functools
 import json
 import os
 import uuid
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -234,27 +235,43 @@ def units(dataset: xr.Dataset, name: str) -> str:
     return str(known[0]) if known.size == 1 else ""
 
 
-def save(dataset: xr.Dataset, path: str | os.PathLike[str]) -> None:
+def save(dataset: xr.Dataset, path: str | os.PathLike[str], overwrite: bool = False) -> None:
     """Write a dataset as netCDF (HDF5: h5py opens it), whole or not at all; its folder is made if absent.
 
-    It is written to a temporary name in the same folder, synced, and renamed. No fill values.
+    No fill values.
+
+    Args:
+        dataset: any whose attributes are strings, integers and floats.
+        path: of the file.
+        overwrite: replace a file of that name; it is there whole, old or new, at every moment.
 
     Raises:
-        FileExistsError: there is a file already; results are never overwritten.
+        FileExistsError: there is a file already, and overwrite is not set.
         ValueError: a MultiIndex, or an attribute that is not a string, an integer or a float.
     """
     target = Path(path)
     _expect_storable(dataset)
-    if target.exists():
+    if target.exists() and not overwrite:
         raise FileExistsError(
-            f"{target} exists; results are not overwritten. Choose another name or move it."
+            f"{target} exists; results are not overwritten unasked. Choose another name, move it, or give "
+            "overwrite=True."
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     plain = dataset.drop_encoding()
     encoding: dict[Hashable, dict[str, Any]] = {name: {"_FillValue": None} for name in plain.variables}
-    try:
+    with replacing(target) as temporary:
         plain.to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A temporary name beside a file, to write to; on the way out it is synced and takes the file's place.
+
+    The file's folder is made if absent. Where writing fails nothing is left, and an older file stays.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
         _sync(temporary)
         os.replace(temporary, target)
     finally:

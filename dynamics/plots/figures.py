@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import textwrap
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -43,13 +42,8 @@ def save(figure: Figure, path: str | os.PathLike[str], provenance: Mapping[str, 
         )
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150, metadata=dict(provenance or {}))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
+    with results.replacing(target) as temporary:
         temporary.write_bytes(image.getvalue())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def new(width: float, height: float) -> tuple[Figure, Axes]:
