@@ -45,6 +45,9 @@ class Recipe:
         clip: `ByNorm`, `ByValue` or None; `max_grad_norm=` is the shorthand for by norm.
 
     The loss runs in the mode (train or eval) the model is in; measures run in eval mode.
+
+    Raises:
+        RecipeError: an optimizer or a scheduler where what makes one belongs, or both clip and max_grad_norm.
     """
 
     model: nn.Module
@@ -55,6 +58,15 @@ class Recipe:
     max_grad_norm: InitVar[float | None] = None
 
     def __post_init__(self, max_grad_norm: float | None) -> None:
+        for kind, given, made, example in (
+            ("optimizer", self.optimizer, Optimizer, "torch.optim.AdamW, lr=1e-3"),
+            ("scheduler", self.scheduler, LRScheduler, "torch.optim.lr_scheduler.StepLR, step_size=30"),
+        ):
+            if isinstance(given, made):
+                raise RecipeError(
+                    f"{kind}= is an existing {type(given).__name__}; steps are taken on copies of the "
+                    f"model, so expected is what makes a new one: {kind}=partial({example})."
+                )
         if max_grad_norm is None:
             return
         if self.clip is not None:
