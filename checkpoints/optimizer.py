@@ -25,6 +25,13 @@ class OptimizerState:
     groups: tuple[dict[str, Any], ...]
     state: dict[str, dict[str, Any]]
 
+    def __repr__(self) -> str:
+        sizes = [len(group["params"]) for group in self.groups]
+        kept = dict.fromkeys(key for state in self.state.values() for key in state)
+        held = f"{', '.join(map(str, kept))} of {len(self.state)} parameters" if kept else "none"
+        groups = "1 group" if len(sizes) == 1 else f"{len(sizes)} groups"
+        return f"OptimizerState({groups} of {sum(sizes)} parameters; state: {held})"
+
 
 def names_by_identity(model: nn.Module) -> dict[int, str]:
     return {id(parameter): name for name, parameter in model.named_parameters()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import InitVar, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils import _pytree
 
 from dynamics import lightning_modules
 from dynamics.lightning_modules import RecipeError as RecipeError
+from dynamics.trees import described
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,16 @@ class Recipe:
         if self.clip is not None:
             raise RecipeError("give clip= or max_grad_norm=, not both: max_grad_norm=x means clip=ByNorm(x).")
         object.__setattr__(self, "clip", ByNorm(max_grad_norm))
+
+    def __repr__(self) -> str:
+        n_parameters = sum(p.numel() for p in self.model.parameters())
+        parts = [f"{type(self.model).__name__} of {n_parameters:,} parameters"]
+        for name in ("loss", "optimizer", "scheduler"):
+            if (function := getattr(self, name)) is not None:
+                parts.append(f"{name}={_name(function)}")
+        if self.clip is not None:
+            parts.append(f"clip={self.clip}")
+        return f"Recipe({', '.join(parts)})"
 
     @classmethod
     def from_lightning(cls, module: nn.Module, clip: Clip = None) -> Recipe:
@@ -157,6 +169,9 @@ class Contrast:
     probe: Any = None
     coords: Mapping[str, str | int | float] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return described(self)
+
     def reversed(self) -> Contrast:
         """Base and source exchanged: necessity where the contrast asked for sufficiency."""
         return replace(self, base=self.source, source=self.base)
@@ -166,3 +181,13 @@ class Contrast:
         batches = {"base": self.base, "source": self.source, "probe": self.probe}
         moved = _pytree.tree_map_only(Tensor, lambda t: t.to(device), batches)
         return replace(self, **moved)
+
+
+def _name(function: Callable[..., Any]) -> str:
+    """What a function is called, a partial one with its arguments: `AdamW(lr=0.001)`."""
+    if not isinstance(function, partial):
+        return getattr(function, "__qualname__", type(function).__qualname__)
+    keywords = [
+        f"{name}={_name(v) if callable(v) else described(v)}" for name, v in function.keywords.items()
+    ]
+    return f"{_name(function.func)}({', '.join([*map(described, function.args), *keywords])})"
