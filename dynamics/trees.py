@@ -121,7 +121,7 @@ def described(value: Any) -> str:
     """
     if isinstance(value, Tensor | np.ndarray):
         return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
-    if is_dataclass(value) and not isinstance(value, type) and value.__dataclass_params__.repr:
+    if is_dataclass(value) and not isinstance(value, type) and value.__dataclass_params__.repr:  # type: ignore[attr-defined]
         held = {f.name: getattr(value, f.name) for f in fields(value) if f.repr}
         parts = [f"{name}={described(part)}" for name, part in held.items() if part is not None]
         return f"{type(value).__name__}({', '.join(parts)})"
