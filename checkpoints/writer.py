@@ -49,6 +49,8 @@ class TrajectoryWriter:
     ) -> "TrajectoryWriter":
         """Begin a new run in a folder, which is made where there is none and may hold other files.
 
+        A run that was begun there and never came to a checkpoint gives way.
+
         Args:
             folder: the run folder.
             config: what the run can be rebuilt from: plain values (dicts, lists, tuples, numbers, text).
