@@ -33,6 +33,9 @@ REFERENCES = {
 }
 """The references beside every patched measure, and what they are."""
 
+VARIABLES = ("effect", "patched", "attribution", "residual", "nodes", *REFERENCES, "units")
+"""What the result of a verb holds by name, its units among it."""
+
 _MISSING: dict[str, tuple[type, Any]] = {
     "i": (np.int64, -1),
     "u": (np.int64, -1),
@@ -163,7 +166,7 @@ class _Frame:
         measure_names: Sequence[str] | None,
         units: str | Sequence[str],
     ) -> _Frame:
-        coords = {**coordinates(example_coords, "example"), **coordinates(other_coords, along)}
+        coords = crossed(example_coords, along, other_coords)
         sizes = {name: coords[name][1].size for name in ("example", along)}
         if measure_names is not None:
             coords.update(_columns({"measure": list(measure_names)}, "measure"))
@@ -355,6 +358,45 @@ def coordinates(columns: Mapping[str, Sequence[Any]], dim: str) -> dict[str, tup
         for name, missing in SITE_COORDS.items():
             found.setdefault(name, ("site", np.full(found["site"][1].size, missing)))
     return found
+
+
+def crossed(
+    example_coords: Mapping[str, Sequence[Any]], along: str, other_coords: Mapping[str, Sequence[Any]]
+) -> dict[str, tuple[str, npt.NDArray[Any]]]:
+    """The coordinates of examples, and those of the sites or rows that each of them is measured at.
+
+    Args:
+        example_coords: columns along `example`.
+        along: the other dim.
+        other_coords: columns along it.
+
+    Raises:
+        ValueError: a coordinate bears the name of one along the other dim, of a dim or of a variable; otherwise as
+            `coordinates`.
+    """
+    expect_free("contrast", set(example_coords) - {"example"}, {*SITE_COORDS, *other_coords} - {along})
+    expect_free(along, set(other_coords) - {along})
+    return {**coordinates(example_coords, "example"), **coordinates(other_coords, along)}
+
+
+def expect_free(owner: str, names: Iterable[str], of_sites: Iterable[str] = ()) -> None:
+    """Raise a ValueError where a coordinate would replace what a result knows by its name.
+
+    Args:
+        owner: whose coordinates they are: "contrast", "site" or "row".
+        names: theirs.
+        of_sites: names of coordinates along the other dim.
+    """
+    taken = {
+        **dict.fromkeys(of_sites, "a coordinate of sites"),
+        **dict.fromkeys(VARIABLES, "a variable of the result"),
+        **dict.fromkeys(DIMS, "a dim"),
+    }
+    for name in sorted(set(names) & set(taken)):
+        raise ValueError(
+            f"the coordinate {name!r} of a {owner} bears the name of {taken[name]}, whose place it would take. "
+            f"Call it otherwise in coords, such as '{owner}_{name}'."
+        )
 
 
 def _columns(columns: Mapping[str, Sequence[Any]], dim: str) -> dict[str, tuple[str, npt.NDArray[Any]]]:

@@ -14,7 +14,7 @@ from dynamics.attribution.lines import Line, Method, Quadrature
 from dynamics.attribution.slopes import Slopes
 from dynamics.attribution.sums import SiteSums
 from dynamics.attribution.tables import Table
-from dynamics.labels import site_columns
+from dynamics.labels import check_coordinates, site_columns
 from dynamics.measures import Measure
 from dynamics.patching.ahead import Ahead
 from dynamics.patching.experiment import REFERENCE_ORDER, SECONDS_BEFORE_PROGRESS, Runs, reference_models
@@ -89,6 +89,7 @@ def attribute_step(
             f"Site {located[0]!r} means some positions of a gradient, but a finished update is of all positions. "
             "Attribute the site without positions, or use patch_gradients."
         )
+    check_coordinates(contrasts, sites)
     state = starting_point(recipe, checkpoint)
     sums = SiteSums(sites, {n: p.shape for n, p in recipe.model.named_parameters() if p.requires_grad})
     table = Table(measure, len(contrasts), len(sites), REFERENCE_ORDER)

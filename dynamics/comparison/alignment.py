@@ -20,7 +20,7 @@ from checkpoints import Checkpoint
 from dynamics import measures, results
 from dynamics.calls import evaluating
 from dynamics.comparison.tables import Array, Products, cosine, presented
-from dynamics.labels import columns, site_columns
+from dynamics.labels import check_coordinates, columns, site_columns
 from dynamics.measures import Measure
 from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS
 from dynamics.recipe import Contrast, Recipe
@@ -184,6 +184,7 @@ def _begun(
         raise ValueError(f"{what} was given no {missing}; it needs at least one.")
     check(sites, recipe.model)
     check_whole(sites, what, "leave them out, as sites.heads(model) does")
+    check_coordinates(contrasts, sites)
     return starting_point(recipe, checkpoint), by_name
 
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from checkpoints import Checkpoint
 from dynamics import measures
 from dynamics.batch import Batch
-from dynamics.labels import Labels
+from dynamics.labels import Labels, check_coordinates
 from dynamics.measures import Measure
 from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS
 from dynamics.patching.forwards import (
@@ -186,3 +186,4 @@ def check_activation_sites(
     labels = [str(c.coords.get("example", f"contrast {i}")) for i, c in enumerate(contrasts)]
     if len(set(labels)) < len(labels):
         raise ValueError("contrasts share a label in coords['example']; give each its own.")
+    check_coordinates(contrasts, sites)

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from checkpoints import Checkpoint
 from dynamics import measures, results
-from dynamics.labels import Labels, example_columns
+from dynamics.labels import Labels, check_coordinates, example_columns
 from dynamics.measures import Measure
 from dynamics.patching.ahead import Ahead
 from dynamics.patching.measuring import Beginnings, Measuring
@@ -169,6 +169,7 @@ def experiment(
         raise ValueError(f"{verb} was given no measures; it needs at least one.")
     if len(set(example_columns(contrasts)["example"])) < len(contrasts):
         raise ValueError("contrasts share a label in coords['example']; give each its own.")
+    check_coordinates(contrasts, patched_sites)
     n_times = 1 if measured_after is None else len(measured_after)
     n_references = len(REFERENCE_ORDER)
     values = np.full((len(contrasts), n_references + len(patched_sites), n_times, len(by_name)), np.nan)
