@@ -18,7 +18,7 @@ import checkpoints
 import dynamics
 
 FLOORS = [
-    {"names", "trees", "provenance", "results", "randomness", "config", "batch", "calls"},
+    {"names", "tables", "trees", "provenance", "results", "randomness", "config", "batch", "calls"},
     {"lightning_modules", "recipe", "measures", "sites", "projections", "labels"},
     {"models"},
     {"tasks"},
