@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from checkpoints import values
-from checkpoints.naming import some
 from checkpoints.optimizer import (
     OptimizerState,
     capture_optimizer,
@@ -209,12 +208,17 @@ def _fingerprint(model: nn.Module) -> dict[str, str]:
     }
 
 
+def _some(names: list[str]) -> str:
+    """A few of many names."""
+    return f"{names[:5]}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
 def _check_fit(owner: str, kind: str, recorded: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
     problems = []
     if missing := [name for name in present if name not in recorded]:
-        problems.append(f"the model has {some(missing)}, {owner} does not")
+        problems.append(f"the model has {_some(missing)}, {owner} does not")
     if unexpected := [name for name in recorded if name not in present]:
-        problems.append(f"{owner} has {some(unexpected)}, the model does not")
+        problems.append(f"{owner} has {_some(unexpected)}, the model does not")
     differing = [
         f"{name} is {tuple(ours.shape)} {ours.dtype} in {owner}, {tuple(theirs.shape)} {theirs.dtype} in the model"
         for name, theirs in present.items()

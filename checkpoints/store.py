@@ -50,6 +50,11 @@ class Manifest:
 
 
 def holds_run(folder: Path) -> bool:
+    """Whether a folder holds a run, be it without checkpoints, or checkpoints of a run whose manifest was lost."""
+    return (folder / MANIFEST).exists() or holds_checkpoints(folder)
+
+
+def holds_checkpoints(folder: Path) -> bool:
     """Whether a folder holds checkpoints of a run, also of one whose manifest was lost.
 
     Raises:

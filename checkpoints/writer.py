@@ -29,7 +29,7 @@ class TrajectoryWriter:
         """Begin a new run; see `create`."""
         path = self._lock(folder)
         try:
-            if store.holds_run(path):
+            if store.holds_checkpoints(path):
                 raise TrajectoryError(
                     f"{str(path)!r} already holds a run, which is never overwritten. Continue it with "
                     "TrajectoryWriter.resume(folder), or choose another folder."

@@ -337,24 +337,17 @@ def table(summary: xr.Dataset, n: int | None = None) -> str:
             "other dim, as in summary.sel(step=...)."
         )
     size, share = np.abs(chosen["effect"].values), chosen["recovery"].values
-    order = np.lexsort((-size, -share, np.isnan(share)))[
-        :n
-    ]  # the last key is the first to count; NaN sorts last
+    # The last key is the first to count; NaN sorts last.
+    order = np.lexsort((-size, -share, np.isnan(share)))[:n]
     shown = np.abs(np.where(np.isnan(share).all(), size, share))
     longest = np.nanmax(shown, initial=0.0) or 1.0
     bars = ["█" * round(_BAR * shown[i] / longest) if np.isfinite(shown[i]) else "" for i in order]
     rows: list[list[Cell]] = [["site", "effect", "", "recovery", "", "p", "q"]]
     for i in order:
         site = chosen.isel(site=i)
-        value = {name: float(site[name]) for name in ("effect", "recovery", "p", "q")}
-        rows.append(
-            [
-                str(site["site"].item()),
-                *(value["effect"], _bounds(site, "effect")),
-                *(value["recovery"], _bounds(site, "recovery")),
-                *(value["p"], value["q"]),
-            ]
-        )
+        effect, recovered, p, q = (float(site[name]) for name in ("effect", "recovery", "p", "q"))
+        bounds = _bounds(site, "effect"), _bounds(site, "recovery")
+        rows.append([str(site["site"].item()), effect, bounds[0], recovered, bounds[1], p, q])
     lines = aligned(rows)
     if len(lines[0]) + 2 + _BAR <= _WIDTH:
         lines = [f"{line}  {bar.ljust(_BAR)}" for line, bar in zip(lines, ["", *bars], strict=True)]

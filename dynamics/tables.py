@@ -25,7 +25,8 @@ def aligned(rows: Sequence[Sequence[Cell]]) -> list[str]:
     """The lines of a table, all of one width: labels to the left, numbers with their points under one another.
 
     Args:
-        rows: the first holds the headings; all are of one length.
+        rows: the first holds the headings; all are of one length, and below its heading a column holds cells of one
+            kind.
     """
     columns = (_column(str(heading), cells) for heading, *cells in zip(*rows, strict=True))
     return ["  ".join(cells) for cells in zip(*columns, strict=True)]

@@ -129,7 +129,7 @@ def described(value: Any) -> str:
         return "{" + _first((f"{key!r}: {described(part)}" for key, part in value.items()), len(value)) + "}"
     if isinstance(value, list | tuple):
         inside = _first(map(described, value), len(value))
-        return f"[{inside}]" if isinstance(value, list) else f"({inside})"
+        return f"[{inside}]" if isinstance(value, list) else f"({inside}{',' * (len(value) == 1)})"
     text = repr(value)
     if len(text) <= _LONGEST:
         return text

@@ -171,6 +171,7 @@ class Pair:
         (torch.zeros(3, dtype=torch.int32).numpy(), "int32[3]"),
         (Pair(torch.zeros(1)), "Pair(left=float32[1])"),
         ((torch.zeros(1), ["a", 2.5, None]), "(float32[1], ['a', 2.5, None])"),
+        ((torch.zeros(1),), "(float32[1],)"),
         (list(range(100)), "[0, 1, 2, 3, 4, 5, ... and 94 more]"),
         ({"x": torch.zeros(0, 2)}, "{'x': float32[0, 2]}"),
         ("word " * 100, "'" + ("word " * 100)[:99] + "..."),

@@ -74,7 +74,7 @@ def test_another_models_tensors_are_counted_and_the_first_ones_are_named() -> No
     assert len(str(error.value)) < 400
     named = nn.ModuleDict({f"layer {i}": nn.Linear(2, 2) for i in range(N)})
     with pytest.raises(
-        ValueError, match=r"'layer 0\.weight'.* and 195 more.*'0\.weight'.* and 195 more"
+        ValueError, match=r"\['layer 0\.weight'.* and 195 more.*\['0\.weight'.* and 195 more"
     ) as error:
         checkpoint.restore(named)
     assert len(str(error.value)) < 500
