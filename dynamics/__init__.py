@@ -7,6 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from checkpoints import Checkpoint as Checkpoint
+    from checkpoints import Trajectory as Trajectory
+    from checkpoints import TrajectoryWriter as TrajectoryWriter
     from dynamics import comparison as comparison
     from dynamics import measures as measures
     from dynamics import plots as plots
@@ -49,6 +52,8 @@ if TYPE_CHECKING:
     from dynamics.tasks import prompt_contrasts as prompt_contrasts
     from dynamics.tasks import top_answers as top_answers
 
+    __version__: str
+
 _MODULES = (
     "comparison",
     "measures",
@@ -62,6 +67,9 @@ _MODULES = (
     "training",
 )
 _HOMES = {
+    "Checkpoint": "checkpoints",
+    "Trajectory": "checkpoints",
+    "TrajectoryWriter": "checkpoints",
     "attribute_activations": "dynamics.attribution",
     "attribute_examples": "dynamics.attribution",
     "attribute_paths": "dynamics.attribution",
@@ -103,6 +111,8 @@ def __getattr__(name: str) -> Any:
         return import_module(f"dynamics.{name}")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
+    if name == "__version__":
+        return import_module("importlib.metadata").version("training-dynamics")
     raise AttributeError(f"module 'dynamics' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 

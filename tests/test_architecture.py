@@ -18,7 +18,7 @@ import checkpoints
 import dynamics
 
 FLOORS = [
-    {"trees", "randomness", "config", "batch"},
+    {"site_coordinates", "trees", "randomness", "config", "batch"},
     {"models"},
     {"recipe", "measures", "sites", "results"},
     {"tasks", "steps", "statistics"},

@@ -23,7 +23,7 @@ from dynamics.engine.progress import SECONDS_BEFORE_PROGRESS
 from dynamics.measures import Measure
 from dynamics.models.functional import eval_mode
 from dynamics.recipe import Contrast, Recipe
-from dynamics.results.labels import columns, site_columns
+from dynamics.results.labels import check_coordinates, columns, site_columns
 from dynamics.sites import Site, check, check_whole
 from dynamics.steps import gradient
 from dynamics.steps.states import starting_point
@@ -184,6 +184,7 @@ def _begun(
         raise ValueError(f"{what} was given no {missing}; it needs at least one.")
     check(sites, recipe.model)
     check_whole(sites, what, "leave them out, as sites.heads(model) does")
+    check_coordinates(contrasts, sites)
     return starting_point(recipe, checkpoint), by_name
 
 

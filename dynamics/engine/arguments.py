@@ -14,7 +14,7 @@ from dynamics import measures
 from dynamics.measures import LogitMeasure, Measure
 from dynamics.models.functional import refuse_bridge
 from dynamics.recipe import Contrast, Recipe
-from dynamics.results.labels import example_columns
+from dynamics.results.labels import check_coordinates, example_columns
 from dynamics.sites import Site
 
 
@@ -46,6 +46,7 @@ def check_arguments(
             )
     if len(set(example_columns(contrasts)["example"])) < len(contrasts):
         raise ValueError("contrasts share a label in coords['example']; give each its own.")
+    check_coordinates(contrasts, sites)
 
 
 def check_step_arguments(

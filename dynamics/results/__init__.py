@@ -9,8 +9,8 @@ from dynamics.results.datasets import concat as concat
 from dynamics.results.datasets import coordinates as coordinates
 from dynamics.results.datasets import effects as effects
 from dynamics.results.datasets import folded as folded
-from dynamics.results.datasets import load as load
-from dynamics.results.datasets import save as save
 from dynamics.results.datasets import tidy as tidy
 from dynamics.results.datasets import units as units
+from dynamics.results.files import load as load
+from dynamics.results.files import save as save
 from dynamics.results.provenance_json import provenance as provenance

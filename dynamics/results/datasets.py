@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import uuid
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +14,8 @@ import pandas as pd
 import xarray as xr
 
 from dynamics.results.provenance_json import common, parse
+from dynamics.site_coordinates import PLACEBO as PLACEBO
+from dynamics.site_coordinates import SITE_COORDS as SITE_COORDS
 
 DIMS = ("example", "site", "row", "other", "step", "seed", "measure", "factor", "direction", "optimizer")
 """Every dim a result of this toolkit may have."""
@@ -29,11 +28,8 @@ REFERENCES = {
 }
 """The references beside every patched measure, and what they are."""
 
-SITE_COORDS: dict[str, int | str] = {"layer": -1, "head": -1, "component": "", "level": ""}
-"""The coordinates every site has, and their values where a site has none."""
-
-PLACEBO = "placebo"
-"""The level of sites that only show what a site's size would do by itself."""
+VARIABLES = ("effect", "patched", "attribution", "residual", "nodes", *REFERENCES, "units")
+"""What the result of a verb holds by name, its units among it."""
 
 _MISSING: dict[str, tuple[type, Any]] = {
     "i": (np.int64, -1),
@@ -165,7 +161,7 @@ class _Frame:
         measure_names: Sequence[str] | None,
         units: str | Sequence[str],
     ) -> _Frame:
-        coords = {**coordinates(example_coords, "example"), **coordinates(other_coords, along)}
+        coords = crossed(example_coords, along, other_coords)
         sizes = {name: coords[name][1].size for name in ("example", along)}
         if measure_names is not None:
             coords.update(_columns({"measure": list(measure_names)}, "measure"))
@@ -237,45 +233,6 @@ def units(dataset: xr.Dataset, name: str) -> str:
     return str(known[0]) if known.size == 1 else ""
 
 
-def save(dataset: xr.Dataset, path: str | os.PathLike[str]) -> None:
-    """Write a dataset as netCDF (HDF5: h5py opens it), whole or not at all; its folder is made if absent.
-
-    It is written to a temporary name in the same folder, synced, and renamed. No fill values.
-
-    Raises:
-        FileExistsError: there is a file already; results are never overwritten.
-        ValueError: a MultiIndex, or an attribute that is not a string, an integer or a float.
-    """
-    target = Path(path)
-    _expect_storable(dataset)
-    if target.exists():
-        raise FileExistsError(
-            f"{target} exists; results are not overwritten. Choose another name or move it."
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    plain = dataset.drop_encoding()
-    encoding: dict[Hashable, dict[str, Any]] = {name: {"_FillValue": None} for name in plain.variables}
-    try:
-        plain.to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
-        _sync(temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync(target.parent)
-
-
-def load(path: str | os.PathLike[str]) -> xr.Dataset:
-    """Read a dataset into memory and close its file; identical to what was saved, attributes included."""
-    dataset = xr.load_dataset(
-        path, engine="h5netcdf", decode_times=False, decode_timedelta=False, mask_and_scale=False
-    ).drop_encoding()
-    texts = {
-        name: array.astype(np.str_) for name, array in dataset.variables.items() if array.dtype == object
-    }
-    return dataset.assign(texts) if texts else dataset
-
-
 def concat(datasets: Iterable[xr.Dataset], dim: str, values: Sequence[int | float | str]) -> xr.Dataset:
     """Join datasets along a new dim, such as step, seed or optimizer.
 
@@ -343,6 +300,45 @@ def coordinates(columns: Mapping[str, Sequence[Any]], dim: str) -> dict[str, tup
     return found
 
 
+def crossed(
+    example_coords: Mapping[str, Sequence[Any]], along: str, other_coords: Mapping[str, Sequence[Any]]
+) -> dict[str, tuple[str, npt.NDArray[Any]]]:
+    """The coordinates of examples, and those of the sites or rows that each of them is measured at.
+
+    Args:
+        example_coords: columns along `example`.
+        along: the other dim.
+        other_coords: columns along it.
+
+    Raises:
+        ValueError: a coordinate bears the name of one along the other dim, of a dim or of a variable; otherwise as
+            `coordinates`.
+    """
+    expect_free("contrast", set(example_coords) - {"example"}, {*SITE_COORDS, *other_coords} - {along})
+    expect_free(along, set(other_coords) - {along})
+    return {**coordinates(example_coords, "example"), **coordinates(other_coords, along)}
+
+
+def expect_free(owner: str, names: Iterable[str], of_sites: Iterable[str] = ()) -> None:
+    """Raise a ValueError where a coordinate would replace what a result knows by its name.
+
+    Args:
+        owner: whose coordinates they are: "contrast", "site" or "row".
+        names: theirs.
+        of_sites: names of coordinates along the other dim.
+    """
+    taken = {
+        **dict.fromkeys(of_sites, "a coordinate of sites"),
+        **dict.fromkeys(VARIABLES, "a variable of the result"),
+        **dict.fromkeys(DIMS, "a dim"),
+    }
+    for name in sorted(set(names) & set(taken)):
+        raise ValueError(
+            f"the coordinate {name!r} of a {owner} bears the name of {taken[name]}, whose place it would take. "
+            f"Call it otherwise in coords, such as '{owner}_{name}'."
+        )
+
+
 def _columns(columns: Mapping[str, Sequence[Any]], dim: str) -> dict[str, tuple[str, npt.NDArray[Any]]]:
     """Coordinates along one dim, with the dtypes that survive a file: int64, float64, str."""
     if dim not in columns:
@@ -392,32 +388,3 @@ def _expect_alike(first: xr.Dataset, other: xr.Dataset, label: str) -> None:
 def _same(first: xr.Dataset, other: xr.Dataset, name: str) -> bool:
     """Whether a variable has the same values over the same dims, whatever its own coordinates."""
     return xr.DataArray(first.variables[name]).equals(xr.DataArray(other.variables[name]))
-
-
-def _expect_storable(dataset: xr.Dataset) -> None:
-    for name, index in dataset.indexes.items():
-        if isinstance(index, pd.MultiIndex):
-            raise ValueError(
-                f"'{name}' is a MultiIndex, which no file holds; save reset_index('{name}') instead"
-            )
-    owners = {"the dataset": dataset.attrs} | {
-        f"'{key}'": array.attrs for key, array in dataset.variables.items()
-    }
-    for owner, attrs in owners.items():
-        for key, value in attrs.items():
-            if isinstance(value, bool) or not isinstance(value, str | int | float | np.integer | np.floating):
-                raise ValueError(
-                    f"attribute '{key}' of {owner} is {type(value).__name__}; expected a string, an integer "
-                    "or a float. Put anything else into the JSON of provenance."
-                )
-
-
-def _sync(path: Path) -> None:
-    """Make a file's contents, or a folder's entries, survive a loss of power."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows has no handle to sync on a folder
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,7 +14,7 @@ from checkpoints.rng import RngState
 from dynamics.models.functional import call_with
 from dynamics.recipe import Recipe, RecipeError
 from dynamics.steps.taps import Taps
-from dynamics.trees import not_finite
+from dynamics.trees import described, not_finite
 
 
 class NonFiniteGradient(ArithmeticError):
@@ -37,6 +37,9 @@ class StepGradient:
     gradients: dict[str, Tensor | None]
     buffers: dict[str, Tensor]
     rng: RngState
+
+    def __repr__(self) -> str:
+        return described(self)
 
 
 _NO_TAPS = Taps((), lambda name, key, activation: activation)

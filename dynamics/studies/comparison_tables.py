@@ -8,6 +8,7 @@ import numpy as np
 import xarray as xr
 
 from dynamics.comparison import when
+from dynamics.results.text_tables import Cell, aligned
 from dynamics.tasks import AliasTask
 from dynamics.tasks.probes import ORDERS
 
@@ -15,6 +16,7 @@ SHOWN = 10
 """Rows of a table."""
 
 Found = Mapping[str, xr.Dataset]
+Rows = list[list[Cell]]
 
 PAIRS = {"x1": ("DtQ1", "DfQ2"), "x2": ("Dt3", "Df4")}
 """The reliable and the unreliable set that a phase is about."""
@@ -44,42 +46,38 @@ def pair_table(task: AliasTask, found: Found, before: int, after: int) -> str:
         "activations that changed most": _top(found["activations"], "cka", ("cka",), ascending=True),
     }
     return "\n\n".join(
-        [f"Step {before} to {after}", *(f"{title}\n{_aligned(rows)}" for title, rows in tables.items())]
+        [f"Step {before} to {after}", *(_under(title, rows) for title, rows in tables.items())]
     )
 
 
-def _sets_rows(found: xr.Dataset) -> list[list[str]]:
-    rows = [["set", "accuracy", "loss (nat)", "KL (nat)", "predictions changed"]]
+def _sets_rows(found: xr.Dataset) -> Rows:
+    rows: Rows = [
+        ["set", "accuracy", "", "", "loss (nat)", "", "", "KL (nat)", "share of predictions changed"]
+    ]
     for i, name in enumerate(map(str, found["example"].values)):
         one = found.isel(example=i)
-        rows.append(
-            [
-                name,
-                _arrow(one, "accuracy"),
-                _arrow(one, "loss"),
-                f"{float(one['kl']):.3g}",
-                f"{float(one['changed']):.0%}",
-            ]
-        )
+        changes = [*_change(one, "accuracy"), *_change(one, "loss")]
+        rows.append([name, *changes, float(one["kl"]), float(one["changed"])])
     return rows
 
 
-def _alias_rows(task: AliasTask, found: Found) -> list[list[str]]:
+def _alias_rows(task: AliasTask, found: Found) -> Rows:
     """The aliases by the change of their accuracy, then by KL, with both orders and the most changed question."""
     logits, orders, questions = (found[name] for name in ("logits", "orders", "questions"))
     change = np.abs(logits["accuracy_after"].values - logits["accuracy_before"].values)
     order = np.lexsort((-logits["kl"].values, -change))[:SHOWN]
-    rows = [["alias", "set", "accuracy", *(f"{o}, KL" for o in ORDERS), "most changed question"]]
+    rows: Rows = [
+        ["alias", "set", "accuracy", "", "", *(f"{o}, KL" for o in ORDERS), "most changed question"]
+    ]
     for i in order:
         one = logits.isel(example=i)
         asked = questions.isel(row=questions["example_id"].values == task.alias(int(one["integer"])))
         most = asked.isel(row=int(asked["kl"].values.argmax()))
         words = f"{_asked(task, str(most['row'].item()))} {int(most['prediction_before'])} → "
         words += f"{int(most['prediction_after'])} (right: {int(most['target'])})"
-        by_order = [f"{float(orders['kl'].isel(example=i).sel(direction=o)):.3g}" for o in ORDERS]
-        rows.append(
-            [str(one["example"].item()), str(one["set"].item()), _arrow(one, "accuracy"), *by_order, words]
-        )
+        by_order = [float(orders["kl"].isel(example=i).sel(direction=o)) for o in ORDERS]
+        label, name = str(one["example"].item()), str(one["set"].item())
+        rows.append([label, name, *_change(one, "accuracy"), *by_order, words])
     return rows
 
 
@@ -89,22 +87,23 @@ def _asked(task: AliasTask, label: str) -> str:
     return " ".join(f"A{t - task.modulus}" if t >= task.modulus else str(t) for t in (left, right)) + " ="
 
 
-def _top(dataset: xr.Dataset, by: str, shown: Sequence[str], ascending: bool = False) -> list[list[str]]:
+def _top(dataset: xr.Dataset, by: str, shown: Sequence[str], ascending: bool = False) -> Rows:
     ordered = dataset.sortby(by, ascending=ascending).isel(site=slice(SHOWN))
-    rows = [["site", *shown]]
+    rows: Rows = [["site", *shown]]
     for i in range(ordered.sizes["site"]):
         one = ordered.isel(site=i)
-        rows.append([str(one["site"].item()), *(f"{float(one[name]):.3g}" for name in shown)])
+        rows.append([str(one["site"].item()), *(float(one[name]) for name in shown)])
     return rows
 
 
-def _arrow(one: xr.Dataset, name: str) -> str:
-    return f"{float(one[f'{name}_before']):.3g} → {float(one[f'{name}_after']):.3g}"
+def _change(one: xr.Dataset, name: str) -> tuple[Cell, Cell, Cell]:
+    """Three cells: before, an arrow, after."""
+    return float(one[f"{name}_before"]), "→", float(one[f"{name}_after"])
 
 
 def every_table(task: AliasTask, found: Found) -> str:
     """Where each curve of this run changes first."""
-    rows = [["curve", "first change at step", "change of the mean"]]
+    rows: Rows = [["curve", "first change at step", "change of the mean"]]
     alignment = found["alignment"].sel(site="everything")
     for first, second in PAIRS.values():
         gaps = {
@@ -116,22 +115,17 @@ def every_table(task: AliasTask, found: Found) -> str:
             gaps[f"accuracy {first} − {second}"] = accuracy.sel(example=first) - accuracy.sel(example=second)
         for name, curve in gaps.items():
             event = when(curve)
-            at, change = float(event["at"]), float(event["change"])
-            rows.append(
-                [name, "none" if np.isnan(at) else f"{at:.0f}", "" if np.isnan(at) else f"{change:+.3g}"]
-            )
+            at = float(event["at"])
+            rows.append([name, at if np.isnan(at) else round(at), float(event["change"])])
     relative = at_level(found["weights"], "matrices")["relative"]
     per_step = relative / (relative["step"] - relative["previous"])
-    moved = [["from", "to", "site", "‖Δθ‖/‖θ‖ a step"]]
+    moved: Rows = [["from", "to", "site", "‖Δθ‖/‖θ‖ a step"]]
     for i in np.argsort(-per_step.max("site").values)[:SHOWN]:
         one = per_step.isel(step=i)
         site = str(one["site"].values[int(one.values.argmax())])
-        moved.append([str(int(one["previous"])), str(int(one["step"])), site, f"{float(one.max()):.3g}"])
-    return f"change points in this run\n{_aligned(rows)}\n\nwhere weights moved fastest\n{_aligned(moved)}"
+        moved.append([int(one["previous"]), int(one["step"]), site, float(one.max())])
+    return f"{_under('change points in this run', rows)}\n\n{_under('where weights moved fastest', moved)}"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+def _under(title: str, rows: Rows) -> str:
+    return "\n".join([title, *aligned(rows)])

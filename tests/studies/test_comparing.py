@@ -55,7 +55,8 @@ def test_a_pairs_table_has_the_sets_and_the_aliases_most_changed_question(run, t
     lines = pair.table.splitlines()
     dt3 = pair.found["sets"].sel(example="Dt3")
     (row,) = [line for line in lines if line.startswith("Dt3 ")]
-    assert f"{float(dt3['accuracy_before']):.3g} → {float(dt3['accuracy_after']):.3g}" in row
+    before, after = (f"{float(dt3[f'accuracy_{side}']):#.3g}" for side in ("before", "after"))
+    assert row.split()[1:4] == [before, "→", after]
     logits = pair.found["logits"]
     change = np.abs(logits["accuracy_after"] - logits["accuracy_before"])
     top = logits["example"].values[np.lexsort((-logits["kl"], -change))[0]]
