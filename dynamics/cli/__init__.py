@@ -456,6 +456,3 @@ def _user_errors() -> tuple[type[Exception], ...]:
 def _complain(message: str) -> None:
     print(message, file=sys.stderr)
 
-
-if __name__ == "__main__":
-    main()
