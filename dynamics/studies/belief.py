@@ -16,6 +16,7 @@ from checkpoints import Checkpoint, Trajectory
 from dynamics import measures, sites, statistics, steps, tasks
 from dynamics.batch import Batch
 from dynamics.config import ConfigError
+from dynamics.config.checks import did_you_mean
 from dynamics.measures import Measure
 from dynamics.patching import both_directions, patch_gradients, patch_updates, patch_window
 from dynamics.recipe import Contrast, Recipe
@@ -70,7 +71,8 @@ class _Run:
     def site(self) -> Site:
         known = {s.label: s for level in LEVELS.values() for s in level(self.recipe.model)}
         if self.label not in known:
-            raise SiteError(f"no site {self.label!r}; there are {', '.join(known)}.")
+            meant = did_you_mean(self.label, known)
+            raise SiteError(f"no site {self.label!r}; there are {', '.join(known)}.{meant}")
         return known[self.label]
 
     def patched(
