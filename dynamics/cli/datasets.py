@@ -72,6 +72,8 @@ def load(path: Path) -> xr.Dataset:
     """
     from dynamics import results
 
+    if not path.is_file():
+        raise CommandError(f"there is no file {path}.")
     try:
         return results.load(path)
     except (OSError, ValueError) as error:

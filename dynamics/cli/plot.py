@@ -11,7 +11,8 @@ from dynamics.cli.parsing import CommandError, Parser
 
 if TYPE_CHECKING:
     import xarray as xr
-    from matplotlib.figure import Figure
+
+    from dynamics.plots import Figure
 
 ALONG_TRAINING = (
     "relative",
@@ -141,7 +142,7 @@ def _curves(dataset: xr.Dataset) -> Figure:
         means = dataset[name].groupby(by).mean() if by == "set" else dataset[name]
         curves = {str(key): means.sel({by: key}, drop=True) for key in means[by].values}
         units = dataset[name].attrs.get("units", "1")
-        words = name.replace("_", " ") + (f" ({units})" if units not in ("1", "") else "")
+        words = str(dataset[name].attrs.get("long_name", name.replace("_", " "))) + (f" ({units})" if units not in ("1", "") else "")
         panels.append((xr.Dataset(curves, attrs={"long_name": words}), {}))
     return plots.event_curves({"": panels})
 

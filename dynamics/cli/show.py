@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from textwrap import wrap
+from textwrap import TextWrapper
 from typing import TYPE_CHECKING, Any
 
 from dynamics.cli import datasets
@@ -50,12 +50,13 @@ def run(words: Sequence[str]) -> None:
 
 
 def _print_columns(named: Mapping[str, Iterable[str]]) -> None:
-    """A name beside its lines; long lines go on below themselves."""
+    """A name beside its lines; long ones go on below, broken between the items of a list alone."""
     width = max(map(len, named)) + 2
+    fold = TextWrapper(WIDTH - width, subsequent_indent="  ", break_on_hyphens=False)
     for name, lines in named.items():
-        wrapped = [part for line in lines for part in wrap(line, WIDTH - width, subsequent_indent="  ")]
-        for i, line in enumerate(wrapped):
-            print(f"{name if i == 0 else '':<{width}}{line}")
+        kept = (", ".join(item.replace(" ", "\u00a0") for item in line.split(", ")) for line in lines)
+        for i, part in enumerate(part for each in kept for part in fold.wrap(each)):
+            print(f"{name if i == 0 else '':<{width}}{part}".replace("\u00a0", " "))
 
 
 # --- runs -------------------------------------------------------------------------------------------------
