@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dynamics.cli.parsing import Parser
 from dynamics.cli.runs import open_trained, set_threads_of
+from dynamics.config import StudyConfig, read
 
 
 def run(words: Sequence[str]) -> None:
@@ -37,12 +38,14 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--impulse", type=int, default=30, help="steps trained on after the definition")
     given = parser.parse_args(list(words))
 
-    from dynamics import studies, sweeps
+    from dynamics import studies
 
     trajectories = [open_trained(folder, "the checks need") for folder in given.runs]
-    phase = list(sweeps.of_config(trajectories[0]).config.phases.by_name)[-1]
+    config = read(trajectories[0].config)
+    phase = list(config.phases.by_name)[-1]
     set_threads_of(trajectories[0])
-    unit = "alias, in this run" if len(trajectories) == 1 else f"run, {len(trajectories)} of them"
+    example = "alias" if isinstance(config, StudyConfig) else "contrast"
+    unit = f"{example}, in this run" if len(trajectories) == 1 else f"run, {len(trajectories)} of them"
     print(
         f"{given.site}, {phase.capitalize()} step {given.x2_step}, {given.optimizer} optimizer; "
         f"mean [95 % interval], unit: {unit}"

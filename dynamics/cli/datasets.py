@@ -91,5 +91,6 @@ def can_be_summarised(dataset: xr.Dataset) -> bool:
     return (
         {value, "base", "source"} <= set(dataset)
         and "site" in dataset[value].dims
+        and "site" not in dataset["base"].dims
         and not {"example", "seed"}.isdisjoint(dataset[value].dims)
     )

@@ -22,6 +22,7 @@ ALONG_TRAINING = (
     "divergence",
     "attention",
     "own",
+    "source",
 )
 """What a comparison has at each site and checkpoint; of several in one file the first is drawn."""
 
@@ -141,8 +142,8 @@ def _curves(dataset: xr.Dataset) -> Figure:
     for name in (name for name in CURVES if name in dataset):
         means = dataset[name].groupby(by).mean() if by == "set" else dataset[name]
         curves = {str(key): means.sel({by: key}, drop=True) for key in means[by].values}
-        units = dataset[name].attrs.get("units", "1")
-        words = str(dataset[name].attrs.get("long_name", name.replace("_", " "))) + (f" ({units})" if units not in ("1", "") else "")
+        words, units = (dataset[name].attrs.get(key, "") for key in ("long_name", "units"))
+        words += f" ({units})" if units not in ("", "1", "share") else ""
         panels.append((xr.Dataset(curves, attrs={"long_name": words}), {}))
     return plots.event_curves({"": panels})
 

@@ -1,4 +1,4 @@
-"""What a comparison of an alias run's checkpoints says, in words: sets, aliases, sites, change points."""
+"""What a comparison of a run's checkpoints says, in words: sets, aliases or contrasts, sites, change points."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 
 from dynamics.comparison import when
-from dynamics.tasks import AliasTask
+from dynamics.tasks import AliasTask, Task
 from dynamics.tasks.probes import ORDERS
 
 SHOWN = 10
@@ -32,11 +32,16 @@ def at_level(dataset: xr.Dataset, level: str) -> xr.Dataset:
     return dataset.isel(site=dataset["level"].values == level)
 
 
-def pair_table(task: AliasTask, found: Found, before: int, after: int) -> str:
-    """Two checkpoints: the sets, then the aliases, matrices, heads and activations that changed most."""
+def pair_table(task: Task, found: Found, before: int, after: int) -> str:
+    """Two checkpoints: the sets, then the examples, matrices, heads and activations that changed most."""
+    examples = (
+        {"aliases whose answers changed most": _alias_rows(task, found)}
+        if isinstance(task, AliasTask)
+        else {"contrasts whose answers changed most": _contrast_rows(found["logits"])}
+    )
     tables = {
         "answers by set": _sets_rows(found["sets"]),
-        "aliases whose answers changed most": _alias_rows(task, found),
+        **examples,
         "matrices that moved most": _top(
             at_level(found["weights"], "matrices"), "relative", ("relative", "cosine")
         ),
@@ -67,10 +72,8 @@ def _sets_rows(found: xr.Dataset) -> list[list[str]]:
 def _alias_rows(task: AliasTask, found: Found) -> list[list[str]]:
     """The aliases by the change of their accuracy, then by KL, with both orders and the most changed question."""
     logits, orders, questions = (found[name] for name in ("logits", "orders", "questions"))
-    change = np.abs(logits["accuracy_after"].values - logits["accuracy_before"].values)
-    order = np.lexsort((-logits["kl"].values, -change))[:SHOWN]
     rows = [["alias", "set", "accuracy", *(f"{o}, KL" for o in ORDERS), "most changed question"]]
-    for i in order:
+    for i in _most_changed(logits):
         one = logits.isel(example=i)
         asked = questions.isel(row=questions["example_id"].values == task.alias(int(one["integer"])))
         most = asked.isel(row=int(asked["kl"].values.argmax()))
@@ -81,6 +84,27 @@ def _alias_rows(task: AliasTask, found: Found) -> list[list[str]]:
             [str(one["example"].item()), str(one["set"].item()), _arrow(one, "accuracy"), *by_order, words]
         )
     return rows
+
+
+def _contrast_rows(logits: xr.Dataset) -> list[list[str]]:
+    rows = [["contrast", "accuracy", "loss (nat)", "KL (nat)"]]
+    for i in _most_changed(logits):
+        one = logits.isel(example=i)
+        rows.append(
+            [
+                str(one["example"].item()),
+                _arrow(one, "accuracy"),
+                _arrow(one, "loss"),
+                f"{float(one['kl']):.3g}",
+            ]
+        )
+    return rows
+
+
+def _most_changed(logits: xr.Dataset) -> list[int]:
+    """Places of the examples by the change of their accuracy, then by KL."""
+    change = np.abs(logits["accuracy_after"].values - logits["accuracy_before"].values)
+    return [int(i) for i in np.lexsort((-logits["kl"].values, -change))[:SHOWN]]
 
 
 def _asked(task: AliasTask, label: str) -> str:
@@ -102,24 +126,14 @@ def _arrow(one: xr.Dataset, name: str) -> str:
     return f"{float(one[f'{name}_before']):.3g} → {float(one[f'{name}_after']):.3g}"
 
 
-def every_table(task: AliasTask, found: Found) -> str:
+def every_table(task: Task, found: Found) -> str:
     """Where each curve of this run changes first."""
     rows = [["curve", "first change at step", "change of the mean"]]
-    alignment = found["alignment"].sel(site="everything")
-    for first, second in PAIRS.values():
-        gaps = {
-            f"alignment {first} − {second}": by_set(alignment, first)["own"]
-            - by_set(alignment, second)["own"]
-        }
-        if {first, second} <= set(map(str, found["scores"]["example"].values)):
-            accuracy = found["scores"]["accuracy"]
-            gaps[f"accuracy {first} − {second}"] = accuracy.sel(example=first) - accuracy.sel(example=second)
-        for name, curve in gaps.items():
-            event = when(curve)
-            at, change = float(event["at"]), float(event["change"])
-            rows.append(
-                [name, "none" if np.isnan(at) else f"{at:.0f}", "" if np.isnan(at) else f"{change:+.3g}"]
-            )
+    curves = _gaps(found) if isinstance(task, AliasTask) else _accuracies(found)
+    for name, curve in curves.items():
+        event = when(curve)
+        at, change = float(event["at"]), float(event["change"])
+        rows.append([name, "none" if np.isnan(at) else f"{at:.0f}", "" if np.isnan(at) else f"{change:+.3g}"])
     relative = at_level(found["weights"], "matrices")["relative"]
     per_step = relative / (relative["step"] - relative["previous"])
     moved = [["from", "to", "site", "‖Δθ‖/‖θ‖ a step"]]
@@ -128,6 +142,26 @@ def every_table(task: AliasTask, found: Found) -> str:
         site = str(one["site"].values[int(one.values.argmax())])
         moved.append([str(int(one["previous"])), str(int(one["step"])), site, f"{float(one.max()):.3g}"])
     return f"change points in this run\n{_aligned(rows)}\n\nwhere weights moved fastest\n{_aligned(moved)}"
+
+
+def _gaps(found: Found) -> dict[str, xr.DataArray]:
+    """Between the reliable and the unreliable set of each phase."""
+    alignment, accuracy = found["alignment"].sel(site="everything"), found["scores"]["accuracy"]
+    known = set(map(str, accuracy["example"].values))
+    gaps = {}
+    for first, second in PAIRS.values():
+        own = by_set(alignment, first)["own"] - by_set(alignment, second)["own"]
+        gaps[f"alignment {first} − {second}"] = own
+        if {first, second} <= known:
+            gap = accuracy.sel(example=first) - accuracy.sel(example=second)
+            gaps[f"accuracy {first} − {second}"] = gap
+    return gaps
+
+
+def _accuracies(found: Found) -> dict[str, xr.DataArray]:
+    """Of each set that training is watched on."""
+    accuracy = found["scores"]["accuracy"]
+    return {f"accuracy {name}": accuracy.sel(example=name) for name in map(str, accuracy["example"].values)}
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
