@@ -175,9 +175,9 @@ def _described(array: xr.DataArray) -> str:
     dims = f"[{', '.join(map(str, array.dims))}]"
     units = array.attrs.get("units", "1")
     said = [array.attrs.get("long_name", ""), f"({units})" if units != "1" else ""]
-    values = array.values.ravel()
-    if array.dtype.kind in "iuf" and values.size:
-        said.append(f"{values[values == values].min(initial=values.max()):.3g} to {values.max():.3g}")
+    if array.dtype.kind in "iuf":
+        known = array.values[array.notnull().values]
+        said.append(f"{known.min():.3g} to {known.max():.3g}" if known.size else "no number")
     else:
-        said.append(", ".join(dict.fromkeys(values.astype(str).tolist())))
+        said.append(", ".join(dict.fromkeys(array.values.astype(str).ravel().tolist())))
     return " ".join([dims, *filter(None, said)])
