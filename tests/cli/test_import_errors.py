@@ -1,8 +1,6 @@
 """Errors of `dynamics import` name the command's options, whatever the library calls them."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -75,10 +73,3 @@ def test_an_optimizer_in_another_order_is_said_without_python(tmp_path):
     with pytest.raises(TrajectoryError, match="Give optimizer=") as raised:
         Trajectory.from_lightning(tmp_path / "m.ckpt", tmp_path / "run")
     assert not PYTHON.search(in_words_of_the_command(str(raised.value)))
-
-
-def test_the_module_is_run_as_the_package():
-    done = subprocess.run(
-        [sys.executable, "-m", "dynamics", "--version"], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.startswith("dynamics ")

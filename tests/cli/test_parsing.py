@@ -1,6 +1,8 @@
 """What is typed wrong is said in the words it is typed in, with what was probably meant."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -132,6 +134,13 @@ def test_the_version_is_printed(capsys):
         main(["--version"])
     assert left.value.code == 0
     assert capsys.readouterr().out.startswith("dynamics ")
+
+
+def test_the_module_is_run_as_the_package():
+    done = subprocess.run(
+        [sys.executable, "-m", "dynamics", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("dynamics ")
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def test_what_the_toolkit_writes_names_its_task(config, name):
 
 
 def test_one_key_of_the_alias_task_is_enough():
-    assert tasks.load({"task": {"modulus": 8}, "seed": 2}).config.task.modulus == 8
+    assert tasks.load({"task": {"operation": "sum"}, "seed": 2}).config.task.operation == "sum"
 
 
 def test_a_name_that_there_is_not_is_refused_with_what_was_meant():
