@@ -57,6 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = COMMANDS[_parser().parse_args(words[:1]).command]
     try:
         command.run(words[1:])
+    except (
+        SystemExit
+    ):  # such as after --help, which need not wait for the library that the errors below come from
+        raise
     except KeyboardInterrupt:
         _complain("Stopped. What was stored is kept; the same command goes on from there.")
         sys.exit(INTERRUPTED)
