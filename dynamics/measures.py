@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynamics.batch import Batch
+from dynamics.config.checks import did_you_mean
 
 Measure = Callable[[Any, Any], Tensor]
 
@@ -128,7 +129,9 @@ def by_name(name: str) -> LogitMeasure:
     """The measure of this module with that name; an error lists the names."""
     known = {m.name: m for m in globals().values() if isinstance(m, LogitMeasure)}
     if name not in known:
-        raise ValueError(f"no measure {name!r}; there are {', '.join(sorted(known))}.")
+        raise ValueError(
+            f"no measure {name!r}; there are {', '.join(sorted(known))}.{did_you_mean(name, known)}"
+        )
     return known[name]
 
 

@@ -29,6 +29,7 @@ FLOORS = [
     {"plots"},
     {"studies"},
     {"cli"},
+    {"__main__"},
 ]
 """Modules and packages of `dynamics`, the ground floor first."""
 
@@ -156,7 +157,7 @@ def printing(modules: Mapping[str, str]) -> list[str]:
     return [
         f"{module}:{node.lineno}"
         for module, text in modules.items()
-        if module != "dynamics.cli"
+        if not f"{module}.".startswith("dynamics.cli.")
         for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     ]

@@ -1,4 +1,4 @@
-"""What a comparison of an alias run's checkpoints says, in words: sets, aliases, sites, change points."""
+"""What a comparison of a run's checkpoints says, in words: sets, aliases or contrasts, sites, change points."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import xarray as xr
 
 from dynamics.comparison import when
 from dynamics.results.text_tables import Cell, aligned
-from dynamics.tasks import AliasTask
+from dynamics.tasks import AliasTask, Task
 from dynamics.tasks.probes import ORDERS
 
 SHOWN = 10
@@ -34,11 +34,16 @@ def at_level(dataset: xr.Dataset, level: str) -> xr.Dataset:
     return dataset.isel(site=dataset["level"].values == level)
 
 
-def pair_table(task: AliasTask, found: Found, before: int, after: int) -> str:
-    """Two checkpoints: the sets, then the aliases, matrices, heads and activations that changed most."""
+def pair_table(task: Task, found: Found, before: int, after: int) -> str:
+    """Two checkpoints: the sets, then the examples, matrices, heads and activations that changed most."""
+    examples = (
+        {"aliases whose answers changed most": _alias_rows(task, found)}
+        if isinstance(task, AliasTask)
+        else {"contrasts whose answers changed most": _contrast_rows(found["logits"])}
+    )
     tables = {
         "answers by set": _sets_rows(found["sets"]),
-        "aliases whose answers changed most": _alias_rows(task, found),
+        **examples,
         "matrices that moved most": _top(
             at_level(found["weights"], "matrices"), "relative", ("relative", "cosine")
         ),
@@ -64,12 +69,10 @@ def _sets_rows(found: xr.Dataset) -> Rows:
 def _alias_rows(task: AliasTask, found: Found) -> Rows:
     """The aliases by the change of their accuracy, then by KL, with both orders and the most changed question."""
     logits, orders, questions = (found[name] for name in ("logits", "orders", "questions"))
-    change = np.abs(logits["accuracy_after"].values - logits["accuracy_before"].values)
-    order = np.lexsort((-logits["kl"].values, -change))[:SHOWN]
     rows: Rows = [
         ["alias", "set", "accuracy", "", "", *(f"{o}, KL" for o in ORDERS), "most changed question"]
     ]
-    for i in order:
+    for i in _most_changed(logits):
         one = logits.isel(example=i)
         asked = questions.isel(row=questions["example_id"].values == task.alias(int(one["integer"])))
         most = asked.isel(row=int(asked["kl"].values.argmax()))
@@ -79,6 +82,21 @@ def _alias_rows(task: AliasTask, found: Found) -> Rows:
         label, name = str(one["example"].item()), str(one["set"].item())
         rows.append([label, name, *_change(one, "accuracy"), *by_order, words])
     return rows
+
+
+def _contrast_rows(logits: xr.Dataset) -> Rows:
+    rows: Rows = [["contrast", "accuracy", "", "", "loss (nat)", "", "", "KL (nat)"]]
+    for i in _most_changed(logits):
+        one = logits.isel(example=i)
+        changes = [*_change(one, "accuracy"), *_change(one, "loss")]
+        rows.append([str(one["example"].item()), *changes, float(one["kl"])])
+    return rows
+
+
+def _most_changed(logits: xr.Dataset) -> list[int]:
+    """Places of the examples by the change of their accuracy, then by KL."""
+    change = np.abs(logits["accuracy_after"].values - logits["accuracy_before"].values)
+    return [int(i) for i in np.lexsort((-logits["kl"].values, -change))[:SHOWN]]
 
 
 def _asked(task: AliasTask, label: str) -> str:
@@ -101,22 +119,14 @@ def _change(one: xr.Dataset, name: str) -> tuple[Cell, Cell, Cell]:
     return float(one[f"{name}_before"]), "→", float(one[f"{name}_after"])
 
 
-def every_table(task: AliasTask, found: Found) -> str:
+def every_table(task: Task, found: Found) -> str:
     """Where each curve of this run changes first."""
     rows: Rows = [["curve", "first change at step", "change of the mean"]]
-    alignment = found["alignment"].sel(site="everything")
-    for first, second in PAIRS.values():
-        gaps = {
-            f"alignment {first} − {second}": by_set(alignment, first)["own"]
-            - by_set(alignment, second)["own"]
-        }
-        if {first, second} <= set(map(str, found["scores"]["example"].values)):
-            accuracy = found["scores"]["accuracy"]
-            gaps[f"accuracy {first} − {second}"] = accuracy.sel(example=first) - accuracy.sel(example=second)
-        for name, curve in gaps.items():
-            event = when(curve)
-            at = float(event["at"])
-            rows.append([name, at if np.isnan(at) else round(at), float(event["change"])])
+    curves = _gaps(found) if isinstance(task, AliasTask) else _accuracies(found)
+    for name, curve in curves.items():
+        event = when(curve)
+        at = float(event["at"])
+        rows.append([name, at if np.isnan(at) else round(at), float(event["change"])])
     relative = at_level(found["weights"], "matrices")["relative"]
     per_step = relative / (relative["step"] - relative["previous"])
     moved: Rows = [["from", "to", "site", "‖Δθ‖/‖θ‖ a step"]]
@@ -129,3 +139,23 @@ def every_table(task: AliasTask, found: Found) -> str:
 
 def _under(title: str, rows: Rows) -> str:
     return "\n".join([title, *aligned(rows)])
+
+
+def _gaps(found: Found) -> dict[str, xr.DataArray]:
+    """Between the reliable and the unreliable set of each phase."""
+    alignment, accuracy = found["alignment"].sel(site="everything"), found["scores"]["accuracy"]
+    known = set(map(str, accuracy["example"].values))
+    gaps = {}
+    for first, second in PAIRS.values():
+        own = by_set(alignment, first)["own"] - by_set(alignment, second)["own"]
+        gaps[f"alignment {first} − {second}"] = own
+        if {first, second} <= known:
+            gap = accuracy.sel(example=first) - accuracy.sel(example=second)
+            gaps[f"accuracy {first} − {second}"] = gap
+    return gaps
+
+
+def _accuracies(found: Found) -> dict[str, xr.DataArray]:
+    """Of each set that training is watched on."""
+    accuracy = found["scores"]["accuracy"]
+    return {f"accuracy {name}": accuracy.sel(example=name) for name in map(str, accuracy["example"].values)}

@@ -11,7 +11,7 @@ from tests.zoo.foreign_files import W
 
 
 def trainers_file(model, optimizers=(), schedulers=(), step=3, **more):
-    """What a Lightning Trainer saves, without one; tests/end_to_end has real ones."""
+    """What a Lightning Trainer saves, without one; tests/cli has real ones."""
     return {
         "epoch": 0,
         "global_step": step,

@@ -177,10 +177,14 @@ def test_ctrl_c_leaves_a_run_that_opens_and_the_same_command_finishes_it(tmp_pat
 
 def test_help_is_quick_and_needs_no_torch():
     code = (
-        "import sys; from dynamics.cli import _parser; _parser().format_help(); print('torch' in sys.modules)"
+        "import sys, atexit; from dynamics.cli import main;"
+        "atexit.register(lambda: print('torch' in sys.modules)); main({})"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    for words in (["--help"], ["fit", "--help"], ["sweep", "--help"]):
+        command = [sys.executable, "-c", code.format(words)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.startswith("usage: dynamics ")
+        assert done.stdout.splitlines()[-1] == "False"
 
 
 # --- the languages ----------------------------------------------------------------------------------------
@@ -232,12 +236,20 @@ def test_a_language_that_cannot_be_is_refused(tmp_path, words, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_what_is_about_aliases_says_so_of_a_language(tmp_path):
-    succeed("fit", "--out", tmp_path / "run", "--preset=ioi", *SHORT, "--phases.learn.steps=5")
-    for command in (
-        ["sweep", tmp_path / "run", "--out", tmp_path / "swept"],
-        ["believe", tmp_path / "run", "--site=attn 0"],
-    ):
-        done = dynamics(*command)
-        assert done.returncode == 1
-        assert "the run is of the task 'ioi'; this needs one of aliases" in done.stderr
+def test_a_language_is_swept_compared_and_believed_where_no_aliases_are_needed(tmp_path):
+    run = tmp_path / "run"
+    small = ["--task.n_subjects=8", "--task.n_late=2", "--phases.learn.steps=10", "--phases.late.steps=5"]
+    succeed("fit", "--out", run, "--preset=facts", *SHORT, *small, "--schedule.dense=2")
+    stored = [step for step in Trajectory.open(run).steps if 10 <= step < 15]
+    swept = succeed("sweep", run, "--out", tmp_path / "swept", "--levels=heads", "--measures=correct_logit")
+    assert f"2 optimizer, {len(stored)} step, 1 measure, 6 example, 2 site" in swept
+    compared = succeed("compare", run, "--from", 10, "--to", 13)
+    assert "contrasts whose answers changed most" in compared
+    assert (run / "results/compare-10-13/logits.h5").exists()
+    along = succeed("compare", run, "--every", "--steps", 5, 10, 12, 14)
+    assert along.startswith("change points in this run\n")
+    assert "accuracy late_stated" in along
+    head, *lines = succeed("believe", run, "--site=attn 0", "--x2-step=1", "--impulse=2").splitlines()
+    assert head.startswith("attn 0, Late step 1, fresh optimizer")
+    needs = [line for line in lines if "not made: it needs aliases, the run is of the task 'facts'" in line]
+    assert (len(lines), len(needs)) == (20, 5)
