@@ -100,7 +100,7 @@ def test_the_table_of_a_file_is_of_one_value_of_each_dim(capsys, file):
     first, at, gap, _, *rows = shown(capsys, file).splitlines()
     assert first == f"{file}: 2 step, 2 example, 3 site"
     assert at == "at step=5 (or 9)"
-    assert gap.startswith("gap 4.5 ")
+    assert gap.startswith("gap 4.50 ")
     means = {row[:6].strip(): float(row[6:].split()[0]) for row in rows}
     assert means == {"attn 0": 1.5, "mlp 0": -4.5, "L0H1": 0.375}
 
