@@ -2,19 +2,18 @@
 
     .venv/bin/python scripts/benchmark_parts.py --readme
 
-The rows of `benchmark_patching.py` with one contrast, 1 thread; the verbs' own functions are timed during their
+The rows of `patching_speed.py` with one contrast, 1 thread; the verbs' own functions are timed during their
 calls.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,17 @@ from unittest import mock
 
 import numpy as np
 import torch
-from benchmark_patching import (
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from dynamics.attribution.lines import Line
+from dynamics.patching import signals
+from dynamics.patching.ahead import Ahead
+from dynamics.patching.experiment import REFERENCE_ORDER
+from dynamics.patching.measuring import Measuring
+from dynamics.steps.pullbacks import Pullbacks
+from dynamics.steps.update import Steps
+from scripts.benchmarks.patching_speed import (
     PRESETS,
     SIZES,
     Bench,
@@ -35,17 +44,8 @@ from benchmark_patching import (
     rows,
     timed,
 )
-from into_readme import stamp, write
-from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
-
-from dynamics.attribution.lines import Line
-from dynamics.patching import signals
-from dynamics.patching.ahead import Ahead
-from dynamics.patching.experiment import REFERENCE_ORDER
-from dynamics.patching.measuring import Measuring
-from dynamics.steps.pullbacks import Pullbacks
-from dynamics.steps.update import Steps
+from scripts.shared import runs
+from scripts.shared.into_readme import conclude, stamp
 
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "gradients": [(Ahead, "gradient"), (signals, "recorded"), (signals, "pullbacks")],
@@ -167,15 +167,12 @@ def table(found: dict[str, list[dict[str, Any]]], goals: dict[str, dict[str, int
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = runs.parser(__doc__)
     parser.add_argument("--sizes", nargs="+", choices=PRESETS, default=list(PRESETS))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path, default=Path("runs/benchmark-parts.json"))
-    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
-    given = parser.parse_args()
+    parser.add_argument("--json", type=Path, default=Path("runs/patching-parts.json"))
+    given = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     found, goals = {}, {}
@@ -186,10 +183,7 @@ def main() -> None:
         found[size] = [taken(bench, row, size, given.repeats) for row in tqdm(of_size, desc=size)]
     given.json.parent.mkdir(parents=True, exist_ok=True)
     given.json.write_text(json.dumps(found, indent=1))
-    text = table(found, goals, given.repeats)
-    print(text)
-    if given.readme:
-        write("parts", text)
+    conclude(given, "parts", table(found, goals, given.repeats))
 
 
 if __name__ == "__main__":
