@@ -3,17 +3,18 @@
     .venv/bin/python scripts/suite_costs.py --readme
 
 Nothing is run. A verb's operations and the bytes it moves are counted (below) and divided by what a GPU is sold to
-do, times the share of that which the toolkit reaches on a CPU (`benchmark_patching.py`: floor over achieved).
+do, times the share of that which the toolkit reaches on a CPU (`patching_speed.py`: floor over achieved).
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from into_readme import stamp, write
+from scripts.shared import runs
+from scripts.shared.into_readme import conclude, stamp
 
 CHECKPOINTS = 154
 CONTRASTS = 30
@@ -98,20 +99,14 @@ def table(efficiency: float) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--benchmark", type=Path, default=Path("runs/benchmark-patching.json"))
-    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
-    given = parser.parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = runs.parser(__doc__)
+    parser.add_argument("--benchmark", type=Path, default=Path("runs/patching-speed.json"))
+    given = parser.parse_args(argv)
     tables = json.loads(given.benchmark.read_text())["tables"]
     largest = [of_size for of_size in tables if of_size["device"] != "GPU"][-1]
     updates = next(row for row in largest["rows"] if "patch_updates" in row["row"])
-    text = table(largest["floor_ms"] / updates["ours_ms"])
-    print(text)
-    if given.readme:
-        write("suite", text)
+    conclude(given, "suite", table(largest["floor_ms"] / updates["ours_ms"]))
 
 
 if __name__ == "__main__":

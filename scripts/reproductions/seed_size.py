@@ -8,18 +8,19 @@ The seed examined one integer, whose answers had changed most. Beside it here st
 
 from __future__ import annotations
 
-import argparse
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import xarray as xr
-from into_readme import run_key, stamp, write
 from torch import nn
 
 import dynamics as dy
 from checkpoints import Checkpoint, Trajectory
+from scripts.shared import runs
+from scripts.shared.into_readme import conclude, stamp
 
 THEIRS = {
     "embeddings": 0.092,
@@ -62,14 +63,13 @@ def found(run: Trajectory, step: int, out: Path) -> dict[str, xr.Dataset]:
     state = run.at(task.config.phases.starts["x2"] + step)
     states: dict[str, Checkpoint] = {"fresh": state.with_fresh_optimizer(), "stored": state}
     sites, measure = parts(recipe.model), dy.measures.correct_logit
-    out.mkdir(parents=True, exist_ok=True)
-    data = {}
-    for name, start in states.items():
-        path = out / f"{run_key(run)}-{step}-{name}.h5"
-        if not path.exists():
-            dy.results.save(dy.patch_gradients(recipe, start, task.contrasts(), sites, measure), path)
-        data[name] = dy.results.load(path)
-    return data
+    return {
+        name: runs.stored(
+            out / f"{runs.run_key(run)}-{step}-{name}.h5",
+            lambda at=at: dy.patch_gradients(recipe, at, task.contrasts(), sites, measure),  # type: ignore[misc]
+        )
+        for name, at in states.items()
+    }
 
 
 def most_changed(run: Trajectory) -> int:
@@ -126,25 +126,19 @@ def table(run: Trajectory, data: dict[str, xr.Dataset], step: int) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = runs.parser(__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/seed"))
     parser.add_argument(
         "--x2_step", type=int, default=0, help="a stored step within X2; the seed took the first"
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/seed-size"))
-    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     warnings.filterwarnings("error")
     torch.set_num_threads(given.threads)
     run = Trajectory.open(given.run)
-    text = table(run, found(run, given.x2_step, given.out), given.x2_step)
-    print(text)
-    if given.readme:
-        write("seed", text)
+    conclude(given, "seed", table(run, found(run, given.x2_step, given.out), given.x2_step))
 
 
 if __name__ == "__main__":

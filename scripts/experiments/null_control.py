@@ -8,20 +8,19 @@ study does, and counts sites with p ≤ .05 by sign flips over runs. It should b
 
 from __future__ import annotations
 
-import argparse
 import warnings
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import scipy.stats
 import torch
 import xarray as xr
-from into_readme import stamp, write
-from tqdm import tqdm
 
 import dynamics as dy
 from dynamics.config import PatchingConfig, PrimaryConfig, ScheduleConfig, StudyConfig
+from scripts.shared import runs
+from scripts.shared.into_readme import conclude, stamp
 
 FIRST_SEED = 200
 X2_STEP = 10
@@ -83,26 +82,18 @@ def table(summary: xr.Dataset, seeds: list[int]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = runs.parser(__doc__)
     parser.add_argument(
         "--runs", type=int, default=12, help="runs to train; fewer than 6 cannot reach p = .05"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/null"))
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     seeds = list(range(FIRST_SEED, FIRST_SEED + given.runs))
-    with ProcessPoolExecutor(given.workers) as pool:
-        running = [pool.submit(one_run, seed, given.out) for seed in seeds]
-        means = [job.result() for job in tqdm(running, unit="run")]
+    means = runs.each(one_run, [(seed, given.out) for seed in seeds], given.workers)
     joined = dy.results.concat(means, "seed", seeds)
-    text = table(dy.statistics.summarize(joined), seeds)
-    print(text)
-    if given.readme:
-        write("null", text)
+    conclude(given, "null", table(dy.statistics.summarize(joined), seeds))
 
 
 if __name__ == "__main__":

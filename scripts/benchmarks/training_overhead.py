@@ -9,18 +9,16 @@ ratios of the medians go into the README.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from into_readme import stamp, write
 from lightning.pytorch import Trainer
 from torch import nn
 from transformer_lens.config import TransformerBridgeConfig
@@ -29,6 +27,8 @@ from transformer_lens.model_bridge.sources.native import boot as boot_native
 import dynamics as dy
 from checkpoints import Checkpoint, TrajectoryWriter
 from dynamics.config import StudyConfig
+from scripts.shared import runs
+from scripts.shared.into_readme import conclude, stamp
 
 NATIVE_STEPS = 300
 """Steps that TransformerLens's own model is trained for, beside as many of the toy."""
@@ -165,24 +165,18 @@ def table(found: dict[str, float]) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = runs.parser(__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, default=Path("runs/benchmark.json"))
-    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
-    given = parser.parse_args()
+    parser.add_argument("--json", type=Path, default=Path("runs/training-overhead.json"))
+    given = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     found = measure(given.repeats, given.threads)
     given.json.parent.mkdir(parents=True, exist_ok=True)
     given.json.write_text(json.dumps(found, indent=1))
-    text = table(found)
-    print(text)
-    if given.readme:
-        write("overhead", text)
+    conclude(given, "overhead", table(found))
 
 
 if __name__ == "__main__":

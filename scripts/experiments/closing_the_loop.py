@@ -10,9 +10,8 @@ difference.
 
 from __future__ import annotations
 
-import argparse
 import warnings
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,13 +20,14 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-from into_readme import interval, run_key, stamp, write
 from tqdm import tqdm
 
 import dynamics as dy
 from checkpoints import Checkpoint, Trajectory
 from dynamics.recipe import Recipe
 from dynamics.sites import Site
+from scripts.shared.into_readme import conclude, interval, markdown, stamp
+from scripts.shared.runs import each, parser_of_runs, run_key
 
 SHARE = 0.1
 CANDIDATES = 16
@@ -148,10 +148,8 @@ def table(found: pd.DataFrame, n_steps: int, look: int, choose: str) -> str:
     """Dt3 − Df4 in each world, and how much of what erasing everywhere takes away is gone."""
     kinds = found.assign(erased=found["erased"].str.replace(r" \d", "", regex=True))
     per_seed = kinds.groupby(["erased", "seed"])[list(MEASURES)].mean().unstack("seed")
-    lines = [
-        "| tag's difference erased in | Dt3 − Df4, accuracy | gone of it | correct logit | gone of it |",
-        "|---|---|---|---|---|",
-    ]
+    head = ["tag's difference erased in", "Dt3 − Df4, accuracy", "gone of it", "correct logit", "gone of it"]
+    rows = []
     for name in ("nowhere", "everywhere", "chosen", "random"):
         cells = []
         for measure in ("accuracy", "correct_logit"):
@@ -163,7 +161,7 @@ def table(found: pd.DataFrame, n_steps: int, look: int, choose: str) -> str:
             shown = "–" if np.isnan(gone.estimate) else "{:.0%} [{:.0%}, {:.0%}]".format(*map(float, gone))
             cells += [interval(values), shown]
         names = {"chosen": f"the chosen {SHARE:.0%} of matrices", "random": "random matrices, matched"}
-        lines.append(f"| {names.get(name, name)} | {' | '.join(cells)} |")
+        rows.append([names.get(name, name), *cells])
     often = found.loc[found["erased"] == "chosen", "matrices"].str.split(", ").explode().value_counts()
     matched = found[found["erased"].str.startswith("random")]
     most = ", ".join(f"{label} ({n})" for label, n in often.head(6).items())
@@ -172,7 +170,8 @@ def table(found: pd.DataFrame, n_steps: int, look: int, choose: str) -> str:
         for column in ("parameters of the chosen", "difference of the chosen")
     ]
     seeds = ", ".join(map(str, sorted(found["seed"].unique())))
-    lines += [
+    lines = [
+        *markdown(head, rows),
         "",
         f"Seeds {seeds}; chosen {choose} by the first {look} of {n_steps} steps of X2; means over the last "
         f"quarter; gone = ratio of means, Fieller's 95 % interval over seeds. Chosen most often: {most}. Random "
@@ -181,11 +180,8 @@ def table(found: pd.DataFrame, n_steps: int, look: int, choose: str) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", type=Path, nargs="+", help="run folders, one per seed; at least two")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = parser_of_runs(__doc__, "loop")
     parser.add_argument("--steps", type=int, default=500, help="steps of X2 to train again")
     parser.add_argument("--look", type=int, default=10, help="first steps of X2 that the choice may look at")
     parser.add_argument(
@@ -194,26 +190,11 @@ def main() -> None:
         default="together",
         help="by what each matrix moves alone, or one after another by what it moves together with those before",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/loop"))
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
-    given = parser.parse_args()
-    n = len(given.runs)
-    with ProcessPoolExecutor(given.workers) as pool:
-        parts = list(
-            pool.map(
-                one_run,
-                given.runs,
-                [given.steps] * n,
-                [given.look] * n,
-                [given.choose] * n,
-                [given.out] * n,
-            )
-        )
-    text = table(pd.concat(parts), given.steps, given.look, given.choose)
-    print(text)
-    if given.readme:
-        write("loop", text)
+    given = parser.parse_args(argv)
+    settings = (given.steps, given.look, given.choose)
+    parts = each(one_run, [(folder, *settings, given.out) for folder in given.runs], given.workers)
+    conclude(given, "loop", table(pd.concat(parts), *settings))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ gap) beside that of the last one.
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import xarray as xr
-from into_readme import interval, stamp, write
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
@@ -32,8 +30,9 @@ from tqdm import tqdm
 import dynamics as dy
 from checkpoints import Trajectory
 from dynamics.comparison import order_of_events, when
+from scripts.shared.into_readme import conclude, interval, markdown, stamp
+from scripts.shared.runs import parser_of_runs
 
-PICTURE = Path(__file__).parent.parent / ".readme" / "causal.png"
 MEASURES = {m.name: m for m in (dy.measures.logit_difference, dy.measures.accuracy)}
 FIRST = 10
 """Steps before it are stored more densely than the logarithm asks for, and nothing is learnt there."""
@@ -180,11 +179,6 @@ def persistence(found: Found) -> list[list[str]]:
     return rows
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """As Markdown."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
-
-
 def report(found: Sequence[Found]) -> str:
     """Both tables and their caption."""
     heads = ["task", "layer", "its strongest head's share of the gap at the end", "causal from step, by seed"]
@@ -199,7 +193,7 @@ def report(found: Sequence[Found]) -> str:
         "a random set's share of edges in the last circuit. " + stamp(__file__)
     )
     first, second = (
-        table(head, [row for one in found for row in rows(one)])
+        "\n".join(markdown(head, [row for one in found for row in rows(one)]))
         for head, rows in ((heads, events), (edges, persistence))
     )
     return f"{first}\n\n{second}\n\n{caption}"
@@ -246,14 +240,10 @@ def band(axes: Axes, across: Array, curves: npt.ArrayLike, color: str, label: st
     axes.fill_between(across, low, high, color=color, alpha=0.15, linewidth=0)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def main(argv: Sequence[str] | None = None) -> None:
+    given = parser_of_runs(__doc__, "causal", "folders of runs; two or more seeds of each task").parse_args(
+        argv
     )
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs; two or more seeds of each task")
-    parser.add_argument("--out", type=Path, default=Path("runs/causal"))
-    parser.add_argument("--readme", action="store_true", help="write tables and figure into the README")
-    given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("error")
     runs = sorted((Trajectory.open(folder) for folder in given.runs), key=lambda run: int(run.config["seed"]))
@@ -262,12 +252,7 @@ def main() -> None:
         one_task([run for run in runs if run.config["task"]["name"] == name], given.out)
         for name in tqdm(tasks, desc="tasks", unit="task")
     ]
-    text = report(found)
-    print(text)
-    dy.plots.save(figure(found), given.out / "causal.png")
-    if given.readme:
-        write("causal", text)
-        dy.plots.save(figure(found), PICTURE)
+    conclude(given, "causal", report(found), figure(found))
 
 
 if __name__ == "__main__":

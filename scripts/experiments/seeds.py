@@ -8,20 +8,19 @@ and exchanged, and averaged, which cancels luck in the split. The table goes int
 
 from __future__ import annotations
 
-import argparse
 import warnings
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from into_readme import interval, stamp, write
-from tqdm import tqdm
 
 import dynamics as dy
 from dynamics.config import PatchingConfig, PrimaryConfig, ScheduleConfig, StudyConfig
+from scripts.shared import runs
+from scripts.shared.into_readme import conclude, interval, stamp
 
 
 def forked(seed: int, train_multipliers: int, out: Path) -> dict[str, float]:
@@ -80,26 +79,18 @@ def table(results: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = runs.parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--dial", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="multipliers that train")
     parser.add_argument("--out", type=Path, default=Path("runs/seeds"))
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     jobs = [(seed, dial, given.out) for dial in given.dial for seed in given.seeds]
-    with ProcessPoolExecutor(given.workers) as pool:
-        running = [pool.submit(forked, *job) for job in jobs]
-        rows = [done.result() for done in tqdm(as_completed(running), total=len(jobs), unit="run")]
+    rows = runs.each(forked, jobs, given.workers)
     results = pd.DataFrame(rows).sort_values(["train_multipliers", "seed"], ignore_index=True)
     results.to_csv(given.out / "summary.csv", index=False)
-    text = table(results)
-    print(text)
-    if given.readme:
-        write("seeds", text)
+    conclude(given, "seeds", table(results))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ answers right. On the other half of the prompts the found heads are ablated, and
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,15 +22,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import xarray as xr
-from into_readme import interval, run_key, stamp, write
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import dynamics as dy
 from checkpoints import Trajectory
 from dynamics.sites import Site
+from scripts.shared.into_readme import conclude, interval, markdown, stamp
+from scripts.shared.runs import by_task, parser_of_runs, run_key, stored
 
-PICTURE = Path(__file__).parent.parent / ".readme" / "circuits.png"
 HOOK = "blocks.*.attn.hook_z"
 RANKED_BY = dy.measures.logit_margin
 MEASURES = {m.name: m for m in (dy.measures.accuracy, RANKED_BY)}
@@ -75,11 +74,8 @@ def one_run(folder: Path, out: Path) -> Found:
     draw = np.random.default_rng(run.config["seed"])
     parts: dict[str, xr.Dataset] = {}
 
-    def kept(name: str, compute: Callable[[], xr.Dataset]) -> xr.Dataset:
-        path = out / run_key(run) / f"{name}.h5"
-        if not path.exists():
-            dy.results.save(compute(), path)
-        parts[name] = dy.results.load(path)
+    def part(name: str, compute: Callable[[], xr.Dataset]) -> xr.Dataset:
+        parts[name] = stored(out / run_key(run) / f"{name}.h5", compute)
         return parts[name]
 
     def ablated(sets: Sequence[Site], prompts: Sequence[dy.Contrast], values: str) -> xr.Dataset:
@@ -91,10 +87,10 @@ def one_run(folder: Path, out: Path) -> Found:
         """Each set of heads as one site."""
         return [dy.sites.union(recipe.model, [heads[i] for i in s], f"set {n}") for n, s in enumerate(sets)]
 
-    ranking = kept("ranking", lambda: dy.patch_activations(recipe, run.last, ranked_on, heads, RANKED_BY))
+    ranking = part("ranking", lambda: dy.patch_activations(recipe, run.last, ranked_on, heads, RANKED_BY))
     order = np.argsort(-ranking["effect"].mean("example").values, kind="stable").tolist()
     first = [order[:size] for size in range(1, len(heads) + 1)]
-    ranked = kept("ranked-mean", lambda: ablated(joined(first), ranked_on, "mean"))
+    ranked = part("ranked-mean", lambda: ablated(joined(first), ranked_on, "mean"))
     right = ranked["patched"].sel(measure="accuracy").mean("example").values
     size = int(np.argmax(right < DESTROYED)) + 1 if (right < DESTROYED).any() else len(heads)
     sets = {
@@ -105,8 +101,8 @@ def one_run(folder: Path, out: Path) -> Found:
     along = [draw.permutation(order)[: len(f)].tolist() for f in first for _ in range(N_ALONG)]
     for name, chosen in sets.items():
         for values in VALUES:
-            kept(f"{name}-{values}", lambda c=chosen, v=values: ablated(joined(c), tested, v))  # type: ignore[misc]
-    kept("along-mean", lambda: ablated(joined(along), tested, "mean"))
+            part(f"{name}-{values}", lambda c=chosen, v=values: ablated(joined(c), tested, v))  # type: ignore[misc]
+    part("along-mean", lambda: ablated(joined(along), tested, "mean"))
     labels = [heads[i].label.removeprefix("attn.z ") for i in order]
     return Found(run.config["task"]["name"], run.config["seed"], labels, size, parts)
 
@@ -155,12 +151,6 @@ def row(runs: Sequence[Found], values: str, measure: str) -> list[str]:
     ]
 
 
-def by_task(runs: Sequence[Found]) -> dict[str, list[Found]]:
-    """Runs of each task, by seed."""
-    names = dict.fromkeys(found.task for found in runs)
-    return {name: sorted((f for f in runs if f.task == name), key=lambda f: f.seed) for name in names}
-
-
 def report(runs: Sequence[Found]) -> str:
     """The table, and which heads were found."""
     head = ["task", "values", "measure", "as trained", "found heads ablated", "others ablated", "any ablated"]
@@ -171,7 +161,6 @@ def report(runs: Sequence[Found]) -> str:
         for measure in MEASURES
         for values in VALUES
     ]
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
     n_heads = len(runs[0].heads)
     circuits = [
         f"{name} ({found[0].parts['first-mean'].sizes['example']} prompts) "
@@ -186,7 +175,7 @@ def report(runs: Sequence[Found]) -> str:
         "of them where fewer are left) and of any. "
         f"{stamp(__file__)}"
     )
-    return "\n".join([*lines, "", caption])
+    return "\n".join([*markdown(head, rows), "", caption])
 
 
 # --- figure -----------------------------------------------------------------------------------------------
@@ -230,23 +219,14 @@ def along(found: Found) -> Array:
     return np.array([float(part["base"]), *part["patched"].values.reshape(-1, N_ALONG).mean(1)])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def main(argv: Sequence[str] | None = None) -> None:
+    given = parser_of_runs(__doc__, "circuits", "folders of runs; two or more seeds of each task").parse_args(
+        argv
     )
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs; two or more seeds of each task")
-    parser.add_argument("--out", type=Path, default=Path("runs/circuits"))
-    parser.add_argument("--readme", action="store_true", help="write table and figure into the README")
-    given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("error")
     runs = [one_run(folder, given.out) for folder in tqdm(given.runs, desc="ablating", unit="run")]
-    text = report(runs)
-    print(text)
-    dy.plots.save(figure(runs), given.out / "circuits.png")
-    if given.readme:
-        write("circuits", text)
-        dy.plots.save(figure(runs), PICTURE)
+    conclude(given, "circuits", report(runs), figure(runs))
 
 
 if __name__ == "__main__":

@@ -10,13 +10,14 @@ one lets the other person give.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from reproducing import draw, hugging_face, parser, sites, trained
 
 import dynamics as dy
 from dynamics.tasks.words import NAMES, PLACES, THINGS
+from scripts.reproductions.subjects import draw, hugging_face, parser, sites, trained
 
 HOOKS = {"hook_attn_out": ("layer",), "hook_mlp_out": ("layer",), "attn.hook_z": ("layer", "head")}
 
@@ -44,8 +45,8 @@ class GivesTo:
         return [(self._said(a, b, b, i), self._said(*broken(a, b), i)) for i, (a, b) in enumerate(answers)]
 
 
-def main() -> None:
-    given = parser(__doc__, "ioi").parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    given = parser(__doc__, "ioi").parse_args(argv)
     subject = hugging_face(given.model) if given.model else trained(given.run)
     names = list(subject.task.names) if subject.task is not None else NAMES[: 2 * given.n]
     for corruption in ("order", "subject"):

@@ -9,7 +9,6 @@ its loop is the same for each.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import json
@@ -17,7 +16,7 @@ import multiprocessing
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -27,11 +26,9 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import seed_loop
 import torch
 import xarray as xr
 import yaml
-from into_readme import stamp, write
 from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -39,13 +36,15 @@ from tqdm import tqdm
 import dynamics as dy
 from checkpoints import Checkpoint
 from dynamics.config import StudyConfig, ToyConfig
+from scripts.benchmarks import seed_loop
+from scripts.shared import runs
+from scripts.shared.into_readme import beside, conclude, stamp
 
 PRESETS = {"toy": "default", "seed": "seed"}
 SIZES = {"toy": "toy 2 x 128", "seed": "seed's size 6 x 1024"}
 WARM_STEPS = 5
 LOOPED_SITES = 12
 """Sites that the seed's loop takes at the seed's size."""
-PICTURE = Path(__file__).parent.parent / ".readme" / "scaling.png"
 
 
 @dataclass(frozen=True)
@@ -147,8 +146,9 @@ def ours(bench: Bench, row: Row) -> xr.Dataset:
 
 def looped(bench: Bench, row: Row, sites: list[dy.Site]) -> list[float]:
     """The seed's way; for `attribute_step`, which estimates them, exact exchanges of updates."""
-    loop = seed_loop.LOOPS.get(row.verb, seed_loop.patch_updates)
-    return list(loop(bench.recipe, row.state, row.contrasts, sites, dy.measures.correct_logit))
+    verb = "patch_updates" if row.verb == "attribute_step" else row.verb
+    measure = dy.measures.correct_logit
+    return list(seed_loop.patched(verb, bench.recipe, row.state, row.contrasts, sites, measure))
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
@@ -408,20 +408,17 @@ def memory_table(memory: dict[str, dict[str, dict[str, float]]], models: dict[st
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = runs.parser(__doc__)
     parser.add_argument("--sizes", nargs="+", choices=PRESETS, default=list(PRESETS))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path, default=Path("runs/benchmark-patching.json"))
-    parser.add_argument("--readme", action="store_true", help="write table and picture into README.md")
-    given = parser.parse_args()
+    parser.add_argument("--json", type=Path, default=Path("runs/patching-speed.json"))
+    given = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
-    runs = [(size, threads, "cpu") for size in given.sizes for threads in given.threads]
-    runs += [(size, 1, "cuda") for size in given.sizes if torch.cuda.is_available()]
-    tables = [measure(size, given.repeats, threads, device) for size, threads, device in runs]
+    settings = [(size, threads, "cpu") for size in given.sizes for threads in given.threads]
+    settings += [(size, 1, "cuda") for size in given.sizes if torch.cuda.is_available()]
+    tables = [measure(size, given.repeats, threads, device) for size, threads, device in settings]
     memory = {
         size: {
             verb: {
@@ -436,11 +433,8 @@ def main() -> None:
     given.json.parent.mkdir(parents=True, exist_ok=True)
     kept = {"tables": tables, "memory": memory, "scaling": slopes}
     given.json.write_text(json.dumps(kept, indent=1))
-    text = table(tables, memory, slopes)
-    print(text)
-    picture(slopes, PICTURE if given.readme else given.json.with_suffix(".png"))
-    if given.readme:
-        write("speed", text)
+    picture(slopes, beside("scaling.png") if given.readme else given.json.with_suffix(".png"))
+    conclude(given, "speed", table(tables, memory, slopes))
 
 
 if __name__ == "__main__":

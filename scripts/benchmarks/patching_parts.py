@@ -1,28 +1,32 @@
 """Where the time of the verbs goes, part by part, beside what their goals leave and a floor for the work they do.
 
-    .venv/bin/python scripts/benchmark_parts.py --readme
+    .venv/bin/python scripts/benchmarks/patching_parts.py --readme
 
-The rows of `benchmark_patching.py` with one contrast, 1 thread; the verbs' own functions are timed during their
+The rows of `patching_speed.py` with one contrast, 1 thread; the verbs' own functions are timed during their
 calls.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
-from benchmark_patching import (
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from dynamics.results import REFERENCES
+from scripts.benchmarks.patching_speed import (
     PRESETS,
     SIZES,
     Bench,
@@ -35,28 +39,25 @@ from benchmark_patching import (
     rows,
     timed,
 )
-from into_readme import stamp, write
-from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
+from scripts.shared import runs
+from scripts.shared.into_readme import conclude, stamp
 
-from dynamics.engine.gradient_prefetch import GradientPrefetch
-from dynamics.engine.measuring import Measuring
-from dynamics.engine.path_integral import StraightPath
-from dynamics.engine.runs import REFERENCE_ORDER
-from dynamics.patching import signals
-from dynamics.steps.pullbacks import Pullbacks
-from dynamics.steps.update import Steps
+_ENGINE, _STEPS, _SIGNALS = "dynamics.engine", "dynamics.steps", "dynamics.patching.signals"
 
-PARTS: dict[str, list[tuple[Any, str]]] = {
-    "gradients": [(GradientPrefetch, "gradient"), (signals, "recorded"), (signals, "pullbacks")],
+PARTS: dict[str, list[str]] = {
+    "gradients": [
+        f"{_ENGINE}.gradient_prefetch.GradientPrefetch.gradient",
+        f"{_SIGNALS}.recorded",
+        f"{_SIGNALS}.pullbacks",
+    ],
     "references": [],
-    "backward from the sites": [(Pullbacks, "exchanging"), (signals, "gradient")],
-    "steps": [(Steps, "take")],
-    "measure": [(Measuring, "__call__"), (Measuring, "beside"), (Measuring, "alone")],
-    "slopes": [(StraightPath, "mean_gradient")],
+    "backward from the sites": [f"{_STEPS}.pullbacks.Pullbacks.exchanging", f"{_SIGNALS}.gradient"],
+    "steps": [f"{_STEPS}.update.Steps.take"],
+    "measure": [f"{_ENGINE}.measuring.Measuring.{name}" for name in ("__call__", "variants_of", "one_model")],
+    "slopes": [f"{_ENGINE}.path_integral.StraightPath.mean_gradient"],
 }
-"""The functions that do a part of the work; where one calls another, the outer one's part counts. Steps and measure
-are the references' until these are measured."""
+"""The functions that do a part of the work, by name, as a profiler knows them; where one calls another, the outer
+one's part counts. Steps and measure are the references' until these are measured."""
 
 OWN = ("patch_gradients", "patch_signals")
 """Verbs that step every parameter of every patched model."""
@@ -74,7 +75,7 @@ def taken_apart() -> Iterator[Counter[str]]:
             nonlocal n_measured
             if within:
                 return function(*args, **settings)
-            refers = part in ("steps", "measure") and n_measured < len(REFERENCE_ORDER)
+            refers = part in ("steps", "measure") and n_measured < len(REFERENCES)
             within.append("references" if refers else part)
             begin = time.perf_counter()
             try:
@@ -88,8 +89,8 @@ def taken_apart() -> Iterator[Counter[str]]:
 
     with ExitStack() as patches:
         for part, places in PARTS.items():
-            for owner, name in places:
-                patches.enter_context(mock.patch.object(owner, name, watched(part, getattr(owner, name))))
+            for place in places:
+                patches.enter_context(mock.patch(place, watched(part, resolve_name(place))))
         yield spent
 
 
@@ -167,15 +168,12 @@ def table(found: dict[str, list[dict[str, Any]]], goals: dict[str, dict[str, int
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = runs.parser(__doc__)
     parser.add_argument("--sizes", nargs="+", choices=PRESETS, default=list(PRESETS))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path, default=Path("runs/benchmark-parts.json"))
-    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
-    given = parser.parse_args()
+    parser.add_argument("--json", type=Path, default=Path("runs/patching-parts.json"))
+    given = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     found, goals = {}, {}
@@ -186,10 +184,7 @@ def main() -> None:
         found[size] = [taken(bench, row, size, given.repeats) for row in tqdm(of_size, desc=size)]
     given.json.parent.mkdir(parents=True, exist_ok=True)
     given.json.write_text(json.dumps(found, indent=1))
-    text = table(found, goals, given.repeats)
-    print(text)
-    if given.readme:
-        write("parts", text)
+    conclude(given, "parts", table(found, goals, given.repeats))
 
 
 if __name__ == "__main__":

@@ -7,17 +7,18 @@ dynamics fit --preset ioi --out runs/ioi && dynamics fit --preset facts --out ru
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import xarray as xr
-from into_readme import interval, stamp, write
-from reproducing import Subject, draw, hugging_face, parser, sites, trained
 
 import dynamics as dy
 from dynamics.recipe import Contrast
 from dynamics.tasks import facts, ioi
+from scripts.reproductions.subjects import Subject, draw, hugging_face, parser, sites, trained
+from scripts.shared.into_readme import conclude, interval, stamp
 
 FAMILIES: dict[str, dict[str, tuple[Any, ...]]] = {
     "residual stream": {"hook_resid_pre": ("layer", "pos")},
@@ -117,12 +118,12 @@ def factual(subject: Subject, out: Path) -> None:
         draw(out, **{f"facts_{corruption}": dy.plots.tiles(found, x_labels=subject.prompt(contrasts[0]))})
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser(__doc__, "ioi")
     arguments.add_argument("--facts", type=Path, default=Path("runs/facts"), help="a run of the task facts")
     arguments.add_argument("--readme", action="store_true", help="write the table into the README")
     arguments.add_argument("--nodes", type=int, default=64, help="gradients at most, where integrated")
-    given = arguments.parse_args()
+    given = arguments.parse_args(argv)
     subject = hugging_face(given.model) if given.model else trained(given.run)
     many = 20 * (given.n + 2)  # one in ten is in the first template and has the one who gives second
     if subject.task is not None:
@@ -139,10 +140,8 @@ def main() -> None:
         f"size: Σ|attribution| / Σ|effect|. {len(alike)} prompts. "
     )
     text = "\n".join([*rows, "", note + stamp(__file__)])
-    print(f"\n{text}")
+    conclude(given, "attribution", text)
     factual(subject if given.model else trained(given.facts), out)
-    if given.readme:
-        write("attribution", text)
 
 
 if __name__ == "__main__":

@@ -9,22 +9,20 @@ before. The Datasets must be identical. Needs a machine that does nothing else m
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import tempfile
 import time
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 import xarray as xr
-from into_readme import write
 
 import dynamics as dy
 from checkpoints import Checkpoint, Trajectory
 from dynamics import sweeps
+from scripts.shared import runs
+from scripts.shared.into_readme import conclude, stamp
 
 
 def asked(run: Trajectory, replays: int) -> sweeps.Plan:
@@ -78,25 +76,21 @@ def table(rows: list[dict[str, float]]) -> str:
         f"{row['seconds'] / row['foretold_seconds']:.2f} | {row['megabytes'] / row['foretold_megabytes']:.2f} |"
         for row in rows
     ]
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
     lines += [
         "",
-        f"The toy of the default study; starting the workers included. {datetime.now(UTC):%Y-%m-%d}, {machine}, "
-        f"load {os.getloadavg()[0]:.1f} at the end; `scripts/sweep_scaling.py`.",
+        f"The toy of the default study; starting the workers included; load {os.getloadavg()[0]:.1f} at the end. "
+        f"{stamp(__file__)}",
     ]
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = runs.parser(__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/aliases"))
     parser.add_argument("--replays", type=int, default=100_000)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--json", type=Path, default=Path("runs/sweep_scaling.json"))
-    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
-    given = parser.parse_args()
+    parser.add_argument("--json", type=Path, default=Path("runs/sweep-scaling.json"))
+    given = parser.parse_args(argv)
     plan = asked(Trajectory.open(given.run), given.replays)
     found, rows = [], []
     for workers in given.workers:
@@ -106,10 +100,7 @@ def main() -> None:
         xr.testing.assert_identical(dataset, found[0])
     given.json.parent.mkdir(parents=True, exist_ok=True)
     given.json.write_text(json.dumps(rows, indent=1))
-    text = table(rows)
-    print(text)
-    if given.readme:
-        write("sweep", text)
+    conclude(given, "sweep", table(rows))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ move Dt3 − Df4, (d) do O and V act together, (e) why does the correct logit fa
 
 from __future__ import annotations
 
-import argparse
 import warnings
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,15 +19,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import xarray as xr
-from into_readme import interval, run_key, stamp
 from torch import nn
 from tqdm import tqdm
 
 import dynamics as dy
 from checkpoints import Checkpoint, Trajectory
 from dynamics.recipe import ByNorm, Contrast, Recipe
+from scripts.shared.into_readme import beside, interval, markdown, stamp
+from scripts.shared.runs import each, parser_of_runs, run_key, stored
 
-PAGE = Path(__file__).parent.parent / ".readme" / "anatomy.md"
 X2_STEP = 10
 """Step within X2 of (a), (b) and (d): that of the primary analysis."""
 WINDOW = 50
@@ -128,10 +127,7 @@ def one_run(folder: Path, out: Path) -> dict[str, xr.Dataset]:
 
     found = {}
     for name, compute in tqdm(work.items(), desc=str(folder), unit="question"):
-        path = out / run_key(run) / f"{name}.h5"
-        if not path.exists():
-            dy.results.save(compute(), path)
-        found[name] = dy.results.load(path)
+        found[name] = stored(out / run_key(run) / f"{name}.h5", compute)
     return found
 
 
@@ -182,11 +178,6 @@ def gap_row(found: Found, name: str) -> list[str]:
     fresh, stored = chosen[: len(found)], chosen[len(found) :]
     over = [interval([float(w.mean()) for w in state]) for state in (fresh, stored)]
     return [f"gap {over[0]}", interval(np.concatenate([w.values for w in fresh])), f"gap {over[1]}"]
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
-    """A table as lines of Markdown."""
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
 def signals_table(found: Found) -> list[str]:
@@ -328,24 +319,16 @@ def report(found: Found, names: list[str]) -> str:
     return "\n".join(["# The anatomy of a definition's step", "", caption, "", *lines])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", type=Path, nargs="+", help="run folders, one per seed; at least two")
-    parser.add_argument("--out", type=Path, default=Path("runs/anatomy"))
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = parser_of_runs(__doc__, "anatomy")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument(
-        "--readme", action="store_true", help=f"write the page {PAGE.name} that the README names"
-    )
-    given = parser.parse_args()
-    with ProcessPoolExecutor(given.workers) as pool:
-        found = list(pool.map(one_run, given.runs, [given.out] * len(given.runs)))
+    given = parser.parse_args(argv)
+    found = each(one_run, [(folder, given.out) for folder in given.runs], given.workers)
     text = report(found, [f"seed {Trajectory.open(folder).config['seed']}" for folder in given.runs])
-    (given.out / "anatomy.md").write_text(text)
+    pages = [given.out / "anatomy.md", *([beside("anatomy.md")] if given.readme else [])]
+    for page in pages:
+        page.write_text(text)
     print(text)
-    if given.readme:
-        PAGE.write_text(text)
 
 
 if __name__ == "__main__":

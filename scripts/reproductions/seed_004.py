@@ -7,11 +7,12 @@ dynamics fit --preset facts --out runs/facts
 
 from __future__ import annotations
 
-from reproducing import draw, hugging_face, parser, sites, trained
+from collections.abc import Sequence
 
 import dynamics as dy
 from dynamics.tasks.datasets import prompt_contrasts
 from dynamics.tasks.facts import Fact
+from scripts.reproductions.subjects import draw, hugging_face, parser, sites, trained
 
 SITES = ("ln1.hook_normalized", "hook_mlp_out")
 
@@ -31,11 +32,11 @@ class Capitals:
         return f" {self.source.answer}", f" {self.base.answer}"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser(__doc__, "facts")
     arguments.add_argument("--base", default="Spain")
     arguments.add_argument("--source", default="Italy")
-    given = arguments.parse_args()
+    given = arguments.parse_args(argv)
     subject = hugging_face(given.model, bos=False) if given.model else trained(given.run)
     facts = [Fact(given.base, "capital"), Fact(given.source, "capital")]
     (contrast,) = prompt_contrasts(Capitals(*facts), subject.words)

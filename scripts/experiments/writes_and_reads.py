@@ -16,7 +16,6 @@ Both in the correct answer's logit less the mean logit. The optimizer's state is
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +27,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import xarray as xr
-from into_readme import interval, stamp, write
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from torch import nn
@@ -36,8 +34,9 @@ from tqdm import tqdm
 
 import dynamics as dy
 from checkpoints import Trajectory
+from scripts.shared.into_readme import conclude, interval, markdown, stamp
+from scripts.shared.runs import parser_of_runs
 
-PICTURE = Path(__file__).parent.parent / ".readme" / "writes.png"
 MEASURE = dy.measures.centred_logit
 FACT_STEPS = range(64)
 """Of the phase `late`, counted from its first: by the last of them the late facts are known."""
@@ -244,7 +243,6 @@ def report(found: Sequence[Story]) -> str:
                 *(interval(column[np.isfinite(column)]) for column in columns),
             ]
         )
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
     caption = (
         "n: facts or aliases, the units of the intervals (mean [95 % t interval]). Shares of the sum over places; "
         "heads of a layer together. Read: growth over the stretch of what the place restores; written: sum over "
@@ -252,7 +250,7 @@ def report(found: Sequence[Story]) -> str:
         "final value is there. Exchanging the embedding is asking about the other subject altogether, so as a "
         f"reader it restores the whole difference by construction. {stamp(__file__)}"
     )
-    return "\n".join([*lines, "", caption])
+    return "\n".join([*markdown(head, rows), "", caption])
 
 
 # --- figure -----------------------------------------------------------------------------------------------
@@ -303,15 +301,10 @@ def within(task: Any, phase: str, steps: range) -> list[int]:
     return [starts[phase] + n for n in steps if starts[phase] + n < starts["end"]]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs of the task facts")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = parser_of_runs(__doc__, "writes", "folders of runs of the task facts")
     parser.add_argument("--aliases", type=Path, required=True, help="folder of a run of the aliases")
-    parser.add_argument("--out", type=Path, default=Path("runs/writes"))
-    parser.add_argument("--readme", action="store_true", help="write table and figure into the README")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     torch.set_num_threads(1)
     warnings.filterwarnings("error")
     facts, aliases = [Trajectory.open(folder) for folder in given.runs], Trajectory.open(given.aliases)
@@ -324,12 +317,7 @@ def main() -> None:
         functions = (partial(function, integer=integer) for function in (alias_asked, alias_defined))
         asked.append(("alias", stretch[0], [aliases], steps, *functions))
     found = [story(*one, given.out) for one in tqdm(asked, desc="stories", unit="story")]
-    text = report(found)
-    print(text)
-    dy.plots.save(figure(found[:2]), given.out / "writes.png")
-    if given.readme:
-        write("writes", text)
-        dy.plots.save(figure(found[:2]), PICTURE)
+    conclude(given, "writes", report(found), figure(found[:2]))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ heads look. An event is the change point of a run's curve: of a piecewise-consta
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Sequence
 from itertools import combinations
@@ -18,11 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import xarray as xr
-from into_readme import README, interval, run_key, stamp, write
 from matplotlib.figure import Figure
 
 import dynamics as dy
 from checkpoints import Checkpoint, Trajectory
+from scripts.shared.into_readme import conclude, interval, stamp
+from scripts.shared.runs import parser_of_runs, run_key
 
 POINTS = 22
 """Log-spaced steps of a phase, beside its first."""
@@ -227,16 +227,8 @@ def figure(panels_of: dict[str, dict[str, xr.Dataset]], x2: int) -> Figure:
     return dy.plots.event_curves(columns)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", type=Path, nargs="+", help="run folders, one per seed; at least two")
-    parser.add_argument("--out", type=Path, default=Path("runs/alignment"))
-    parser.add_argument(
-        "--readme", action="store_true", help="write the table and the figure into the README"
-    )
-    given = parser.parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    given = parser_of_runs(__doc__, "alignment").parse_args(argv)
     torch.set_num_threads(1)
     warnings.filterwarnings("error")
     found = [one_run(folder, given.out) for folder in given.runs]
@@ -257,13 +249,9 @@ def main() -> None:
         f"{components(found, x2)}. {stamp(__file__)}"
     )
     text = "\n".join([*table(parting), "", caption])
-    print(text, *order(parting), sep="\n")
-    drawn = figure(panels_of, x2 - x1)
-    facts = {"provenance": found[0]["trained"].attrs["provenance"]}
-    dy.plots.save(drawn, given.out / "alignment.png", facts)
-    if given.readme:
-        dy.plots.save(drawn, README.parent / ".readme" / "alignment.png", facts)
-        write("alignment", text)
+    provenance = {"provenance": found[0]["trained"].attrs["provenance"]}
+    conclude(given, "alignment", text, figure(panels_of, x2 - x1), provenance)
+    print("\n".join(order(parting)))
 
 
 if __name__ == "__main__":

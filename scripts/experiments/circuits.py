@@ -15,7 +15,6 @@ answer.
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,14 +24,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import xarray as xr
-from into_readme import interval, run_key, stamp, write
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import dynamics as dy
 from checkpoints import Trajectory
+from scripts.shared.into_readme import conclude, interval, markdown, stamp
+from scripts.shared.runs import by_task, parser_of_runs, run_key, stored
 
-PICTURE = Path(__file__).parent.parent / ".readme" / "edges.png"
 MEASURE = dy.measures.logit_difference
 THRESHOLDS = tuple(np.geomspace(0.1, 0.001, 15).round(5).tolist())
 GOAL = 0.8
@@ -85,11 +84,8 @@ def one_run(folder: Path, out: Path) -> Found:
     draw = np.random.default_rng(run.config["seed"])
     parts: dict[str, xr.Dataset] = {}
 
-    def stored(name: str, compute: Callable[[], xr.Dataset]) -> xr.Dataset:
-        path = out / run_key(run) / f"{name}.h5"
-        if not path.exists():
-            dy.results.save(compute(), path)
-        parts[name] = dy.results.load(path)
+    def part(name: str, compute: Callable[[], xr.Dataset]) -> xr.Dataset:
+        parts[name] = stored(out / run_key(run) / f"{name}.h5", compute)
         return parts[name]
 
     def alone(circuits: Sequence[Sequence[str]], prompts: Sequence[dy.Contrast]) -> xr.Dataset:
@@ -98,20 +94,20 @@ def one_run(folder: Path, out: Path) -> Found:
         sites = [dy.sites.outside(model, circuit, f"circuit {n}") for n, circuit in enumerate(circuits)]
         return dy.patch_paths(recipe, run.last, clean, sites, MEASURE)
 
-    scores = stored(
+    scores = part(
         "scores", lambda: dy.attribute_paths(recipe, run.last, found_on, edges, MEASURE, method="integrated")
     )
     by_size = {len(circuit): circuit for t in THRESHOLDS if (circuit := dy.circuit(scores, t))}
     circuits = [by_size[size] for size in sorted(by_size)]
-    enough = kept(stored("found", lambda: alone(circuits, found_on))) >= WANTED
+    enough = kept(part("found", lambda: alone(circuits, found_on))) >= WANTED
     chosen = int(np.argmax(enough)) if enough.any() else len(circuits) - 1
     drawn = {"edges": lambda n: at_random(edges, n, draw), "ways": lambda n: by_ways(edges, n, draw)}
-    stored("circuits", lambda: alone(circuits, tested))
+    part("circuits", lambda: alone(circuits, tested))
     for kind, one_of in drawn.items():
         sets = [one_of(len(circuits[chosen])) for _ in range(N_SETS)]
-        stored(f"random {kind}", lambda s=sets: alone(s, tested))  # type: ignore[misc]
+        part(f"random {kind}", lambda s=sets: alone(s, tested))  # type: ignore[misc]
         along = [one_of(len(circuit)) for circuit in circuits for _ in range(N_ALONG)]
-        stored(f"along {kind}", lambda s=along: alone(s, tested))  # type: ignore[misc]
+        part(f"along {kind}", lambda s=along: alone(s, tested))  # type: ignore[misc]
     name, seed = run.config["task"]["name"], run.config["seed"]
     return Found(name, seed, len(edges), circuits, chosen, parts)
 
@@ -147,12 +143,6 @@ def kept(dataset: xr.Dataset) -> Array:
 # --- table ------------------------------------------------------------------------------------------------
 
 
-def by_task(runs: Sequence[Found]) -> dict[str, list[Found]]:
-    """Runs of each task, by seed."""
-    names = dict.fromkeys(found.task for found in runs)
-    return {name: sorted((f for f in runs if f.task == name), key=lambda f: f.seed) for name in names}
-
-
 def row(name: str, runs: Sequence[Found]) -> list[str]:
     """One line of the table."""
     circuit = [kept(f.parts["circuits"])[f.chosen] for f in runs]
@@ -182,7 +172,6 @@ def report(runs: Sequence[Found]) -> str:
     head += ["by random edges", "by random ways", f"random sets that keep {GOAL:.0%}: edges, ways"]
     tasks = by_task(runs)
     rows = [row(name, found) for name, found in tasks.items()]
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
     single = "; ".join(
         f"{name} " + " ".join(f"{kept(f.parts['circuits'])[f.chosen]:.2f}" for f in found)
         for name, found in tasks.items()
@@ -193,7 +182,7 @@ def report(runs: Sequence[Found]) -> str:
         f"{', '.join(dict.fromkeys(str(f.seed) for f in runs))}): {single}. {N_SETS} random sets of each kind for "
         f"each run, as large as its circuit. {stamp(__file__)}"
     )
-    return "\n".join([*lines, "", caption])
+    return "\n".join([*markdown(head, rows), "", caption])
 
 
 # --- figure -----------------------------------------------------------------------------------------------
@@ -228,23 +217,14 @@ def along(found: Found, kind: str) -> Array:
     return means
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def main(argv: Sequence[str] | None = None) -> None:
+    given = parser_of_runs(__doc__, "edges", "folders of runs; two or more seeds of each task").parse_args(
+        argv
     )
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs; two or more seeds of each task")
-    parser.add_argument("--out", type=Path, default=Path("runs/edges"))
-    parser.add_argument("--readme", action="store_true", help="write table and figure into the README")
-    given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("error")
     runs = [one_run(folder, given.out) for folder in tqdm(given.runs, desc="circuits", unit="run")]
-    text = report(runs)
-    print(text)
-    dy.plots.save(figure(runs), given.out / "edges.png")
-    if given.readme:
-        write("edges", text)
-        dy.plots.save(figure(runs), PICTURE)
+    conclude(given, "edges", report(runs), figure(runs))
 
 
 if __name__ == "__main__":

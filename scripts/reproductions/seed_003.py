@@ -7,22 +7,22 @@ dynamics fit --preset acronyms --out runs/acronyms
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-
-import into_readme
-from reproducing import draw, hugging_face, parser, sites, trained
 
 import dynamics as dy
 from dynamics.tasks import acronyms
+from scripts.reproductions.subjects import draw, hugging_face, parser, sites, trained
+from scripts.shared.into_readme import beside
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser(__doc__, "acronyms")
     arguments.add_argument(
         "--acronyms", type=Path, help="with --model: a file with a line `prompt, acronym` each"
     )
     arguments.add_argument("--readme", action="store_true", help="put the residual stream into the README")
-    given = arguments.parse_args()
+    given = arguments.parse_args(argv)
     if given.model:
         subject = hugging_face(given.model, processed=True)
         triples = acronyms.read(given.acronyms)[: given.n] if given.acronyms else None
@@ -61,7 +61,7 @@ def main() -> None:
     residual_stream = dy.plots.tiles(resid, facet="letter", x_labels=labels)
     draw(out, residual_stream=residual_stream, heads=dy.plots.tiles(heads, facet="letter", x="head"))
     if given.readme:
-        draw(into_readme.README.parent / ".readme", acronyms=residual_stream)
+        draw(beside(""), acronyms=residual_stream)
 
 
 if __name__ == "__main__":

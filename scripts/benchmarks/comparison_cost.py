@@ -9,19 +9,20 @@ the machine disturb.
 
 from __future__ import annotations
 
-import argparse
 import resource
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import xarray as xr
-from into_readme import stamp, write
 
 import dynamics as dy
 from checkpoints import Checkpoint, Trajectory, TrajectoryWriter
 from dynamics.config import StudyConfig
+from scripts.shared import runs
+from scripts.shared.into_readme import conclude, stamp
 
 
 def recorded(folder: Path, config: StudyConfig, n: int) -> None:
@@ -52,14 +53,11 @@ def compared(run: Trajectory) -> int:
     return found["weights"].sizes["step"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = runs.parser(__doc__)
     parser.add_argument("--checkpoints", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     torch.set_num_threads(given.threads)
     with tempfile.TemporaryDirectory() as folder:
         recorded(Path(folder) / "run", StudyConfig(), given.checkpoints)
@@ -81,9 +79,7 @@ def main() -> None:
             f"Default toy, {given.threads} threads. {stamp(__file__)}",
         ]
     )
-    print(text)
-    if given.readme:
-        write("comparison", text)
+    conclude(given, "comparison", text)
 
 
 if __name__ == "__main__":

@@ -11,16 +11,17 @@ where the two definitions differ over all aliases (`--first 0` for the notebook'
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import xarray as xr
-from into_readme import interval
-from reproducing import draw
 
 import dynamics as dy
 from checkpoints import Checkpoint, Trajectory
 from dynamics.recipe import Recipe
+from scripts.reproductions.subjects import draw
+from scripts.shared.into_readme import interval
 
 LOGIT = dy.measures.correct_logit
 
@@ -45,7 +46,7 @@ def normalised(found: xr.Dataset, title: str) -> None:
         print(f"  {site:24} {share:+.4f}")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -53,7 +54,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=10, help="step of X2 of the first checkpoint")
     parser.add_argument("--later", type=int, default=500, help="steps from it to the second")
     parser.add_argument("--out", type=Path, default=Path("runs") / "seeds")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     torch.set_num_threads(1)
     run = Trajectory.open(given.run)
     task = dy.tasks.aliases.load(run.config)

@@ -10,29 +10,27 @@ Each method gives every candidate a score from single definitions; it is held ag
 
 from __future__ import annotations
 
-import argparse
 import warnings
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import scipy.stats
 import torch
 import xarray as xr
-from into_readme import run_key, stamp, write
+from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm import tqdm
 
 import dynamics as dy
 from checkpoints import Checkpoint, Trajectory
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site
-from dynamics.trees import Index
+from scripts.shared.into_readme import conclude, stamp
+from scripts.shared.runs import each, parser_of_runs, run_key
 
 PLANTS = ("embed", "attn 0", "mlp 0", "attn 1", "L0H0", "L0H2", "L1H1")
 N_DECOYS = 3
@@ -43,7 +41,6 @@ IMPULSE = 10
 MEASURE = dy.measures.correct_logit
 HOOKS = {"embed": "hook_embed", "attn": "blocks.{layer}.hook_attn_out", "mlp": "blocks.{layer}.hook_mlp_out"}
 CHANCE = "chance"
-PICTURE = Path(__file__).parent.parent / ".readme" / "planted.png"
 
 
 def mean_size(found: xr.DataArray) -> np.ndarray:
@@ -145,7 +142,7 @@ def activation_patching(
     return np.abs(np.mean(changes, axis=0))
 
 
-def _exchanged(activation: Tensor, hook: object, index: Index, source: Tensor) -> Tensor:
+def _exchanged(activation: Tensor, hook: object, index: Any, source: Tensor) -> Tensor:
     activation[index] = source[index]
     return activation
 
@@ -283,10 +280,11 @@ def table(found: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def picture(found: pd.DataFrame, path: Path) -> None:
+def figure(found: pd.DataFrame) -> Figure:
     """AUC and top-1 of every method: mean and interval over seeds, and each plant's mean as a dot."""
     order = found.groupby("method")["auc"].mean().sort_values().index
-    figure, axes = plt.subplots(1, 2, figsize=(9, 0.3 * len(order) + 1.2), sharey=True, layout="constrained")
+    drawn = Figure(figsize=(9, 0.3 * len(order) + 1.2), layout="constrained")
+    axes = drawn.subplots(1, 2, sharey=True)
     chance = {"auc": 0.5, "top1": float((1 / found["n"]).mean())}
     names = {"auc": "AUC of the planted site", "top1": "share of worlds with the plant on top"}
     for ax, (key, name) in zip(axes, names.items(), strict=True):
@@ -300,25 +298,16 @@ def picture(found: pd.DataFrame, path: Path) -> None:
         ax.axvline(chance[key], color="k", linestyle=":", linewidth=1)
         ax.set(xlabel=name, xlim=(-0.05, 1.05))
     axes[0].set_yticks(range(len(order)), order)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    return drawn
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", type=Path, nargs="+", help="run folders, one per seed; at least two")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = parser_of_runs(__doc__, "planted")
     parser.add_argument("--plants", nargs="+", default=list(PLANTS), choices=PLANTS)
-    parser.add_argument("--out", type=Path, default=Path("runs/planted"))
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--readme", action="store_true", help="write table and figure into the README")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     jobs = [(folder, plant, given.out) for folder in given.runs for plant in given.plants]
-    with ProcessPoolExecutor(given.workers) as pool:
-        running = [pool.submit(one_plant, *job) for job in jobs]
-        worlds = [job.result() for job in tqdm(running, unit="world")]
+    worlds = each(one_plant, jobs, given.workers, "world")
     found = grades(worlds)
     found.to_csv(given.out / "grades.csv", index=False)
     truth = [w.loc[w["planted"], "truth"].abs().iloc[0] >= w["truth"].abs().max() for w in worlds]
@@ -329,10 +318,7 @@ def main() -> None:
         f"{stamp(__file__)}"
     )
     (given.out / "planted.md").write_text(text + "\n")
-    print(text)
-    picture(found, PICTURE if given.readme else given.out / "planted.png")
-    if given.readme:
-        write("planted", text)
+    conclude(given, "planted", text, figure(found))
 
 
 if __name__ == "__main__":

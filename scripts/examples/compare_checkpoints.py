@@ -10,6 +10,7 @@ is every part by itself, for a run, a model and questions of your own.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import dynamics as dy
 from checkpoints import Trajectory
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("--from", dest="first", type=int, required=True, help="a step, stored or not")
     parser.add_argument("--to", dest="last", type=int, required=True, help="a later one")
     parser.add_argument("--out", type=Path, default=Path("runs/compared"))
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     torch.set_num_threads(1)
 
     run = Trajectory.open(given.run)

@@ -1,0 +1,66 @@
+"""Tables that scripts print and put into the README, with when, where and by which script they were made."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy.typing as npt
+import torch
+from matplotlib.figure import Figure
+
+import dynamics as dy
+
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+
+
+def write(name: str, text: str) -> None:
+    """Put a table between the marks `<!-- name: begin -->` and `<!-- name: end -->`."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, _, rest = README.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    README.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+
+
+def beside(name: str) -> Path:
+    """Where a picture or page that the README names lies."""
+    return README.parent / ".readme" / name
+
+
+def conclude(
+    given: argparse.Namespace,
+    name: str,
+    text: str,
+    figure: Figure | None = None,
+    provenance: Mapping[str, str] | None = None,
+) -> None:
+    """Print a table and draw its figure into the folder `--out`; with `--readme` both go into the README too."""
+    print(text)
+    places = [] if figure is None else [given.out / f"{name}.png"]
+    if given.readme:
+        write(name, text)
+        places += [] if figure is None else [beside(f"{name}.png")]
+    for place in places:
+        dy.plots.save(figure, place, provenance)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table as lines of Markdown."""
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def interval(values: npt.ArrayLike) -> str:
+    """Mean with its 95 % t interval over the last axis."""
+    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*map(float, dy.statistics.mean_interval(values)))
+
+
+def stamp(script: str) -> str:
+    """When, where and by which script a table was made."""
+    machine = f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} cores"
+    name = Path(script).resolve().relative_to(ROOT).as_posix()
+    return f"{datetime.now(UTC):%Y-%m-%d}, {machine}, torch {torch.__version__}; `{name}`."
