@@ -208,19 +208,25 @@ def _fingerprint(model: nn.Module) -> dict[str, str]:
     }
 
 
+def _some(names: list[str]) -> str:
+    """A few of many names."""
+    return f"{names[:5]}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
 def _check_fit(owner: str, kind: str, recorded: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
     problems = []
     if missing := [name for name in present if name not in recorded]:
-        problems.append(f"the model has {missing}, {owner} does not")
+        problems.append(f"the model has {_some(missing)}, {owner} does not")
     if unexpected := [name for name in recorded if name not in present]:
-        problems.append(f"{owner} has {unexpected}, the model does not")
-    for name in (name for name in present if name in recorded):
-        ours, theirs = recorded[name], present[name]
-        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-            problems.append(
-                f"{name} is {tuple(ours.shape)} {ours.dtype} in {owner}, "
-                f"{tuple(theirs.shape)} {theirs.dtype} in the model"
-            )
+        problems.append(f"{owner} has {_some(unexpected)}, the model does not")
+    differing = [
+        f"{name} is {tuple(ours.shape)} {ours.dtype} in {owner}, {tuple(theirs.shape)} {theirs.dtype} in the model"
+        for name, theirs in present.items()
+        if (ours := recorded.get(name)) is not None
+        and (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype)
+    ]
+    if differing:
+        problems.append(differing[0] + (f", and {len(differing) - 1} more" if differing[1:] else ""))
     if problems:
         raise ValueError(
             f"The model's {kind} are not the recorded ones: {'; '.join(problems)}. "

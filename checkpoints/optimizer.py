@@ -1,6 +1,6 @@
 """An optimizer's hyperparameters and moments, kept under the model's parameter names."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,11 @@ class OptimizerState:
 
     groups: tuple[dict[str, Any], ...]
     state: dict[str, dict[str, Any]]
+
+    def __repr__(self) -> str:
+        kept = dict.fromkeys(key for state in self.state.values() for key in state)
+        held = f"{', '.join(map(str, kept))} of {len(self.state)} parameters" if kept else "none"
+        return f"OptimizerState({_counted(_params(self))}; state: {held})"
 
 
 def names_by_identity(model: nn.Module) -> dict[int, str]:
@@ -63,26 +68,49 @@ def matched_groups(
     recorded: OptimizerState, optimizer: Optimizer, names: dict[int, str]
 ) -> list[dict[str, Any]]:
     """The recorded group for each of the optimizer's groups: the one that holds the same parameters."""
-    left = list(recorded.groups)
+    present = [_names_in(group["params"], names) for group in optimizer.param_groups]
+    left = list(range(len(recorded.groups)))
     matched = []
-    for i, group in enumerate(optimizer.param_groups):
-        wanted = set(_names_in(group["params"], names))
-        fitting = [candidate for candidate in left if set(candidate["params"]) == wanted]
+    for i, wanted in enumerate(present):
+        fitting = [j for j in left if set(recorded.groups[j]["params"]) == set(wanted)]
         if not fitting:
             raise ValueError(
-                f"The optimizer's group {i} holds {sorted(wanted)}; the checkpoint's groups hold "
-                f"{[sorted(candidate['params']) for candidate in recorded.groups]}. "
+                f"The optimizer has {_counted(present)}, the checkpoint {_counted(_params(recorded))}. "
+                f"{_difference(i, wanted, _params(recorded))} "
                 "Build the optimizer with the groups it was trained with."
             )
-        matched.append(fitting[0])
-        left = [candidate for candidate in left if candidate is not fitting[0]]
+        matched.append(recorded.groups[fitting[0]])
+        left.remove(fitting[0])
     if left:
+        unmatched = _params(recorded)[left[0]]
         raise ValueError(
-            f"The checkpoint has {len(recorded.groups)} parameter groups, the optimizer "
-            f"{len(optimizer.param_groups)}; nothing takes {[sorted(group['params']) for group in left]}. "
+            f"The checkpoint has {len(recorded.groups)} parameter groups, the optimizer {len(present)}; nothing "
+            f"takes its group {left[0]} of {len(unmatched)} parameters, the first {next(iter(unmatched), None)!r}. "
             "Build the optimizer with the groups it was trained with."
         )
     return matched
+
+
+def _params(recorded: OptimizerState) -> list[list[str]]:
+    """The names of the parameters of each recorded group."""
+    return [group["params"] for group in recorded.groups]
+
+
+def _counted(groups: Sequence[Sequence[str]]) -> str:
+    """How many groups and parameters there are: `2 groups of 148 parameters`."""
+    noun = "group" if len(groups) == 1 else "groups"
+    return f"{len(groups)} {noun} of {sum(map(len, groups))} parameters"
+
+
+def _difference(number: int, wanted: list[str], recorded: Sequence[list[str]]) -> str:
+    """The first parameter in which a group differs from the recorded one that is most like it."""
+    j, nearest = max(enumerate(recorded), key=lambda item: len(set(item[1]) & set(wanted)))
+    ours, theirs = f"The optimizer's group {number} holds", f"the checkpoint's group {j}"
+    for name in wanted:
+        if name not in nearest:
+            return f"{ours} {name!r}, which {theirs} does not."
+    other = next((name for name in nearest if name not in wanted), None)
+    return f"{ours} {len(wanted)} parameters; {theirs} holds {other!r} besides."
 
 
 def restore_optimizer(

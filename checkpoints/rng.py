@@ -28,6 +28,10 @@ class RngState:
     python: dict[str, Any]
     numpy: dict[str, Any]
 
+    def __repr__(self) -> str:
+        cuda = f", {len(self.cuda)} CUDA devices" if self.cuda else ""
+        return f"RngState(torch{cuda}, Python and NumPy)"
+
     @classmethod
     def capture(cls) -> "RngState":
         """The generators as they stand; nothing is drawn, and CUDA is not started for it."""

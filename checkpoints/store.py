@@ -50,8 +50,19 @@ class Manifest:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a folder holds a run, or checkpoints of a run whose manifest was lost."""
-    return (folder / MANIFEST).exists() or any((folder / TRAJECTORY).glob("step-*.h5"))
+    """Whether a folder holds a run, be it without checkpoints, or checkpoints of a run whose manifest was lost."""
+    return (folder / MANIFEST).exists() or holds_checkpoints(folder)
+
+
+def holds_checkpoints(folder: Path) -> bool:
+    """Whether a folder holds checkpoints of a run, also of one whose manifest was lost.
+
+    Raises:
+        TrajectoryError: there is a manifest that cannot be read.
+    """
+    if (folder / MANIFEST).exists():
+        return bool(read_manifest(folder).entries)
+    return any((folder / TRAJECTORY).glob("step-*.h5"))
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from checkpoints import encoding, imports, store, values
+from checkpoints import encoding, store, values
 from checkpoints.checkpoint import Checkpoint
-from checkpoints.conversion import Import, Progress
 from checkpoints.errors import TrajectoryError
-from checkpoints.naming import Naming
+from checkpoints.formats import foreign
+from checkpoints.formats.conversion import Import, Progress
+from checkpoints.formats.naming import Naming
 from checkpoints.writer import TrajectoryWriter
 
 
@@ -44,10 +45,10 @@ class Trajectory:
     @classmethod
     def from_state_dicts(
         cls,
-        paths: imports.Paths,
+        paths: foreign.Paths,
         out: str | os.PathLike[str],
         *,
-        step: imports.StepOf = None,
+        step: foreign.StepOf = None,
         key: str | None = None,
         prefix: str = "",
         ignore: Sequence[str] = (),
@@ -82,12 +83,12 @@ class Trajectory:
                 ones that could run code when loaded; or the folder holds anything but this import.
         """
         names = Naming(prefix, ignore, model)
-        return _stored(imports.state_dicts(paths, step, key, names, progress), out, config, progress)
+        return _stored(foreign.state_dicts(paths, step, key, names, progress), out, config, progress)
 
     @classmethod
     def from_lightning(
         cls,
-        paths: imports.Paths,
+        paths: foreign.Paths,
         out: str | os.PathLike[str],
         *,
         prefix: str = "",
@@ -109,15 +110,15 @@ class Trajectory:
         The other arguments, and what is raised, are those of `from_state_dicts`; folders stand for their .ckpt.
         """
         names = Naming(prefix, ignore, model, optimizer)
-        return _stored(imports.lightning(paths, names, progress), out, config, progress)
+        return _stored(foreign.lightning(paths, names, progress), out, config, progress)
 
     @classmethod
     def from_safetensors(
         cls,
-        paths: imports.Paths,
+        paths: foreign.Paths,
         out: str | os.PathLike[str],
         *,
-        step: imports.StepOf = None,
+        step: foreign.StepOf = None,
         prefix: str = "",
         ignore: Sequence[str] = (),
         model: nn.Module | None = None,
@@ -126,7 +127,7 @@ class Trajectory:
     ) -> "Trajectory":
         """Convert files of safetensors, each a whole state dict; see `from_state_dicts`."""
         names = Naming(prefix, ignore, model)
-        return _stored(imports.safetensors(paths, step, names, progress), out, config, progress)
+        return _stored(foreign.safetensors(paths, step, names, progress), out, config, progress)
 
     @classmethod
     def from_huggingface(
@@ -135,8 +136,8 @@ class Trajectory:
         revisions: Iterable[str],
         out: str | os.PathLike[str],
         *,
-        load: imports.Load | None = None,
-        step: imports.StepOf = None,
+        load: foreign.Load | None = None,
+        step: foreign.StepOf = None,
         prefix: str = "",
         ignore: Sequence[str] = (),
         model: nn.Module | None = None,
@@ -159,7 +160,7 @@ class Trajectory:
         The other arguments, and what is raised, are those of `from_state_dicts`.
         """
         names = Naming(prefix, ignore, model)
-        found = imports.huggingface(repo, revisions, step, names, load, progress)
+        found = foreign.huggingface(repo, revisions, step, names, load, progress)
         return _stored(found, out, config, progress)
 
     def __repr__(self) -> str:
@@ -276,7 +277,7 @@ class Trajectory:
             TrajectoryError: the step is not stored or its file damaged, the file to write is there already,
                 or its kind is unknown or cannot hold the tensors.
         """
-        imports.write_state_dict(self.at(step), Path(path), self._manifest.provenance.get("imported", {}))
+        foreign.write_state_dict(self.at(step), Path(path), self._manifest.provenance.get("imported", {}))
 
     def verify(self) -> list[str]:
         """Read every checkpoint whole and say what is wrong with which; empty when all is well."""

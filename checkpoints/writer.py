@@ -29,7 +29,7 @@ class TrajectoryWriter:
         """Begin a new run; see `create`."""
         path = self._lock(folder)
         try:
-            if store.holds_run(path):
+            if store.holds_checkpoints(path):
                 raise TrajectoryError(
                     f"{str(path)!r} already holds a run, which is never overwritten. Continue it with "
                     "TrajectoryWriter.resume(folder), or choose another folder."
@@ -48,6 +48,8 @@ class TrajectoryWriter:
         provenance: dict[str, Any] | None = None,
     ) -> "TrajectoryWriter":
         """Begin a new run in a folder, which is made where there is none and may hold other files.
+
+        A run that was begun there and never came to a checkpoint gives way.
 
         Args:
             folder: the run folder.

@@ -7,6 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from checkpoints import Checkpoint as Checkpoint
+    from checkpoints import Trajectory as Trajectory
+    from checkpoints import TrajectoryWriter as TrajectoryWriter
     from dynamics import comparison as comparison
     from dynamics import measures as measures
     from dynamics import plots as plots
@@ -25,12 +28,12 @@ if TYPE_CHECKING:
     from dynamics.batch import Batch as Batch
     from dynamics.comparison import compare as compare
     from dynamics.config import StudyConfig as StudyConfig
+    from dynamics.engine.memory import max_memory as max_memory
     from dynamics.models.bridges import bridge as bridge
     from dynamics.models.bridges import processed_bridge as processed_bridge
     from dynamics.patching import both_directions as both_directions
     from dynamics.patching import interactions as interactions
     from dynamics.patching import interchange as interchange
-    from dynamics.patching import max_memory as max_memory
     from dynamics.patching import patch_activations as patch_activations
     from dynamics.patching import patch_factors as patch_factors
     from dynamics.patching import patch_gradients as patch_gradients
@@ -49,6 +52,8 @@ if TYPE_CHECKING:
     from dynamics.tasks import prompt_contrasts as prompt_contrasts
     from dynamics.tasks import top_answers as top_answers
 
+    __version__: str
+
 _MODULES = (
     "comparison",
     "measures",
@@ -62,6 +67,9 @@ _MODULES = (
     "training",
 )
 _HOMES = {
+    "Checkpoint": "checkpoints",
+    "Trajectory": "checkpoints",
+    "TrajectoryWriter": "checkpoints",
     "attribute_activations": "dynamics.attribution",
     "attribute_examples": "dynamics.attribution",
     "attribute_paths": "dynamics.attribution",
@@ -75,7 +83,7 @@ _HOMES = {
     "both_directions": "dynamics.patching",
     "interchange": "dynamics.patching",
     "interactions": "dynamics.patching",
-    "max_memory": "dynamics.patching",
+    "max_memory": "dynamics.engine.memory",
     "shapley_values": "dynamics.patching",
     "patch_activations": "dynamics.patching",
     "patch_gradients": "dynamics.patching",
@@ -103,6 +111,8 @@ def __getattr__(name: str) -> Any:
         return import_module(f"dynamics.{name}")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
+    if name == "__version__":
+        return import_module("importlib.metadata").version("training-dynamics")
     raise AttributeError(f"module 'dynamics' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 

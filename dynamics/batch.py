@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from dynamics.trees import described
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -28,6 +30,9 @@ class Batch:
     targets: Tensor
     distractors: Tensor | None = None
     example_ids: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return described(self)
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -10,13 +10,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynamics.batch import Batch
+from dynamics.config.checks import did_you_mean
 
 Measure = Callable[[Any, Any], Tensor]
+
+
+class MeasureError(ValueError):
+    """A measure gave something else than numbers; the message names it and says what it gave."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,9 @@ def by_name(name: str) -> LogitMeasure:
     """The measure of this module with that name; an error lists the names."""
     known = {m.name: m for m in globals().values() if isinstance(m, LogitMeasure)}
     if name not in known:
-        raise ValueError(f"no measure {name!r}; there are {', '.join(sorted(known))}.")
+        raise ValueError(
+            f"no measure {name!r}; there are {', '.join(sorted(known))}.{did_you_mean(name, known)}"
+        )
     return known[name]
 
 
@@ -131,16 +139,58 @@ def evaluate(measures: Mapping[str, Measure], model: nn.Module, batch: Any) -> T
     """Each measure on one batch, averaged over its rows in fp64: [n_measures].
 
     Measures of the logits share one forward pass.
+
+    Raises:
+        MeasureError: a measure gives neither a number nor one number for each row.
+    """
+    return torch.stack([_mean(values) for values in per_row(measures, model, batch).values()])
+
+
+def per_row(measures: Mapping[str, Measure], model: nn.Module, batch: Any) -> dict[str, Tensor]:
+    """What each measure gives on one batch, before rows are averaged: [rows], or a scalar.
+
+    Raises:
+        MeasureError: as `evaluate`.
     """
     if any(isinstance(m, LogitMeasure) for m in measures.values()):
         logits = target_logits(model, batch)
-    values = [
-        m.from_logits(logits, batch) if isinstance(m, LogitMeasure) else m(model, batch)
-        for m in measures.values()
-    ]
-    return torch.stack([_mean(v) for v in values])
+    return {
+        name: one_for_each_row(
+            name, m.from_logits(logits, batch) if isinstance(m, LogitMeasure) else m(model, batch)
+        )
+        for name, m in measures.items()
+    }
 
 
-def _mean(values: Tensor | float) -> Tensor:
+def one_for_each_row(name: str, values: Any) -> Tensor:
+    """What a measure gave, as a tensor [rows] or a scalar.
+
+    Raises:
+        MeasureError: it is something else, such as None, a list, [rows, k], or no rows at all.
+    """
+    if not isinstance(values, Tensor | int | float | np.ndarray | np.generic):
+        raise MeasureError(f"measure {name!r} gave {_article(values)}; {_EXPECTED}")
+    found = values if isinstance(values, Tensor) else torch.as_tensor(values, dtype=torch.float64)
+    if found.ndim > 1 or not found.numel():
+        raise MeasureError(f"measure {name!r} gave a tensor of shape {tuple(found.shape)}; {_EXPECTED}")
+    return found
+
+
+def refuse_all_nan(measures: Mapping[str, Measure], model: nn.Module, batch: Any) -> None:
+    """Raise a MeasureError where a measure is NaN for every row of a batch."""
+    for name, values in per_row(measures, model, batch).items():
+        if bool(values.isnan().all()):
+            n = f"all {values.numel()} rows" if values.ndim else "the batch"
+            raise MeasureError(f"measure {name!r} gave NaN for {n}; {_EXPECTED}")
+
+
+_EXPECTED = "expected one number for each row of the batch, or a single one: a tensor of shape [rows] or []."
+
+
+def _article(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _mean(values: Tensor) -> Tensor:
     """Mean over the rows in fp64; correct or not counts as 1 or 0."""
-    return torch.as_tensor(values, dtype=torch.float64).mean()
+    return values.to(torch.float64).mean()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import InitVar, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree
 
-from dynamics import lightning_modules
-from dynamics.lightning_modules import RecipeError as RecipeError
+from dynamics.models import lightning_modules
+from dynamics.models.lightning_modules import RecipeError as RecipeError
+from dynamics.trees import described
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,9 @@ class Recipe:
         clip: `ByNorm`, `ByValue` or None; `max_grad_norm=` is the shorthand for by norm.
 
     The loss runs in the mode (train or eval) the model is in; measures run in eval mode.
+
+    Raises:
+        RecipeError: an optimizer or a scheduler where what makes one belongs, or both clip and max_grad_norm.
     """
 
     model: nn.Module
@@ -55,11 +60,30 @@ class Recipe:
     max_grad_norm: InitVar[float | None] = None
 
     def __post_init__(self, max_grad_norm: float | None) -> None:
+        for kind, given, made, example in (
+            ("optimizer", self.optimizer, Optimizer, "torch.optim.AdamW, lr=1e-3"),
+            ("scheduler", self.scheduler, LRScheduler, "torch.optim.lr_scheduler.StepLR, step_size=30"),
+        ):
+            if isinstance(given, made):
+                raise RecipeError(
+                    f"{kind}= is an existing {type(given).__name__}; steps are taken on copies of the "
+                    f"model, so expected is what makes a new one: {kind}=partial({example})."
+                )
         if max_grad_norm is None:
             return
         if self.clip is not None:
             raise RecipeError("give clip= or max_grad_norm=, not both: max_grad_norm=x means clip=ByNorm(x).")
         object.__setattr__(self, "clip", ByNorm(max_grad_norm))
+
+    def __repr__(self) -> str:
+        n_parameters = sum(p.numel() for p in self.model.parameters())
+        parts = [f"{type(self.model).__name__} of {n_parameters:,} parameters"]
+        for name in ("loss", "optimizer", "scheduler"):
+            if (function := getattr(self, name)) is not None:
+                parts.append(f"{name}={_name(function)}")
+        if self.clip is not None:
+            parts.append(f"clip={self.clip}")
+        return f"Recipe({', '.join(parts)})"
 
     @classmethod
     def from_lightning(cls, module: nn.Module, clip: Clip = None) -> Recipe:
@@ -145,6 +169,9 @@ class Contrast:
     probe: Any = None
     coords: Mapping[str, str | int | float] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return described(self)
+
     def reversed(self) -> Contrast:
         """Base and source exchanged: necessity where the contrast asked for sufficiency."""
         return replace(self, base=self.source, source=self.base)
@@ -154,3 +181,13 @@ class Contrast:
         batches = {"base": self.base, "source": self.source, "probe": self.probe}
         moved = _pytree.tree_map_only(Tensor, lambda t: t.to(device), batches)
         return replace(self, **moved)
+
+
+def _name(function: Callable[..., Any]) -> str:
+    """What a function is called, a partial one with its arguments: `AdamW(lr=0.001)`."""
+    if not isinstance(function, partial):
+        return getattr(function, "__qualname__", type(function).__qualname__)
+    keywords = [
+        f"{name}={_name(v) if callable(v) else described(v)}" for name, v in function.keywords.items()
+    ]
+    return f"{_name(function.func)}({', '.join([*map(described, function.args), *keywords])})"

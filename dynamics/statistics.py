@@ -14,7 +14,8 @@ import scipy.stats
 import xarray as xr
 
 from dynamics import results
-from dynamics.results import PLACEBO
+from dynamics.results.text_tables import Cell, aligned, interval, number
+from dynamics.site_coordinates import PLACEBO
 
 Array = npt.NDArray[np.float64]
 
@@ -22,6 +23,7 @@ _RESAMPLES = 9999
 _SEED = 20240531
 _BATCH = 256  # resamples drawn at once
 _BAR = 10  # width of a bar in a table
+_WIDTH = 100  # of a table with bars
 _COLUMNS = 512  # tests made at once: 256 x 30 units x 512 tests of 8 bytes are 31 MB
 
 
@@ -314,10 +316,11 @@ def rank_correlation(one: xr.Dataset, other: xr.Dataset) -> xr.Dataset:
 
 
 def table(summary: xr.Dataset, n: int | None = None) -> str:
-    """A summary as plain text, at most 100 columns wide: the sites that recover most first.
+    """A summary as plain text: the sites that recover most first.
 
     Sites without a recovery follow, by |effect|. The header line gives the gap and the number of units. Bars show
-    |recovery|, or |effect| where no site has a recovery, beside the largest.
+    |recovery|, or |effect| where no site has a recovery, beside the largest; they are left out where labels and
+    numbers need their place in a width of 100.
 
     Args:
         summary: from `summarize`, with every dim but `site` selected or of length one.
@@ -334,32 +337,31 @@ def table(summary: xr.Dataset, n: int | None = None) -> str:
             "other dim, as in summary.sel(step=...)."
         )
     size, share = np.abs(chosen["effect"].values), chosen["recovery"].values
-    order = np.lexsort((-size, -share, np.isnan(share)))  # the last key is the first to count; NaN sorts last
+    # The last key is the first to count; NaN sorts last.
+    order = np.lexsort((-size, -share, np.isnan(share)))[:n]
     shown = np.abs(np.where(np.isnan(share).all(), size, share))
     longest = np.nanmax(shown, initial=0.0) or 1.0
-    bars = ["█" * round(_BAR * length / longest) if np.isfinite(length) else "" for length in shown]
-    rows = [("site", "effect", "recovery", "p", "q")]
-    for i in order[:n]:
+    bars = ["█" * round(_BAR * shown[i] / longest) if np.isfinite(shown[i]) else "" for i in order]
+    rows: list[list[Cell]] = [["site", "effect", "", "recovery", "", "p", "q"]]
+    for i in order:
         site = chosen.isel(site=i)
-        label, p, q = str(site["site"].item()), site["p"].item(), site["q"].item()
-        rows.append((label, _bounded(site, "effect"), _bounded(site, "recovery"), f"{p:.2g}", f"{q:.2g}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    widths[0] = min(widths[0], 100 - sum(widths[1:]) - 2 * 5 - _BAR)
+        effect, recovered, p, q = (float(site[name]) for name in ("effect", "recovery", "p", "q"))
+        bounds = _bounds(site, "effect"), _bounds(site, "recovery")
+        rows.append([str(site["site"].item()), effect, bounds[0], recovered, bounds[1], p, q])
+    lines = aligned(rows)
+    if len(lines[0]) + 2 + _BAR <= _WIDTH:
+        lines = [f"{line}  {bar.ljust(_BAR)}" for line, bar in zip(lines, ["", *bars], strict=True)]
 
     counts = chosen["n"].values
     many = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
-    gap = " ".join(filter(None, ("gap", _bounded(chosen, "gap"), results.units(chosen, "gap"))))
-    header = (
-        f"{gap}, n = {many} (unit: {summary.attrs['unit']})"
-        if "unit" in summary.attrs
-        else f"{gap}, n = {many}"
-    )
-    lines = [header[:100]]
-    for bar, (label, *cells) in zip(["", *(bars[i] for i in order[:n])], rows, strict=True):
-        short = label if len(label) <= widths[0] else label[: widths[0] - 1] + "…"
-        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([short.ljust(widths[0]), *padded, bar.ljust(_BAR)]))
-    return "\n".join(lines)
+    many += f" (unit: {summary.attrs['unit']})" if "unit" in summary.attrs else ""
+    many += f", {100 * summary.attrs['confidence']:g} % intervals" if "confidence" in summary.attrs else ""
+    gap = [number(float(chosen["gap"])), interval(*_bounds(chosen, "gap")), results.units(chosen, "gap")]
+    return "\n".join([f"{' '.join(filter(None, ['gap', *gap]))}, n = {many}", *lines])
+
+
+def _bounds(dataset: xr.Dataset, name: str) -> tuple[float, float]:
+    return float(dataset[f"{name}_low"]), float(dataset[f"{name}_high"])
 
 
 def _columns(values: npt.ArrayLike, axis: int) -> tuple[Array, tuple[int, ...]]:
@@ -394,12 +396,6 @@ def _q_by_level(p: xr.DataArray) -> xr.DataArray:
     for level in np.unique(levels):
         q[..., levels == level] = false_discovery_q(ordered.values[..., levels == level])
     return ordered.copy(data=q).transpose(*p.dims)
-
-
-def _bounded(dataset: xr.Dataset, name: str) -> str:
-    """`0.51 [0.42, 0.6]`, or a dash where there is no number."""
-    value, low, high = (dataset[key].item() for key in (name, f"{name}_low", f"{name}_high"))
-    return "-" if np.isnan(value) else f"{value:.3g} [{low:.3g}, {high:.3g}]"
 
 
 def _expect_variables(dataset: xr.Dataset, *names: str) -> None:

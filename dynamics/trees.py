@@ -1,16 +1,26 @@
-"""Algebra on dict[str, Tensor]: squared norms, masks, exchanging slices."""
+"""Algebra on dict[str, Tensor]: squared norms, masks, exchanging slices; and any tree of tensors in one line."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from itertools import islice
 from types import EllipsisType
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 _BLOCK = 65536
 """Elements whose squares are added up in one go: few enough for the cache."""
+
+_SHOWN = 6
+"""Entries of a dict or a list that `described` names."""
+
+_LONGEST = 100
+"""Characters of a value that is no tree, in `described`."""
 
 Gradients = Mapping[str, Tensor | None]
 Index = tuple[int | slice | Tensor, ...] | Tensor | EllipsisType
@@ -101,3 +111,32 @@ def _rows(sparse: Tensor, shape: torch.Size) -> Tensor:
     rows = torch.zeros(shape, dtype=torch.bool, device=sparse.device)
     rows[tuple(sparse.coalesce().indices())] = True
     return rows
+
+
+def described(value: Any) -> str:
+    """A batch or another tree in one line, tensors by dtype and shape: `{'x': float32[2, 3], 'y': int64[2]}`.
+
+    Of many entries the first are named and the others counted. A dataclass is described by its fields, without
+    those that are None, unless it has a repr of its own.
+    """
+    if isinstance(value, Tensor | np.ndarray):
+        return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
+    if is_dataclass(value) and not isinstance(value, type) and value.__dataclass_params__.repr:  # type: ignore[attr-defined]
+        held = {f.name: getattr(value, f.name) for f in fields(value) if f.repr}
+        parts = [f"{name}={described(part)}" for name, part in held.items() if part is not None]
+        return f"{type(value).__name__}({', '.join(parts)})"
+    if isinstance(value, Mapping):
+        return "{" + _first((f"{key!r}: {described(part)}" for key, part in value.items()), len(value)) + "}"
+    if isinstance(value, list | tuple):
+        inside = _first(map(described, value), len(value))
+        return f"[{inside}]" if isinstance(value, list) else f"({inside}{',' * (len(value) == 1)})"
+    text = repr(value)
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[:_LONGEST]}..." if isinstance(value, str) else f"<{type(value).__name__}>"
+
+
+def _first(parts: Iterable[str], n: int) -> str:
+    """The first of n parts, and how many more there are."""
+    more = [f"... and {n - _SHOWN} more"] if n > _SHOWN else []
+    return ", ".join([*islice(parts, _SHOWN), *more])

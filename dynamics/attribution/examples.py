@@ -9,18 +9,20 @@ from typing import Any
 import torch
 import xarray as xr
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from checkpoints import Checkpoint
-from dynamics.attribution.lines import Line, Method, Quadrature
-from dynamics.attribution.rows import gradients_of_rows, moved_by_each, rows_of
-from dynamics.attribution.slopes import Slopes
-from dynamics.attribution.tables import Array, Table
+from dynamics.engine.arguments import check_all, check_probe, check_recipe, named, naming
+from dynamics.engine.attribution_table import Array, AttributionTable
+from dynamics.engine.batch_rows import row_gradients, row_updates, split_rows
+from dynamics.engine.gradient_prefetch import GradientPrefetch
+from dynamics.engine.measure_gradients import MeasureGradients
+from dynamics.engine.measuring import Measuring
+from dynamics.engine.path_integral import Method, Quadrature, StraightPath
+from dynamics.engine.progress import progress_bar
+from dynamics.engine.runs import Runs, reference_models
 from dynamics.measures import Measure
-from dynamics.patching.ahead import Ahead
-from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS, Runs, reference_models
-from dynamics.patching.measuring import Measuring
 from dynamics.recipe import Contrast, Recipe
+from dynamics.steps.fallbacks import ComputePaths
 from dynamics.steps.states import starting_point
 from dynamics.steps.update import Steps
 
@@ -56,7 +58,7 @@ def attribute_examples(
             as `task.contrasts()`. Their own batches play no part.
         measure: as `attribute_step`.
         method: "first_order" takes ∇M after the step, θ(g): closest to leaving the row out. "integrated" averages
-            it over the line from θ(g) to θ(0), the step with a zero gradient: then ΣA = base − coasted, up to
+            it over the path from θ(g) to θ(0), the step with a zero gradient: then ΣA = base − coasted, up to
             `residual`, where rows add up in the optimizer: in SGD without active clipping exactly.
         tolerance, max_nodes: as `attribute_step`.
 
@@ -74,31 +76,37 @@ def attribute_examples(
 
     Source: leave-one-out through one optimizer step; TracIn is Pruthi et al. 2020.
     """
-    if not probes:
-        raise ValueError("attribute_examples was given no probes; it needs at least one.")
+    check_recipe("attribute_examples", recipe, checkpoint)
+    check_all("attribute_examples", "probes", probes, Contrast)
+    for i, probe in enumerate(probes):
+        check_probe("attribute_examples", named(probes, i), probe.probe, measure)
     quadrature = Quadrature(method, tolerance, max_nodes)
     state = starting_point(recipe, checkpoint)
-    rows = rows_of(batch)
+    rows = split_rows(batch)
     whole = Contrast(batch, batch)
-    runs = Runs(Steps(recipe, state), whole, "attribute_examples", Ahead(recipe, state, [whole]))
-    shares = gradients_of_rows(runs, rows)
+    paths = ComputePaths("attribute_examples")
+    prefetch = GradientPrefetch(recipe, state, [whole], paths)
+    runs = Runs(Steps(recipe, state, paths), whole, "attribute_examples", prefetch)
+    shares = row_gradients(runs, rows)
     untouched, coasted, base, _ = chain.from_iterable(reference_models(runs))
-    moved = moved_by_each(runs, shares, base)
+    moved = row_updates(runs, shares, base)
     models = {"untouched": untouched, "base": base, "coasted": coasted}
-    table = Table(measure, len(probes), len(rows), list(models))
-    measuring = Measuring(recipe, state, table.by_name)
-    slopes = Slopes(recipe, state)
-    progress = tqdm(probes, desc="attribute_examples", unit="probe", delay=SECONDS_BEFORE_PROGRESS)
-    for i, probe in enumerate(progress):
-        table.evaluate(measuring, i, probe, models)
-        name = str(probe.coords.get("example", f"contrast {i}"))
-        line = Line(slopes, base, coasted, probe.probe, name)
-        for m, (measure_name, function) in enumerate(table.by_name.items()):
-            change = table.references["coasted"][m, i] - table.references["base"][m, i]
-            mean, table.nodes[m, i] = line.mean_gradient(measure_name, function, change, quadrature)
-            table.attribution[m, i] = _projected(moved, mean, len(rows))
-            table.residual[m, i] = table.attribution[m, i].sum() + change
-    return table.labelled("attribute_examples", state, probes, "row", {"row": list(range(len(rows)))})
+    table = AttributionTable(measure, len(probes), len(rows), list(models))
+    measuring = Measuring(recipe, state, table.by_name, paths)
+    gradients = MeasureGradients(recipe, state, paths)
+    with progress_bar("attribute_examples", len(probes), "probe") as bar:
+        for i, probe in enumerate(probes):
+            name = named(probes, i)
+            with naming(name):
+                table.evaluate(measuring, i, probe, models)
+                path = StraightPath(gradients, base, coasted, probe.probe, name)
+                for m, (measure_name, function) in enumerate(table.by_name.items()):
+                    change = table.references["coasted"][m, i] - table.references["base"][m, i]
+                    mean, table.nodes[m, i] = path.mean_gradient(measure_name, function, change, quadrature)
+                    table.attribution[m, i] = _projected(moved, mean, len(rows))
+                    table.residual[m, i] = table.attribution[m, i].sum() + change
+            bar.update()
+    return table.labelled("attribute_examples", state, probes, "row", {"row": list(range(len(rows)))}, paths)
 
 
 def _projected(moved: Mapping[str, Tensor], onto: Mapping[str, Tensor], n_rows: int) -> Array:

@@ -9,11 +9,17 @@ import numpy.typing as npt
 import torch
 import xarray as xr
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from checkpoints import Checkpoint
-from dynamics import measures
-from dynamics.attribution.activations import (
+from dynamics.engine.activation_exchange import (
+    ActivationExchange,
+    ActivationTable,
+    check_activation_arguments,
+    check_activation_sites,
+    exchange_taps,
+)
+from dynamics.engine.activation_gradients import (
+    Array,
     Elements,
     by_member,
     differences,
@@ -21,18 +27,16 @@ from dynamics.attribution.activations import (
     sum_of_sizes,
     sums_by_member,
 )
-from dynamics.attribution.lines import Method, Quadrature
-from dynamics.labels import Labels, site_columns
+from dynamics.engine.arguments import naming
+from dynamics.engine.forward_passes import FrozenModel, MeasurePass, measure_with_taps
+from dynamics.engine.path_edges import by_hooks, with_heads, written_at
+from dynamics.engine.path_integral import Method, Quadrature
+from dynamics.engine.progress import progress_bar
 from dynamics.measures import Measure
-from dynamics.patching.activations import check_activation_sites, fill
-from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS
-from dynamics.patching.forwards import Exchange, Pass, Standing, exchanges, exchanging, measured, passes
-from dynamics.patching.paths import by_hooks, with_heads, written_at
 from dynamics.recipe import Contrast, Recipe
+from dynamics.results.labels import site_columns
 from dynamics.sites import Site
 from dynamics.sites.edges import End, Path, apart, check_paths, receivers_of, senders_of
-
-Array = npt.NDArray[np.float64]
 
 EMBED = "hook_embed"
 
@@ -74,66 +78,66 @@ def attribute_paths(
 
     Source: edge attribution patching (Syed et al. 2023), with integrated gradients over inputs (Hanna et al. 2024).
     """
+    check_activation_arguments("attribute_paths", recipe, checkpoint, contrasts, sites, measure, "source")
     quadrature = Quadrature(method, tolerance, max_nodes)
     chosen = check_paths(sites, recipe.model)
-    by_name = measures.named(measure)
-    shape = len(by_name), len(contrasts)
-    attribution = np.full((*shape, len(sites)), np.nan)
-    residual, nodes = np.full(shape, np.nan), np.ones(shape, dtype=np.int64)
-    references = {name: np.full(shape, np.nan) for name in ("base", "source")}
-    asked = passes(by_name)
-    total, delay = len(asked) * len(contrasts), SECONDS_BEFORE_PROGRESS
-    with (
-        apart(recipe.model),
-        tqdm(total=total, desc="attribute_paths", unit="contrast", delay=delay) as bar,
-    ):
-        standing = Standing.of(recipe, checkpoint)
+    with apart(recipe.model):
+        frozen = FrozenModel.of(recipe, checkpoint)
+        table = ActivationTable("attribute_paths", frozen, contrasts, measure)
+        attribution, residual = table.empty(len(sites)), table.empty()
+        nodes = np.ones_like(residual, dtype=np.int64)
         begins, ends = senders_of(recipe.model), receivers_of(recipe.model)
         written = written_at(chosen, begins)
-        check_activation_sites("attribute_paths", recipe, contrasts, written, "source")
+        check_activation_sites("attribute_paths", written, recipe)
         if EMBED not in [site.label for site in written]:
             written.append(Site(EMBED, {EMBED: ...}))
         read = list(dict.fromkeys(hook for site in chosen for hook in site.covers))
-        for one_pass in asked:
-            for exchange in exchanges(standing, one_pass, contrasts, written, "source"):
-                pack = exchange.pack
-                fill(references["base"], one_pass, pack, exchange.base_values)
-                fill(references["source"], one_pass, pack, exchange.source_values)
-                cell = np.ix_(one_pass.places, pack.members)
-                found, residual[cell], nodes[cell] = _mean_gradients(
-                    standing, one_pass, exchange, read, quadrature
-                )
+        with progress_bar("attribute_paths", len(table.passes) * len(contrasts), "contrast") as bar:
+            for one_pass, exchange in table.exchanges(written, "source"):
+                joined = exchange.joined
+                cell = np.ix_(one_pass.places, joined.members)
+                with naming(joined.name):
+                    found, residual[cell], nodes[cell] = _mean_gradients(
+                        frozen, one_pass, exchange, read, quadrature
+                    )
                 delta = differences(exchange, list(exchange.base))
                 for place, of_measure in zip(one_pass.places, found, strict=True):
-                    values = _edges(chosen, begins, ends, of_measure, delta)
-                    for member, rows in zip(pack.members, pack.rows, strict=True):
-                        attribution[place, member] = values[rows].sum(0).numpy()
-                bar.update(len(pack.members))
-    labels = Labels(measure, contrasts, "attribute_paths", standing.step, {"method": method})
+                    by_row = _edges(chosen, begins, ends, of_measure, delta)
+                    for member, rows in zip(joined.members, joined.rows, strict=True):
+                        attribution[place, member] = by_row[rows].sum(0).numpy()
+                bar.update(len(joined.members))
     missed = None if method == "first_order" else residual
-    return labels.attributions(attribution, missed, nodes, references, "site", site_columns(sites))
+    return table.labels(method=method).attributions(
+        attribution, missed, nodes, table.references, "site", site_columns(sites)
+    )
 
 
 def _mean_gradients(
-    standing: Standing, one_pass: Pass, exchange: Exchange, read: Sequence[str], quadrature: Quadrature
+    frozen: FrozenModel,
+    one_pass: MeasurePass,
+    exchange: ActivationExchange,
+    read: Sequence[str],
+    quadrature: Quadrature,
 ) -> tuple[list[Elements], Array, npt.NDArray[np.int64]]:
     """Each measure's gradient at what is read, by key in fp64; residual and nodes, each [n_measures, n_members]."""
-    pack = exchange.pack
+    joined = exchange.joined
     delta = differences(exchange, [EMBED])[EMBED]
-    whole = measured(standing, one_pass, pack.base, exchanging(Site(EMBED, {EMBED: ...}), exchange.new))
-    change = by_member(pack, whole) - by_member(pack, exchange.base_values)
+    whole = measure_with_taps(
+        frozen, one_pass, joined.base, exchange_taps(Site(EMBED, {EMBED: ...}), exchange.new)
+    )
+    change = by_member(joined, whole) - by_member(joined, exchange.base_values)
     for rule in quadrature.rules():
         mean: list[Elements] = [{} for _ in one_pass.places]
-        for place, weight in rule:
-            embedded = (exchange.base[EMBED] + place * delta).to(exchange.base[EMBED].dtype)
+        for node, weight in rule:
+            embedded = (exchange.base[EMBED] + node * delta).to(exchange.base[EMBED].dtype)
             for sums, found in zip(
-                mean, gradients_at(standing, one_pass, pack, [EMBED, *read], {EMBED: embedded}), strict=True
+                mean, gradients_at(frozen, one_pass, joined, [EMBED, *read], {EMBED: embedded}), strict=True
             ):
                 for key, gradient in found.items():
                     sums[key] = sums.get(key, 0.0) + weight * gradient.double()
         products = [{EMBED: of_measure[EMBED] * delta} for of_measure in mean]
-        missed = sums_by_member(pack, products, torch.sum) - change
-        size = sums_by_member(pack, products, sum_of_sizes)
+        missed = sums_by_member(joined, products, torch.sum) - change
+        size = sums_by_member(joined, products, sum_of_sizes)
         if bool((np.abs(missed) <= quadrature.tolerance * size).all()):
             break
     return mean, missed, np.full(missed.shape, len(rule), dtype=np.int64)

@@ -7,20 +7,22 @@ from itertools import chain
 
 import torch
 import xarray as xr
-from tqdm.auto import tqdm
 
 from checkpoints import Checkpoint
-from dynamics.attribution.lines import Line, Method, Quadrature
-from dynamics.attribution.slopes import Slopes
-from dynamics.attribution.sums import SiteSums
-from dynamics.attribution.tables import Table
-from dynamics.labels import site_columns
+from dynamics.engine.arguments import check_step_arguments, named, naming
+from dynamics.engine.attribution_table import AttributionTable
+from dynamics.engine.gradient_prefetch import GradientPrefetch
+from dynamics.engine.measure_gradients import MeasureGradients
+from dynamics.engine.measuring import Measuring
+from dynamics.engine.path_integral import Method, Quadrature, StraightPath
+from dynamics.engine.progress import progress_bar
+from dynamics.engine.runs import REFERENCE_ORDER, Runs, reference_models
+from dynamics.engine.site_sums import SiteSums
 from dynamics.measures import Measure
-from dynamics.patching.ahead import Ahead
-from dynamics.patching.experiment import REFERENCE_ORDER, SECONDS_BEFORE_PROGRESS, Runs, reference_models
-from dynamics.patching.measuring import Measuring
 from dynamics.recipe import Contrast, Recipe
+from dynamics.results.labels import site_columns
 from dynamics.sites import Site, SiteError, check
+from dynamics.steps.fallbacks import ComputePaths
 from dynamics.steps.states import starting_point
 from dynamics.steps.update import Steps
 
@@ -54,7 +56,7 @@ def attribute_step(
         recipe, checkpoint, contrasts, measure: as `patch_gradients`; the measure must be differentiable.
         sites: parts of the parameters, length n_sites, of any size and overlapping as they like, down to
             `sites.neurons` and `sites.rows`. Of a site's buffers nothing is counted.
-        method: "integrated" averages the gradient over the line from θ_base to θ_source, at Gauss-Legendre
+        method: "integrated" averages the gradient over the path from θ_base to θ_source, at Gauss-Legendre
             nodes; "first_order" takes it at θ_base alone. Reversing a contrast negates integrated attributions,
             not first-order ones.
         tolerance: nodes are doubled, from 8, until |ΣA − gap| / Σ|A| over the parameter tensors is at most
@@ -67,7 +69,7 @@ def attribute_step(
         averaged (1 for first order); the references `base`, `source`, `untouched`, `coasted` [example]. In the
         measure's units, with a dim `measure` where several were asked for.
 
-        Buffers are the base run's all along the line: what other buffers of the source run do, such as batch
+        Buffers are the base run's all along the path: what other buffers of the source run do, such as batch
         statistics, is left in `residual`, and the tolerance does not ask for it.
 
     Raises:
@@ -78,10 +80,7 @@ def attribute_step(
 
     Source: integrated gradients (Sundararajan et al. 2017) in the space of parameters.
     """
-    if not contrasts or not sites:
-        raise ValueError(
-            f"attribute_step was given no {'sites' if contrasts else 'contrasts'}; it needs at least one."
-        )
+    check_step_arguments("attribute_step", recipe, checkpoint, contrasts, sites, measure)
     quadrature = Quadrature(method, tolerance, max_nodes)
     check(sites, recipe.model)
     if located := [site.label for site in sites if site.positions is not None]:
@@ -91,26 +90,30 @@ def attribute_step(
         )
     state = starting_point(recipe, checkpoint)
     sums = SiteSums(sites, {n: p.shape for n, p in recipe.model.named_parameters() if p.requires_grad})
-    table = Table(measure, len(contrasts), len(sites), REFERENCE_ORDER)
-    steps, measuring = Steps(recipe, state), Measuring(recipe, state, table.by_name)
-    slopes, ahead = Slopes(recipe, state), Ahead(recipe, state, contrasts)
-    progress = tqdm(contrasts, desc="attribute_step", unit="contrast", delay=SECONDS_BEFORE_PROGRESS)
-    for i, contrast in enumerate(progress):
-        runs = Runs(steps, contrast, str(contrast.coords.get("example", f"contrast {i}")), ahead)
-        models = dict(zip(REFERENCE_ORDER, chain.from_iterable(reference_models(runs)), strict=True))
-        table.evaluate(measuring, i, contrast, models)
-        base, source, buffers = models["base"], models["source"], runs.base.buffers
-        models.clear()
-        runs.forget()
-        line = Line(slopes, base, source, contrast.probe, runs.name)
-        end = table.references["source"][:, i]
-        if any(not torch.equal(source[n], buffer) for n, buffer in buffers.items()):
-            end = measuring.alone({**source, **buffers}, contrast.probe)
-        for m, (name, function) in enumerate(table.by_name.items()):
-            start = table.references["base"][m, i]
-            mean, table.nodes[m, i] = line.mean_gradient(name, function, end[m] - start, quadrature)
-            elements = {n: g * line.change[n] for n, g in mean.items()}
-            table.attribution[m, i] = sums(elements)
-            total = sum(float(part.sum()) for part in elements.values())
-            table.residual[m, i] = total - (table.references["source"][m, i] - start)
-    return table.labelled("attribute_step", state, contrasts, "site", site_columns(sites))
+    table = AttributionTable(measure, len(contrasts), len(sites), REFERENCE_ORDER)
+    paths = ComputePaths("attribute_step")
+    steps, measuring = Steps(recipe, state, paths), Measuring(recipe, state, table.by_name, paths)
+    gradients = MeasureGradients(recipe, state, paths)
+    prefetch = GradientPrefetch(recipe, state, contrasts, paths)
+    with progress_bar("attribute_step", len(contrasts), "contrast") as bar:
+        for i, contrast in enumerate(contrasts):
+            runs = Runs(steps, contrast, named(contrasts, i), prefetch)
+            with naming(runs.name):
+                models = dict(zip(REFERENCE_ORDER, chain.from_iterable(reference_models(runs)), strict=True))
+                table.evaluate(measuring, i, contrast, models)
+                base, source, buffers = models["base"], models["source"], runs.base.buffers
+                models.clear()
+                runs.release()
+                path = StraightPath(gradients, base, source, contrast.probe, runs.name)
+                end = table.references["source"][:, i]
+                if any(not torch.equal(source[n], buffer) for n, buffer in buffers.items()):
+                    end = measuring.one_model({**source, **buffers}, contrast.probe)
+                for m, (name, function) in enumerate(table.by_name.items()):
+                    start = table.references["base"][m, i]
+                    mean, table.nodes[m, i] = path.mean_gradient(name, function, end[m] - start, quadrature)
+                    elements = {n: g * path.change[n] for n, g in mean.items()}
+                    table.attribution[m, i] = sums(elements)
+                    total = sum(float(part.sum()) for part in elements.values())
+                    table.residual[m, i] = total - (table.references["source"][m, i] - start)
+            bar.update()
+    return table.labelled("attribute_step", state, contrasts, "site", site_columns(sites), paths)

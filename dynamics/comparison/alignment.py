@@ -18,12 +18,12 @@ from tqdm.auto import tqdm
 
 from checkpoints import Checkpoint
 from dynamics import measures, results
-from dynamics.calls import evaluating
 from dynamics.comparison.tables import Array, Products, cosine, presented
-from dynamics.labels import columns, site_columns
+from dynamics.engine.progress import SECONDS_BEFORE_PROGRESS
 from dynamics.measures import Measure
-from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS
+from dynamics.models.functional import eval_mode
 from dynamics.recipe import Contrast, Recipe
+from dynamics.results.labels import check_coordinates, columns, site_columns
 from dynamics.sites import Site, check, check_whole
 from dynamics.steps import gradient
 from dynamics.steps.states import starting_point
@@ -184,6 +184,7 @@ def _begun(
         raise ValueError(f"{what} was given no {missing}; it needs at least one.")
     check(sites, recipe.model)
     check_whole(sites, what, "leave them out, as sites.heads(model) does")
+    check_coordinates(contrasts, sites)
     return starting_point(recipe, checkpoint), by_name
 
 
@@ -199,7 +200,7 @@ def _up(recipe: Recipe, state: Checkpoint, measure: Measure, probe: Any, where: 
     def mean(model: nn.Module, batch: Any) -> Tensor:
         return measure(model, batch).mean()
 
-    with evaluating(recipe.model):
+    with eval_mode(recipe.model):
         found = gradient(replace(recipe, loss=mean), state, probe, where)
     return presented(found.gradients, state.parameters)
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from checkpoints import Checkpoint
 from dynamics import results
 from dynamics.batch import Batch, concatenate
-from dynamics.calls import call, evaluating
 from dynamics.comparison.tables import Array, labelled
 from dynamics.measures import target_logits
+from dynamics.models.functional import call_with, eval_mode
 from dynamics.recipe import Recipe
 from dynamics.steps.states import starting_point
 
@@ -139,8 +139,8 @@ def _logits(recipe: Recipe, state: Checkpoint, batches: Batches) -> dict[str, Te
     for width in {batch.tokens.shape[1] for batch in batches.values()}:
         names = [name for name, batch in batches.items() if batch.tokens.shape[1] == width]
         plain = [replace(batches[name], distractors=None, example_ids=None) for name in names]
-        with torch.no_grad(), evaluating(recipe.model), state.random_state():
-            logits = call(target_logits, recipe.model, tensors, concatenate(plain)).double()
+        with torch.no_grad(), eval_mode(recipe.model), state.random_state():
+            logits = call_with(target_logits, recipe.model, tensors, concatenate(plain)).double()
         found |= dict(zip(names, torch.split(logits, [len(batch) for batch in plain]), strict=True))
     return {name: found[name] for name in batches}
 

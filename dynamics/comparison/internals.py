@@ -13,10 +13,10 @@ from torch import Tensor
 from checkpoints import Checkpoint
 from dynamics import results
 from dynamics.batch import Batch
-from dynamics.calls import call, evaluating
 from dynamics.comparison.tables import labelled
-from dynamics.labels import site_columns
+from dynamics.models.functional import call_with, eval_mode
 from dynamics.recipe import Recipe
+from dynamics.results.labels import site_columns
 from dynamics.sites import Site, SiteError, check_outputs
 from dynamics.sites.outputs import called
 from dynamics.steps.states import starting_point
@@ -182,8 +182,8 @@ def _activations(recipe: Recipe, state: Checkpoint, batch: Any, sites: Sequence[
 
     taps = Taps(sorted({name for site in sites for name in site.covers}), keep)
     tensors = {**state.parameters, **state.buffers}
-    with torch.no_grad(), evaluating(recipe.model), state.random_state(), taps.attached(recipe.model):
-        call(called, recipe.model, tensors, batch)
+    with torch.no_grad(), eval_mode(recipe.model), state.random_state(), taps.attached(recipe.model):
+        call_with(called, recipe.model, tensors, batch)
     found = []
     for site in sites:
         ((name, index),) = site.covers.items()

@@ -18,12 +18,12 @@ from dynamics.comparison.tables import (
     labelled,
     presented,
 )
-from dynamics.labels import site_columns
 from dynamics.recipe import ByNorm, Recipe
+from dynamics.results.labels import site_columns
 from dynamics.sites import Site, check, check_whole
 from dynamics.steps import gradient, steps_from
 from dynamics.steps.clipping import coefficient
-from dynamics.steps.states import revived, starting_point
+from dynamics.steps.states import restored_copy, starting_point
 from dynamics.trees import squared_norm
 
 
@@ -62,7 +62,7 @@ def step_sizes(
     products = Products(sites, weights)
     gradients, update = presented(step.gradients, weights), differences(after, weights)
     squares, norms = products(gradients, gradients), products(weights, weights)
-    _, optimizer, _ = revived(recipe, state)
+    _, optimizer, _ = restored_copy(recipe, state)
     groups = state.optimizer.groups if state.optimizer else ()
     held = {name for group in groups for name in group["params"]} or set(weights)
     total = sum(squared_norm(g) for name, g in step.gradients.items() if name in held)

@@ -12,7 +12,7 @@ import xarray as xr
 from torch import Tensor
 
 from dynamics import results
-from dynamics.attribution.sums import SiteSums
+from dynamics.engine.site_sums import SiteSums
 from dynamics.sites import Site
 
 Array = npt.NDArray[np.float64]

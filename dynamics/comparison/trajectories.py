@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from checkpoints import Checkpoint, Trajectory
 from dynamics import results
-from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS
+from dynamics.engine.progress import SECONDS_BEFORE_PROGRESS
 from dynamics.recipe import Recipe
 from dynamics.steps import advance
 

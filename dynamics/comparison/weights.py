@@ -10,8 +10,8 @@ import xarray as xr
 from checkpoints import Checkpoint
 from dynamics import results
 from dynamics.comparison.tables import Products, cosine, differences, labelled
-from dynamics.labels import site_columns
 from dynamics.recipe import Recipe
+from dynamics.results.labels import site_columns
 from dynamics.sites import Site, check, check_whole
 from dynamics.steps.states import starting_point
 

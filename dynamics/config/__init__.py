@@ -18,6 +18,7 @@ from dynamics.config.checks import ConfigError as ConfigError
 from dynamics.config.kinds import KINDS as KINDS
 from dynamics.config.kinds import kind_of as kind_of
 from dynamics.config.kinds import read as read
+from dynamics.config.kinds import task_name as task_name
 from dynamics.config.languages import AcronymsConfig as AcronymsConfig
 from dynamics.config.languages import AcronymsRun as AcronymsRun
 from dynamics.config.languages import FactsConfig as FactsConfig

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from difflib import get_close_matches
 from typing import Any, TypeVar, get_args
 
 _Part = TypeVar("_Part")
@@ -22,7 +23,17 @@ def require(condition: bool, message: str) -> None:
 def choice(name: str, value: object, literal: object) -> None:
     """Raise where the value is not one of a Literal's; the message lists them."""
     allowed = get_args(literal)
-    require(value in allowed, f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
+    meant = did_you_mean(str(value), allowed)
+    require(
+        value in allowed, f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.{meant}"
+    )
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The known word that is spelled most like another, as a question that ends a message; "" if none is."""
+    spelled = {each.casefold(): each for each in known}
+    close = get_close_matches(word.casefold(), spelled, n=1)
+    return f" Did you mean {spelled[close[0]]!r}?" if close else ""
 
 
 def check_seed(name: str, seed: int | None) -> None:
@@ -36,7 +47,8 @@ def built(kind: type[_Part], value: _Part | Mapping[str, Any], where: str) -> _P
         return value
     valid = {f.name for f in fields(kind)}  # type: ignore[arg-type]
     wrong = sorted(set(value) - valid)
-    require(not wrong, f"unknown config keys {wrong} in {where}; valid are {sorted(valid)}.")
+    meant = did_you_mean(wrong[0], valid) if wrong else ""
+    require(not wrong, f"unknown config keys {wrong} in {where}; valid are {sorted(valid)}.{meant}")
     return kind(**value)
 
 

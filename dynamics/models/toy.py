@@ -18,7 +18,7 @@ from transformer_lens.config import TransformerLensConfig
 from transformer_lens.hook_points import HookPoint
 
 from dynamics.config import ToyConfig
-from dynamics.projections import Projection
+from dynamics.models.projections import Projection
 from dynamics.randomness import generator
 
 _EPS = 1e-5

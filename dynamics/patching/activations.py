@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import get_args
+from collections.abc import Iterator, Mapping, Sequence
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import xarray as xr
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from checkpoints import Checkpoint
-from dynamics import measures
 from dynamics.batch import Batch
-from dynamics.labels import Labels
-from dynamics.measures import Measure
-from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS
-from dynamics.patching.forwards import (
-    Exchange,
-    Pack,
-    Pass,
-    Standing,
+from dynamics.engine.activation_exchange import (
+    ActivationExchange,
+    ActivationTable,
     Values,
-    exchanges,
-    exchanging,
-    measured,
-    passes,
+    check_activation_arguments,
+    check_activation_sites,
+    exchange_taps,
+    fill,
 )
+from dynamics.engine.arguments import naming
+from dynamics.engine.forward_passes import FrozenModel, MeasurePass, measure_with_taps
+from dynamics.engine.progress import progress_bar
+from dynamics.measures import Measure
 from dynamics.recipe import Contrast, Recipe
-from dynamics.sites import Site, check_outputs, check_whole
+from dynamics.sites import Site
+from dynamics.steps.fallbacks import ComputePaths
 from dynamics.steps.taps import runs_of
 from dynamics.trees import Index
-
-Array = npt.NDArray[np.float64]
 
 
 def patch_activations(
@@ -78,111 +71,75 @@ def patch_activations(
     Source: activation patching (Meng et al. 2022; Wang et al. 2022); at TransformerLens's hook points the work is
         done by its `patching.generic_activation_patch`, elsewhere by forward hooks.
     """
-    check_activation_sites("patch_activations", recipe, contrasts, sites, values)
-    by_name = measures.named(measure)
-    standing = Standing.of(recipe, checkpoint)
-    asked = passes(by_name)
-    shape = len(by_name), len(contrasts)
-    patched = np.full((*shape, len(sites)), np.nan)
-    references = {name: np.full(shape, np.nan) for name in ("base", "source")}
-    total = len(contrasts) * len(sites) * len(asked)
-    with tqdm(total=total, desc="patch_activations", unit="patch", delay=SECONDS_BEFORE_PROGRESS) as bar:
-        for one_pass in asked:
-            for exchange in exchanges(standing, one_pass, contrasts, sites, values):
-                pack = exchange.pack
-                fill(references["base"], one_pass, pack, exchange.base_values)
-                fill(references["source"], one_pass, pack, exchange.source_values)
-
-                def keep(
-                    site: int, found: list[Tensor], one_pass: Pass = one_pass, pack: Pack = pack
-                ) -> None:
-                    fill(patched[..., site], one_pass, pack, found)
-                    bar.update(len(pack.members))
-
-                _patch(standing, one_pass, exchange, sites, keep)
-    labels = Labels(measure, contrasts, "patch_activations", standing.step, {"values": values})
-    return labels.effects(patched, references, sites)
+    check_activation_arguments("patch_activations", recipe, checkpoint, contrasts, sites, measure, values)
+    check_activation_sites("patch_activations", sites, recipe)
+    frozen = FrozenModel.of(recipe, checkpoint)
+    table = ActivationTable("patch_activations", frozen, contrasts, measure)
+    patched = table.empty(len(sites))
+    with progress_bar("patch_activations", len(contrasts) * len(sites) * len(table.passes), "patch") as bar:
+        for one_pass, exchange in table.exchanges(sites, values):
+            with naming(exchange.joined.name):
+                for site, found in _patch(frozen, one_pass, exchange, sites, table.paths):
+                    fill(patched[..., site], one_pass, exchange.joined, found)
+                    bar.update(len(exchange.joined.members))
+    return table.labels(values=values).effects(patched, table.references, sites)
 
 
 def _patch(
-    standing: Standing,
-    one_pass: Pass,
-    exchange: Exchange,
+    frozen: FrozenModel,
+    one_pass: MeasurePass,
+    exchange: ActivationExchange,
     sites: Sequence[Site],
-    keep: Callable[[int, list[Tensor]], None],
-) -> None:
-    """Patch each site, and hand what the measures give to `keep`, with the site's number."""
+    paths: ComputePaths,
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """Patch each site: its number, and what the measures give."""
     by_hook: dict[str, list[int]] = {}
     for i, site in enumerate(sites):
-        if _is_for_transformer_lens(standing.model, one_pass, exchange, site):
+        if _is_for_transformer_lens(frozen.model, one_pass, exchange, site):
+            paths.took("patches", "TransformerLens's generic_activation_patch")
             by_hook.setdefault(next(iter(site.covers)), []).append(i)
         else:
-            taps = exchanging(site, exchange.new)
-            keep(i, measured(standing, one_pass, exchange.pack.base, taps))
+            paths.took("patches", "forward hooks")
+            taps = exchange_taps(site, exchange.new)
+            yield i, measure_with_taps(frozen, one_pass, exchange.joined.base, taps)
     for hook, numbers in by_hook.items():
-        _sweep(standing, one_pass, exchange, hook, {i: sites[i].covers[hook] for i in numbers}, keep)
+        cuts = [sites[i].covers[hook] for i in numbers]
+        yield from zip(numbers, _by_transformer_lens(frozen, one_pass, exchange, hook, cuts), strict=True)
 
 
 @torch.no_grad()
-def _sweep(
-    standing: Standing,
-    one_pass: Pass,
-    exchange: Exchange,
-    hook: str,
-    cuts: Mapping[int, Index],
-    keep: Callable[[int, list[Tensor]], None],
-) -> None:
-    """Let TransformerLens patch all slices of one hook point, by the site's number."""
+def _by_transformer_lens(
+    frozen: FrozenModel, one_pass: MeasurePass, exchange: ActivationExchange, hook: str, cuts: list[Index]
+) -> list[list[Tensor]]:
+    """Let TransformerLens patch all slices of one hook point, in order."""
     from dynamics.models import lens  # there is no such model before transformer_lens is there
 
-    numbers = iter(cuts)
+    found: list[list[Tensor]] = []
 
     def run(model: nn.Module, batch: Batch) -> None:
         lens.run_patched(
             model,
             batch.tokens,
             hook,
-            list(cuts.values()),
+            cuts,
             exchange.new[hook],
-            lambda logits: keep(next(numbers), one_pass.read(logits, batch)),
+            lambda logits: found.append(one_pass.read(logits, batch)),
         )
 
-    standing.run(run, exchange.pack.base)
+    frozen.run(run, exchange.joined.base)
+    return found
 
 
-def _is_for_transformer_lens(model: nn.Module, one_pass: Pass, exchange: Exchange, site: Site) -> bool:
+def _is_for_transformer_lens(
+    model: nn.Module, one_pass: MeasurePass, exchange: ActivationExchange, site: Site
+) -> bool:
     """Whether a site is one slice at a hook point of TransformerLens's, and the measures are of the logits."""
     name = next(iter(site.covers))
     return (
         hasattr(model, "run_with_hooks")
         and one_pass.alone is None
-        and isinstance(exchange.pack.base, Batch)
+        and isinstance(exchange.joined.base, Batch)
         and len(site.covers) == 1
         and name in getattr(model, "hook_dict", {})
         and len(runs_of(exchange.base, name)) == 1
     )
-
-
-def fill(array: Array, one_pass: Pass, pack: Pack, found: Sequence[Tensor]) -> None:
-    """Write what the measures of a pass gave into [n_measures, n_examples]."""
-    for place, values in zip(one_pass.places, found, strict=True):
-        for member, mean in zip(pack.members, pack.means(values), strict=True):
-            array[place, member] = float(mean)
-
-
-def check_activation_sites(
-    verb: str, recipe: Recipe, contrasts: Sequence[Contrast], sites: Sequence[Site], values: Values
-) -> None:
-    """What both verbs of activations ask of their arguments."""
-    if not contrasts or not sites:
-        raise ValueError(
-            f"{verb} was given no {'sites' if contrasts else 'contrasts'}; it needs at least one."
-        )
-    if values not in get_args(Values):
-        raise ValueError(f"values={values!r}: what is put in is one of {get_args(Values)}.")
-    check_outputs(sites, recipe.model)
-    instead = "cut the activation instead: sites.activations(model, glob, by=('pos',), like=batch)"
-    check_whole(sites, verb, instead)
-    labels = [str(c.coords.get("example", f"contrast {i}")) for i, c in enumerate(contrasts)]
-    if len(set(labels)) < len(labels):
-        raise ValueError("contrasts share a label in coords['example']; give each its own.")

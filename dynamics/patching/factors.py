@@ -10,21 +10,22 @@ import xarray as xr
 
 from checkpoints import Checkpoint
 from dynamics import results
+from dynamics.engine.arguments import check_step_arguments
+from dynamics.engine.factor_crossing import CrossedFactors, Run
+from dynamics.engine.runs import Runs, reference_models_trimmed, run_contrasts, stepped_models
 from dynamics.measures import Measure
-from dynamics.patching.corners import Corners, Run
-from dynamics.patching.experiment import Runs, experiment, references, stepped
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, check
 from dynamics.steps import StepGradient
 from dynamics.steps.stacks import Stack
 from dynamics.trees import exchanged
 
-CORNERS: dict[str, tuple[Run, Run]] = {
+CROSSINGS: dict[str, tuple[Run, Run]] = {
     "x": ("source", "base"),
     "delta": ("base", "source"),
     "both": ("source", "source"),
 }
-"""Which run x and δ come from; the fourth corner is the base run itself."""
+"""Which run x and δ come from; the fourth crossing is the base run itself."""
 
 
 def patch_factors(
@@ -55,19 +56,20 @@ def patch_factors(
     Raises:
         SiteError: also where a parameter's gradient has no such factors, or the two runs differ in shape.
     """
+    check_step_arguments("patch_factors", recipe, checkpoint, contrasts, sites, measure)
     check(sites, recipe.model)
-    cells = [replace(s, label=f"{s.label} | {factor}") for s in sites for factor in CORNERS]
-    found = experiment("patch_factors", recipe, checkpoint, contrasts, cells, measure, _outcomes)
-    return results.folded(found, "factor", list(CORNERS), [s.label for s in sites])
+    cells = [replace(s, label=f"{s.label} | {factor}") for s in sites for factor in CROSSINGS]
+    found = run_contrasts("patch_factors", recipe, checkpoint, contrasts, cells, measure, _patched_models)
+    return results.folded(found, "factor", list(CROSSINGS), [s.label for s in sites])
 
 
-def _outcomes(runs: Runs, sites: Sequence[Site]) -> Iterator[Stack]:
-    return chain(references(runs), stepped(runs, _patched(runs, sites)))
+def _patched_models(runs: Runs, sites: Sequence[Site]) -> Iterator[Stack]:
+    return chain(reference_models_trimmed(runs), stepped_models(runs, _patched(runs, sites)))
 
 
 def _patched(runs: Runs, sites: Sequence[Site]) -> Iterator[StepGradient]:
-    corners = Corners(runs, sites)
+    factors = CrossedFactors(runs, sites)
     for i, site in enumerate(sites):
-        x, delta = list(CORNERS.values())[i % len(CORNERS)]
-        crossed = corners.gradient(x, delta, site.positions)
+        x, delta = list(CROSSINGS.values())[i % len(CROSSINGS)]
+        crossed = factors.gradient(x, delta, site.positions)
         yield replace(runs.base, gradients=exchanged(runs.base.gradients, crossed, site.covers))

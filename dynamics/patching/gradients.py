@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import chain
 
 import xarray as xr
 
 from checkpoints import Checkpoint
+from dynamics.engine.arguments import check_step_arguments
+from dynamics.engine.exchanged_gradients import patched_gradients
+from dynamics.engine.mixtures import mixed_models
+from dynamics.engine.runs import Runs, Variants, reference_models_trimmed, run_contrasts, stepped_models
 from dynamics.measures import Measure
-from dynamics.patching.corners import Corners
-from dynamics.patching.experiment import Beside, Runs, experiment, references, stepped
-from dynamics.patching.selections import selections
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, check
-from dynamics.steps import StepGradient
 from dynamics.steps.stacks import Stack
-from dynamics.trees import exchanged
 
 
 def patch_gradients(
@@ -52,28 +50,13 @@ def patch_gradients(
 
     Source: the seed's gradient patching; the step as in Loshchilov & Hutter 2019 (AdamW).
     """
+    check_step_arguments("patch_gradients", recipe, checkpoint, contrasts, sites, measure)
     check(sites, recipe.model)
-    return experiment("patch_gradients", recipe, checkpoint, contrasts, sites, measure, _outcomes)
+    return run_contrasts("patch_gradients", recipe, checkpoint, contrasts, sites, measure, _patched_models)
 
 
-def _outcomes(runs: Runs, sites: Sequence[Site]) -> Iterator[Stack | Beside]:
+def _patched_models(runs: Runs, sites: Sequence[Site]) -> Iterator[Stack | Variants]:
     whole = all(site.positions is None for site in sites)
     if whole and runs.steps.separable(runs.base.gradients, runs.source.gradients):
-        return selections(runs, sites)
-    return chain(references(runs), stepped(runs, patched(runs, sites)))
-
-
-def patched(runs: Runs, sites: Sequence[Site]) -> Iterator[StepGradient]:
-    """The base run's gradient and buffers with the source run's on each site."""
-    located = [site for site in sites if site.positions is not None]
-    corners = Corners(runs, located) if located else None
-    for site in sites:
-        if corners and site.positions is not None:
-            source = corners.gradient("source", "source", site.positions)
-        else:
-            source = runs.source.gradients
-        yield replace(
-            runs.base,
-            gradients=exchanged(runs.base.gradients, source, site.covers),
-            buffers=exchanged(runs.base.buffers, runs.source.buffers, site.covers),  # type: ignore[arg-type]
-        )
+        return mixed_models(runs, sites)
+    return chain(reference_models_trimmed(runs), stepped_models(runs, patched_gradients(runs, sites)))

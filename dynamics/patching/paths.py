@@ -4,26 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from checkpoints import Checkpoint
-from dynamics import measures
-from dynamics.labels import Labels
-from dynamics.measures import Measure
-from dynamics.patching.activations import check_activation_sites, fill
-from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS
-from dynamics.patching.forwards import (
-    Exchange,
-    Standing,
+from dynamics.engine.activation_exchange import (
+    ActivationExchange,
+    ActivationTable,
     Values,
-    exchanges,
-    measured,
-    passes,
+    check_activation_arguments,
+    check_activation_sites,
+    fill,
 )
+from dynamics.engine.arguments import naming
+from dynamics.engine.forward_passes import FrozenModel, measure_with_taps
+from dynamics.engine.path_edges import by_hooks, with_heads, written_at
+from dynamics.engine.progress import progress_bar
+from dynamics.measures import Measure
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site
 from dynamics.sites.edges import End, Path, apart, check_paths, receivers_of, senders_of
@@ -66,61 +64,30 @@ def patch_paths(
     Source: path patching (Wang et al. 2022; Goldowsky-Dill et al. 2023), of direct paths; with several edges, edge
         ablation (Conmy et al. 2023). As TransformerLens's `get_act_patch_direct_path` and `faithfulness`.
     """
+    check_activation_arguments("patch_paths", recipe, checkpoint, contrasts, sites, measure, values)
     chosen = check_paths(sites, recipe.model)
-    by_name = measures.named(measure)
-    asked = passes(by_name)
-    shape = len(by_name), len(contrasts)
-    patched = np.full((*shape, len(sites)), np.nan)
-    references = {name: np.full(shape, np.nan) for name in ("base", "source")}
-    total = len(contrasts) * len(sites) * len(asked)
-    delay = SECONDS_BEFORE_PROGRESS
-    with (
-        apart(recipe.model),
-        tqdm(total=total, desc="patch_paths", unit="patch", delay=delay) as bar,
-    ):
-        standing = Standing.of(recipe, checkpoint)
+    with apart(recipe.model):
+        frozen = FrozenModel.of(recipe, checkpoint)
+        table = ActivationTable("patch_paths", frozen, contrasts, measure)
+        patched = table.empty(len(sites))
         begins, ends = senders_of(recipe.model), receivers_of(recipe.model)
         written = written_at(chosen, begins)
-        check_activation_sites("patch_paths", recipe, contrasts, written, values)
-        for one_pass in asked:
-            for exchange in exchanges(standing, one_pass, contrasts, written, values):
-                pack = exchange.pack
-                fill(references["base"], one_pass, pack, exchange.base_values)
-                fill(references["source"], one_pass, pack, exchange.source_values)
-                for number, site in enumerate(chosen):
-                    taps = _rerouting(site, begins, ends, exchange)
-                    found = measured(standing, one_pass, pack.base, taps)
-                    fill(patched[..., number], one_pass, pack, found)
-                    bar.update(len(pack.members))
-    labels = Labels(measure, contrasts, "patch_paths", standing.step, {"values": values})
-    return labels.effects(patched, references, sites)
+        check_activation_sites("patch_paths", written, recipe)
+        with progress_bar("patch_paths", len(contrasts) * len(sites) * len(table.passes), "patch") as bar:
+            for one_pass, exchange in table.exchanges(written, values):
+                joined = exchange.joined
+                with naming(joined.name):
+                    for number, site in enumerate(chosen):
+                        taps = _rerouting(site, begins, ends, exchange)
+                        found = measure_with_taps(frozen, one_pass, joined.base, taps)
+                        fill(patched[..., number], one_pass, joined, found)
+                        bar.update(len(joined.members))
+    return table.labels(values=values).effects(patched, table.references, sites)
 
 
-def written_at(paths: Sequence[Path], begins: Mapping[str, End]) -> list[Site]:
-    """Sites of the whole activations where the senders of paths write."""
-    senders = {sender for site in paths for sender, _ in site.edges}
-    hooks = dict.fromkeys(end.hook for sender, end in begins.items() if sender in senders)
-    return [Site(hook, {hook: ...}) for hook in hooks]
-
-
-def by_hooks(
-    site: Path, begins: Mapping[str, End], ends: Mapping[str, End]
-) -> dict[str, dict[str, list[tuple[int, int]]]]:
-    """(receiver's head, sender's head) of a site's edges, by receiver's and sender's hook; 0 without heads."""
-    found: dict[str, dict[str, list[tuple[int, int]]]] = {}
-    for sender, receiver in site.edges:
-        begin, end = begins[sender], ends[receiver]
-        heads = max(end.head, 0), max(begin.head, 0)
-        found.setdefault(end.hook, {}).setdefault(begin.hook, []).append(heads)
-    return found
-
-
-def with_heads(activation: Tensor) -> Tensor:
-    """[batch, pos, d_model] -> [batch, pos, 1, d_model]; what has heads stays."""
-    return activation[:, :, None] if activation.ndim == 3 else activation
-
-
-def _rerouting(site: Path, begins: Mapping[str, End], ends: Mapping[str, End], exchange: Exchange) -> Taps:
+def _rerouting(
+    site: Path, begins: Mapping[str, End], ends: Mapping[str, End], exchange: ActivationExchange
+) -> Taps:
     """Taps that let the receivers of a site read other values than its senders write, run by run."""
     edges = by_hooks(site, begins, ends)
     written: dict[str, Tensor] = {}

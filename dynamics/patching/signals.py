@@ -11,16 +11,21 @@ from typing import get_args
 import xarray as xr
 
 from checkpoints import Checkpoint
+from dynamics.engine.arguments import check_step_arguments
+from dynamics.engine.memory import HALF, chunks, models_per_stack
+from dynamics.engine.runs import Runs, reference_models_trimmed, run_contrasts, stepped_models
 from dynamics.measures import Measure
-from dynamics.patching.experiment import Runs, experiment, references, stepped
-from dynamics.patching.memory import HALF, at_most, chunks
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, check_outputs, check_whole
 from dynamics.steps import StepGradient, gradient
 from dynamics.steps.caching import recorded
+from dynamics.steps.fallbacks import Fallback, in_halves
 from dynamics.steps.pullbacks import Pullbacks, alike, pullbacks
 from dynamics.steps.stacks import Stack
 from dynamics.steps.taps import Cache, Forward, check_covers, exchanging
+
+ONE_BY_ONE = "a backward pass for each site"
+NOT_LINEAR = "a batched backward pass found another gradient than one by itself"
 
 
 def patch_signals(
@@ -53,10 +58,11 @@ def patch_signals(
     row, and neither is a patched step. Replacing the signals of the source run by the source run's own
     gives recovery 1 exactly, and says nothing. And taking no step at all has a recovery of its own,
     (untouched − base) / (source − base), which is no zero: rows near it did not move at all. Compare with
-    `untouched` and `coasted` in every result (the seed's puzzle; `tests/engine/test_engine_puzzle.py`).
+    `untouched` and `coasted` in every result (the seed's puzzle; `tests/patching/test_signals_puzzle.py`).
 
     Source: the seed's backward-signal patching, done with an autograd function inside the graph.
     """
+    check_step_arguments("patch_signals", recipe, checkpoint, contrasts, sites, measure)
     check_outputs(sites, recipe.model)
     check_whole(
         sites,
@@ -65,22 +71,28 @@ def patch_signals(
     )
     if forward not in get_args(Forward):
         raise ValueError(f"forward={forward!r}: whose activation goes forward is one of {get_args(Forward)}.")
-    outcomes = partial(_outcomes, forward=forward, linear={})
-    return experiment("patch_signals", recipe, checkpoint, contrasts, sites, measure, outcomes)
+    patched_models = partial(_patched_models, forward=forward, linear={})
+    return run_contrasts("patch_signals", recipe, checkpoint, contrasts, sites, measure, patched_models)
 
 
-def _outcomes(
+def _patched_models(
     runs: Runs, sites: Sequence[Site], forward: Forward, linear: dict[str, bool]
 ) -> Iterator[Stack]:
     hooks = list(dict.fromkeys(name for site in sites for name in site.covers))
     recipe, state = runs.recipe, runs.checkpoint
-    step, source = recorded(recipe, state, runs.contrast.source, hooks, runs.where[1])
+    step, source = recorded(recipe, state, runs.contrast.source, hooks, runs.batch_names[1])
     base, kept = runs.contrast.base, None
     if forward == "base":
-        kept = pullbacks(recipe, state, base, hooks, runs.where[0])
-    known = {"source": step, "base": kept.step if kept else gradient(recipe, state, base, runs.where[0])}
+        kept = pullbacks(recipe, state, base, hooks, runs.batch_names[0])
+    known = {
+        "source": step,
+        "base": kept.step if kept else gradient(recipe, state, base, runs.batch_names[0]),
+    }
     runs = replace(runs, known=known)
-    return chain(references(runs), stepped(runs, _patched(runs, sites, forward, linear, source, kept), HALF))
+    return chain(
+        reference_models_trimmed(runs),
+        stepped_models(runs, _patched(runs, sites, forward, linear, source, kept), HALF),
+    )
 
 
 def _patched(
@@ -98,24 +110,44 @@ def _patched(
         source: what passed the sites in the source run.
         kept: the base run with its graph, where its backward pass may be taken up from the sites.
     """
-    recipe, state, batch, where = runs.recipe, runs.checkpoint, runs.contrast.base, runs.where[0]
+    recipe, state, batch, where = runs.recipe, runs.checkpoint, runs.contrast.base, runs.batch_names[0]
 
     def one(site: Site) -> StepGradient:
         return gradient(recipe, state, batch, where, exchanging(site, source, forward))
 
-    def at_once(sites: Sequence[Site]) -> list[StepGradient] | None:
+    def at_once(kept: Pullbacks, sites: Sequence[Site]) -> list[StepGradient]:
         name = next(iter(sites[0].covers))
-        if kept is None or not linear.get(name, True) or not all(kept.takes(s, source) for s in sites):
-            return None
+        if not linear.get(name, True):
+            raise Fallback(NOT_LINEAR)
+        if not all(kept.takes(s, source) for s in sites):
+            raise Fallback("a site is no slice of one activation that both runs compute once")
         alone = None if name in linear else one(sites[0]).gradients
-        found = kept.exchanging(sites, source)
+        try:
+            found = kept.exchanging(sites, source)
+        except Fallback:
+            linear.setdefault(name, False)
+            raise
         if alone is not None:
-            linear[name] = found is not None and alike(found[0].gradients, alone)
-        return found if linear[name] else None
+            linear[name] = alike(found[0].gradients, alone)
+            if not linear[name]:
+                raise Fallback(NOT_LINEAR)
+        return found
 
-    runs.forget()
+    runs.release()
+    paths = runs.steps.paths
     for site in sites:
         check_covers(site, source)
+    if kept is None:
+        paths.took("signals", ONE_BY_ONE)
+        yield from map(one, sites)
+        return
     for _, group in groupby(sites, key=lambda site: list(site.covers)):
-        for chunk in chunks(group, at_most(state.parameters.values(), HALF)):
-            yield from at_once(chunk) or map(one, chunk)
+        for chunk in chunks(group, models_per_stack(state.parameters.values(), HALF)):
+            try:
+                found = iter(in_halves(partial(at_once, kept), chunk, paths, "signals"))
+                paths.took("signals", "one batched backward pass for the sites of an activation")
+            except Fallback as error:
+                paths.fell_back("signals", ONE_BY_ONE, str(error))
+                found = map(one, chunk)
+            yield from found
+            del found  # gradients, before the next ones are taken

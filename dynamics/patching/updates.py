@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 import xarray as xr
 
 from checkpoints import Checkpoint
+from dynamics.engine.arguments import check_step_arguments
+from dynamics.engine.mixtures import mixed_models
+from dynamics.engine.runs import run_contrasts
 from dynamics.measures import Measure
-from dynamics.patching.experiment import experiment
-from dynamics.patching.selections import selections
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, check, check_whole
 
@@ -29,6 +30,7 @@ def patch_updates(
     Args, Returns, Raises: as `patch_gradients`; a SiteError also for a site with positions, which a finished
     update does not have.
     """
+    check_step_arguments("patch_updates", recipe, checkpoint, contrasts, sites, measure)
     check(sites, recipe.model)
     check_whole(sites, "patch_updates", "a finished update has none; use patch_gradients")
     places = {
@@ -38,7 +40,7 @@ def patch_updates(
         )
     }
     order = sorted(range(len(sites)), key=lambda i: min(places[name] for name in sites[i].covers))
-    found = experiment(
-        "patch_updates", recipe, checkpoint, contrasts, [sites[i] for i in order], measure, selections
+    found = run_contrasts(
+        "patch_updates", recipe, checkpoint, contrasts, [sites[i] for i in order], measure, mixed_models
     )
     return found.isel(site=sorted(range(len(sites)), key=order.__getitem__))

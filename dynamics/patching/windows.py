@@ -10,10 +10,11 @@ from typing import Any
 import xarray as xr
 
 from checkpoints import Checkpoint
+from dynamics.engine.arguments import check_step_arguments
+from dynamics.engine.exchanged_gradients import patched_gradients
+from dynamics.engine.gradient_prefetch import GradientPrefetch
+from dynamics.engine.runs import Runs, run_contrasts
 from dynamics.measures import Measure
-from dynamics.patching.ahead import Ahead
-from dynamics.patching.experiment import Runs, experiment
-from dynamics.patching.gradients import patched
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, check
 from dynamics.steps import StepGradient, walk
@@ -51,6 +52,7 @@ def patch_window(
         ValueError: sequences differ in length, or `measured_after` lies outside them. Otherwise as
             `patch_gradients`; an error names the step.
     """
+    check_step_arguments("patch_window", recipe, checkpoint, contrasts, sites, measure)
     check(sites, recipe.model)
     for contrast in contrasts:
         for batches in (contrast.base, contrast.source):
@@ -67,16 +69,16 @@ def patch_window(
     after = sorted(lengths) if measured_after is None else list(measured_after)
     if lengths and (after != sorted(set(after)) or not after or after[0] < 1 or after[-1] > max(lengths)):
         raise ValueError(f"measured_after={after}: give rising numbers of steps from 1 to {max(lengths)}.")
-    outcomes = partial(_outcomes, after=after)
-    return experiment("patch_window", recipe, checkpoint, contrasts, sites, measure, outcomes, after)
+    patched_models = partial(_patched_models, after=after)
+    return run_contrasts("patch_window", recipe, checkpoint, contrasts, sites, measure, patched_models, after)
 
 
 StepOf = Callable[[Runs], StepGradient]
 
 
-def _outcomes(window: Runs, sites: Sequence[Site], after: Sequence[int]) -> Iterator[Stack]:
+def _patched_models(window: Runs, sites: Sequence[Site], after: Sequence[int]) -> Iterator[Stack]:
     ways: list[StepOf] = [
-        lambda runs: runs.coasting,
+        lambda runs: runs.zero_gradient,
         lambda runs: runs.base,
         lambda runs: runs.source,
         *(partial(_patched_at, site=site) for site in sites),
@@ -86,17 +88,20 @@ def _outcomes(window: Runs, sites: Sequence[Site], after: Sequence[int]) -> Iter
 
 
 def _patched_at(runs: Runs, site: Site) -> StepGradient:
-    return next(patched(runs, [site]))
+    return next(patched_gradients(runs, [site]))
 
 
 def _along(window: Runs, way: StepOf, after: Sequence[int]) -> Iterator[Stack]:
     """The model after each of the given numbers of steps taken in one way."""
+    paths = window.steps.paths
+    paths.took("steps", "the optimizer itself, step after step")
     batches: list[tuple[Any, Any]] = list(zip(window.contrast.base, window.contrast.source, strict=True))
 
     def step(state: Checkpoint) -> StepGradient:
         pair = Contrast(*batches[state.step - window.checkpoint.step])
         name = f"{window.name}, step {state.step}"
-        return way(Runs(Steps(window.recipe, state), pair, name, Ahead(window.recipe, state, [pair])))
+        prefetch = GradientPrefetch(window.recipe, state, [pair], paths)
+        return way(Runs(Steps(window.recipe, state, paths), pair, name, prefetch))
 
     for number, state in enumerate(walk(window.recipe, window.checkpoint, step, after[-1]), start=1):
         if number in after:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import textwrap
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dynamics import results, statistics
+from dynamics.results.files import replacing
 
 # Okabe & Ito 2008: distinguishable with any common colour vision.
 BLACK, GREY = "#000000", "#888888"
@@ -43,13 +43,8 @@ def save(figure: Figure, path: str | os.PathLike[str], provenance: Mapping[str, 
         )
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150, metadata=dict(provenance or {}))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
+    with replacing(target) as temporary:
         temporary.write_bytes(image.getvalue())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def new(width: float, height: float) -> tuple[Figure, Axes]:

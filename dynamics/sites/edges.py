@@ -26,7 +26,7 @@ Edge = tuple[str, str]
 """Labels of a sender and a receiver: ("L0H1", "L2H3 q")."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Path(Site):
     """One edge, or several that are exchanged together.
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from checkpoints.rng import replayed
 from dynamics.batch import Batch
-from dynamics.calls import call, evaluating, is_bridge
+from dynamics.models.functional import call_with, eval_mode, is_bridge
 from dynamics.sites.site import Site, SiteError, check_labels, coords_of, some
 
 Axis = Literal["layer", "head", "pos", "src"]
@@ -226,14 +226,14 @@ def _shapes(model: nn.Module, names: Sequence[str], like: Any) -> dict[str, torc
     try:
         for name in names:
             handles.append(attach(model, name, partial(keep, name)))
-        with torch.no_grad(), evaluating(model), replayed(None):
+        with torch.no_grad(), eval_mode(model), replayed(None):
             if is_bridge(model):
                 called(model, like)
             else:
                 tensors = {
                     n: t.detach().clone() for n, t in (*model.named_parameters(), *model.named_buffers())
                 }
-                call(called, model, tensors, like)
+                call_with(called, model, tensors, like)
     except Exception as error:
         raise SiteError(
             f"{type(model).__name__} cannot be called with like={type(like).__name__}: {error}. Give a Batch, a "

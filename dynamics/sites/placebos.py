@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dynamics.randomness import generator
-from dynamics.results import PLACEBO
+from dynamics.site_coordinates import PLACEBO
 from dynamics.sites.site import Site, coords_of
 from dynamics.trees import mask, squared_norm
 

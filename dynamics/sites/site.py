@@ -6,10 +6,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import EllipsisType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dynamics.site_coordinates import SITE_COORDS
 from dynamics.sites.families import other_names
 from dynamics.trees import Index
 
@@ -18,7 +20,7 @@ class SiteError(ValueError):
     """A site that the model does not have; the message says which sites it has."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Site:
     """A label, what it covers, and where that stands in the model.
 
@@ -34,6 +36,21 @@ class Site:
     covers: Mapping[str, Index]
     coords: Mapping[str, str | int] = field(default_factory=dict)
     positions: tuple[int, ...] | None = None
+
+    def __repr__(self) -> str:
+        known: dict[str, Any] = {n: v for n, v in self.coords.items() if v != SITE_COORDS.get(n)}
+        if self.positions is not None:
+            known["positions"] = self.positions
+        parts = [repr(self.label), self._covered(), *(f"{name}={value!r}" for name, value in known.items())]
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    def _covered(self) -> str:
+        """What the site covers, in words: `part of blocks.0.attn.W_Q and 3 more`."""
+        if not self.covers:
+            return "nothing"
+        first, *others = self.covers
+        whole = all(isinstance(index, EllipsisType) for index in self.covers.values())
+        return f"{'all' if whole else 'part'} of {first}" + (f" and {len(others)} more" if others else "")
 
 
 def check(sites: Sequence[Site], model: nn.Module) -> None:

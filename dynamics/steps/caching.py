@@ -10,7 +10,7 @@ import torch
 from checkpoints import Checkpoint
 from checkpoints.rng import replayed
 from dynamics import sites
-from dynamics.calls import is_bridge
+from dynamics.models.functional import is_bridge
 from dynamics.recipe import Recipe
 from dynamics.steps.gradients import NonFiniteGradient, StepGradient, gradient
 from dynamics.steps.states import check_bridge, starting_point

@@ -26,8 +26,8 @@ of operations that torch has."""
 
 def rule(
     kind: type[Optimizer], group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor
-) -> Moved | None:
-    """How one parameter moves, or None where the real optimizer has to take the step.
+) -> Moved | str:
+    """How one parameter moves; or why the real optimizer has to take the step, in words.
 
     Args:
         kind: the optimizer's own class; subclasses may step otherwise.
@@ -37,17 +37,19 @@ def rule(
 
     Source: Loshchilov & Hutter 2019 (AdamW), Kingma & Ba 2015 (Adam), `torch.optim.SGD`.
     """
-    plain = (
-        parameter.dtype in (torch.float32, torch.float64)
-        and not any(group.get(key) for key in ("amsgrad", "maximize", "capturable", "differentiable"))
-        and not any(isinstance(value, Tensor) for value in (group["lr"], *group.get("betas", ())))
-        and not any(isinstance(value, Tensor) and value.is_sparse for value in state.values())
-    )
-    if plain and kind in (Adam, AdamW):
-        return _adam(group, state, parameter.detach().reshape(-1), decoupled=_decoupled(kind, group))
-    if plain and kind is SGD:
+    if kind not in (Adam, AdamW, SGD):
+        return f"{kind.__name__} is not AdamW, Adam or SGD"
+    if parameter.dtype not in (torch.float32, torch.float64):
+        return f"a parameter is {parameter.dtype}"
+    if odd := [key for key in ("amsgrad", "maximize", "capturable", "differentiable") if group.get(key)]:
+        return f"{kind.__name__} has {odd[0]}=True"
+    if any(isinstance(value, Tensor) for value in (group["lr"], *group.get("betas", ()))):
+        return f"a hyperparameter of {kind.__name__} is a tensor"
+    if any(isinstance(value, Tensor) and value.is_sparse for value in state.values()):
+        return f"the recorded state of {kind.__name__} is sparse"
+    if kind is SGD:
         return _sgd(group, state, parameter.detach().reshape(-1))
-    return None
+    return _adam(group, state, parameter.detach().reshape(-1), decoupled=_decoupled(kind, group))
 
 
 def _decoupled(kind: type[Optimizer], group: Mapping[str, Any]) -> bool:

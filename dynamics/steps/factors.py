@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from checkpoints import Checkpoint
-from dynamics.projections import ITSELF, Projection, first_tensor, projections
+from dynamics.models.projections import ITSELF, Projection, first_tensor, projections
 from dynamics.recipe import Recipe
 from dynamics.sites import SiteError
 from dynamics.steps.gradients import StepGradient, gradient
@@ -123,7 +123,7 @@ def check_complete(recipe: Recipe, checkpoint: Checkpoint, run: Factors, wanted:
             raise SiteError(
                 f"{name!r} belongs to no projection that ran, so its gradient has no factors: its module holds "
                 "parameters beside submodules of its own. Let the module declare them in a method projections() "
-                "(see dynamics.projections)."
+                "(see dynamics.models.projections)."
             )
         dense = gradient.to_dense()
         if float((rebuilt[name].to_dense() - dense).norm()) > share * float(dense.norm()) + rounding:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from checkpoints import Checkpoint
 from checkpoints.rng import RngState
-from dynamics.calls import call
+from dynamics.models.functional import call_with
 from dynamics.recipe import Recipe, RecipeError
 from dynamics.steps.taps import Taps
-from dynamics.trees import not_finite
+from dynamics.trees import described, not_finite
 
 
 class NonFiniteGradient(ArithmeticError):
@@ -37,6 +37,9 @@ class StepGradient:
     gradients: dict[str, Tensor | None]
     buffers: dict[str, Tensor]
     rng: RngState
+
+    def __repr__(self) -> str:
+        return described(self)
 
 
 _NO_TAPS = Taps((), lambda name, key, activation: activation)
@@ -77,7 +80,7 @@ def gradient(
         return loss, found, after
 
     with checkpoint.random_state(), torch.enable_grad(), taps.attached(recipe.model):
-        loss, found, buffers = call(passes, recipe.model, {**parameters, **buffers}, batch)
+        loss, found, buffers = call_with(passes, recipe.model, {**parameters, **buffers}, batch)
         rng = RngState.capture()
     if taps.keeps_graph:
         taps.parameters.update(inputs)

@@ -1,4 +1,4 @@
-"""The gradients of many batches of one shape in one backward pass: `vmap(grad)`."""
+"""Per-batch gradients of many batches of one shape in one backward pass: `vmap(grad)`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch.utils import _pytree
 
 from checkpoints import Checkpoint
 from checkpoints.rng import RngState
-from dynamics.calls import attributes_kept, call
+from dynamics.models.functional import attributes_restored, call_with
 from dynamics.recipe import Recipe
+from dynamics.steps.fallbacks import Fallback, out_of_memory, reason
 from dynamics.steps.gradients import StepGradient
 from dynamics.steps.pullbacks import alike
 from dynamics.trees import not_finite
@@ -33,10 +34,10 @@ def _kind(leaf: Any) -> tuple[Any, ...]:
     return type(leaf), leaf if isinstance(leaf, str | int | float | None) else id(leaf)
 
 
-def gradients_at_once(
+def vmapped_gradients(
     recipe: Recipe, checkpoint: Checkpoint, batches: Sequence[Any], first: StepGradient
-) -> list[StepGradient] | None:
-    """What `gradient` gives for each of the batches, up to rounding, in one pass over all.
+) -> list[StepGradient]:
+    """Per-batch gradients by `vmap(grad)`: what `gradient` gives for each of the batches, up to rounding.
 
     The first is compared with what it gives alone. Attributes that the model writes on the way are taken back.
     Memory: a gradient for each batch.
@@ -46,21 +47,25 @@ def gradients_at_once(
         batches: of one `signature`, in any pytree of torch's that holds tensors.
         first: what `gradient` gives for the first; what it has no gradient of, no other has.
 
-    Returns:
-        None where this is not what each batch gives by itself: where vmap cannot take the model or the loss
-        (`.item()`, branches on values, an LSTM), a gradient is sparse, or something is not finite.
+    Raises:
+        Fallback: this is not what each batch gives by itself: vmap cannot take the model or the loss (`.item()`,
+            branches on values, an LSTM), a gradient is sparse, or something is not finite.
     """
     try:
         losses, gradients, buffers, rng = _together(recipe, checkpoint, batches, first)
-    except Exception:  # noqa: BLE001 (batch by batch it is said what is wrong, if anything is)
-        return None
-    if not_finite({"the loss": losses, **gradients}):
-        return None
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise Fallback(reason(error)) from error  # an error of the user's own comes back from `gradient`
+    if culprit := not_finite({"the loss": losses, **gradients}):
+        raise Fallback(f"vmap(grad) found {culprit} not finite")
     steps = [
         StepGradient(losses[i], {n: None if g is None else g[i] for n, g in gradients.items()}, moved, rng)
         for i, moved in enumerate(buffers)
     ]
-    return steps if _agree(steps[0], first) else None
+    if not _agree(steps[0], first):
+        raise Fallback("vmap(grad) found another gradient than a backward pass of one batch")
+    return steps
 
 
 def _together(
@@ -90,9 +95,9 @@ def _together(
             found = loss_of(model, batch)
             return found, (found.detach(), {name: b for name, b in model.named_buffers() if name in moving})
 
-        return call(passes, recipe.model, {**parameters, **own, **kept, **buffers}, batch)
+        return call_with(passes, recipe.model, {**parameters, **own, **kept, **buffers}, batch)
 
-    with warnings.catch_warnings(), checkpoint.random_state(), attributes_kept(recipe.model):
+    with warnings.catch_warnings(), checkpoint.random_state(), attributes_restored(recipe.model):
         warnings.simplefilter("error")  # of loops that vmap falls back to
         of_each = torch.func.grad(loss, has_aux=True)
         found, (losses, moved) = torch.vmap(of_each, in_dims=(None, 0, 0), randomness="same")(

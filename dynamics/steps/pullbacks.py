@@ -19,6 +19,7 @@ from torch import Tensor
 from checkpoints import Checkpoint
 from dynamics.recipe import Recipe
 from dynamics.sites import Site
+from dynamics.steps.fallbacks import Fallback, out_of_memory, reason
 from dynamics.steps.gradients import StepGradient, gradient
 from dynamics.steps.taps import Cache, Taps, runs_of
 from dynamics.trees import Gradients, mask, squared_norm
@@ -67,12 +68,14 @@ class Pullbacks:
             name in self.taps.signals and len(ours) == len(theirs) == 1 and ours[0].shape == theirs[0].shape
         )
 
-    def exchanging(self, sites: Sequence[Site], source: Cache) -> list[StepGradient] | None:
+    def exchanging(self, sites: Sequence[Site], source: Cache) -> list[StepGradient]:
         """The run's step with the source's signal on one of the sites each, all of them of one activation.
 
         Up to rounding what `gradient` gives with `taps.exchanging`, site by site, in a model whose backward is
-        linear: hooks of its own may clip what flows there. None where autograd cannot take it at once, or gives
-        sparse gradients. Memory: a gradient for each site.
+        linear: hooks of its own may clip what flows there. Memory: a gradient for each site.
+
+        Raises:
+            Fallback: autograd cannot take these backward passes as one batch, or gives sparse gradients.
         """
         (name,) = {name for site in sites for name in site.covers}
         (activation,), theirs = self.taps.runs[name], source.signals[name]
@@ -91,10 +94,12 @@ class Pullbacks:
                     retain_graph=True,
                     allow_unused=True,
                 )
-        except Exception:  # noqa: BLE001 (site by site says what is wrong, if anything is)
-            return None
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            raise Fallback(reason(error)) from error  # an error of the user's own comes back site by site
         if any(pulled is not None and pulled.is_sparse for pulled in found):
-            return None
+            raise Fallback("gradients are sparse")
         moved = {
             p: (pulled if several else pulled[None]).add_(g)
             for p, pulled in zip(parameters, found, strict=True)

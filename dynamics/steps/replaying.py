@@ -10,7 +10,7 @@ import torch
 
 from checkpoints import Checkpoint, Trajectory
 from dynamics.recipe import ByNorm, ByValue, Recipe
-from dynamics.steps.states import revived
+from dynamics.steps.states import restored_copy
 
 
 def replay(recipe: Recipe, checkpoint: Checkpoint, batch: Any) -> Checkpoint:
@@ -43,7 +43,7 @@ def advance(recipe: Recipe, checkpoint: Checkpoint, step: int, batch_of: Callabl
             f"step {step} lies before checkpoint {checkpoint.step}; replaying only goes forward."
         )
     loss_of = recipe.require_loss()
-    model, optimizer, scheduler = revived(recipe, checkpoint)
+    model, optimizer, scheduler = restored_copy(recipe, checkpoint)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     with checkpoint.random_state(), _deterministic(checkpoint), torch.enable_grad():
         for current in range(checkpoint.step, step):

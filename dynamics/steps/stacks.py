@@ -31,6 +31,10 @@ class Stack:
         """One model's tensors, views of the stack's."""
         return {**self.shared, **{name: tensor[i] for name, tensor in self.stacked.items()}}
 
+    def part(self, start: int, stop: int) -> Stack:
+        """Some of the models, as views."""
+        return Stack(stop - start, self.shared, {n: tensor[start:stop] for n, tensor in self.stacked.items()})
+
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return (self[i] for i in range(self.n))
 

@@ -11,11 +11,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from checkpoints import Checkpoint
-from dynamics.calls import is_bridge
+from dynamics.models.functional import is_bridge
 from dynamics.recipe import Recipe, RecipeError
 
 
-def revived(recipe: Recipe, checkpoint: Checkpoint) -> tuple[nn.Module, Optimizer, LRScheduler | None]:
+def restored_copy(recipe: Recipe, checkpoint: Checkpoint) -> tuple[nn.Module, Optimizer, LRScheduler | None]:
     """A model, optimizer and scheduler of one's own, in the checkpoint's state; the recipe's are not touched.
 
     What the checkpoint holds nothing for begins as the recipe makes it.
@@ -27,7 +27,7 @@ def revived(recipe: Recipe, checkpoint: Checkpoint) -> tuple[nn.Module, Optimize
     model = copy.deepcopy(recipe.model)
     optimizer = recipe.build_optimizer(model.parameters())
     scheduler = recipe.build_scheduler(optimizer)
-    check_kind(checkpoint, optimizer)
+    check_optimizer_kind(checkpoint, optimizer)
     checkpoint.restore(
         model,
         optimizer if checkpoint.optimizer and checkpoint.optimizer.groups else None,
@@ -36,7 +36,7 @@ def revived(recipe: Recipe, checkpoint: Checkpoint) -> tuple[nn.Module, Optimize
     return model, optimizer, scheduler
 
 
-def check_kind(checkpoint: Checkpoint, optimizer: Optimizer) -> None:
+def check_optimizer_kind(checkpoint: Checkpoint, optimizer: Optimizer) -> None:
     """Raise a RecipeError if the recorded groups are those of another kind of optimizer, or missing mid-training.
 
     They are if each side has hyperparameters that the other lacks (AdamW has betas, SGD momentum). A

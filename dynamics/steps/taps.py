@@ -22,7 +22,7 @@ from dynamics.recipe import RecipeError
 from dynamics.sites import Site, SiteError
 from dynamics.sites.outputs import attach
 from dynamics.sites.site import check_index
-from dynamics.trees import mask
+from dynamics.trees import described, mask
 
 Forward = Literal["base", "source"]
 """Whose activation goes forward where a signal is exchanged."""
@@ -114,6 +114,9 @@ class Cache:
 
     activations: dict[str, Tensor] = field(default_factory=dict)
     signals: dict[str, Tensor] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return described(self)
 
 
 def reading(names: Iterable[str], into: Cache, raw: bool = False) -> Taps:

@@ -21,8 +21,9 @@ from checkpoints import Checkpoint
 from dynamics.recipe import ByNorm, ByValue, Recipe
 from dynamics.steps.clipping import clipped, coefficient
 from dynamics.steps.elementwise import Moved, rule, step_into
+from dynamics.steps.fallbacks import ComputePaths
 from dynamics.steps.stacks import Stack, Workspace, stack
-from dynamics.steps.states import check_kind, revived
+from dynamics.steps.states import check_optimizer_kind, restored_copy
 from dynamics.trees import Gradients, squared_norm
 
 
@@ -34,7 +35,7 @@ def step_from(recipe: Recipe, checkpoint: Checkpoint, gradients: Gradients) -> d
         checkpoint: state before the step.
         gradients: by parameter name, before clipping; None skips a parameter, zero lets it coast.
     """
-    model, optimizer, _ = revived(recipe, checkpoint)
+    model, optimizer, _ = restored_copy(recipe, checkpoint)
     for name, g in clipped(_of_optimizer(gradients, model, optimizer), recipe.clip).items():
         model.get_parameter(name).grad = g
     optimizer.step()
@@ -57,10 +58,12 @@ class Steps:
     Attributes:
         recipe: model, optimizer and clipping; nothing of it is modified.
         checkpoint: state before the steps.
+        paths: where it is noted which way steps were taken.
     """
 
     recipe: Recipe
     checkpoint: Checkpoint
+    paths: ComputePaths = field(default_factory=ComputePaths)
     _norms: dict[int, tuple[weakref.ref[Tensor], int, float]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -74,8 +77,12 @@ class Steps:
         """
         space = space or Workspace()
         rules = self._rules
-        if rules is None or any(g is not None and g.is_sparse for gs in many for g in gs.values()):
+        sparse = any(g is not None and g.is_sparse for gs in many for g in gs.values())
+        if isinstance(rules, str) or sparse:
+            why = rules if isinstance(rules, str) else "gradients are sparse"
+            self.paths.fell_back("steps", "the optimizer itself, one step at a time", why)
             return stack([step_from(self.recipe, self.checkpoint, gradients) for gradients in many])
+        self.paths.took("steps", "all at once, element by element")
         scales = self._scales(many, rules)
         shared, stacked = dict(self.checkpoint.parameters), {}
         for name, moved in rules.items():
@@ -121,7 +128,8 @@ class Steps:
         mixture can be so long that clipping scales it: N² is at most the sum of both.
         """
         rules, clip = self._rules, self.recipe.clip
-        if rules is None or any(g is not None and g.is_sparse for gs in (one, other) for g in gs.values()):
+        sparse = any(g is not None and g.is_sparse for gs in (one, other) for g in gs.values())
+        if isinstance(rules, str) or sparse:
             return False
         if any((one[name] is None) != (other[name] is None) for name in rules):
             return False
@@ -129,8 +137,8 @@ class Steps:
         return not isinstance(clip, ByNorm) or coefficient(longest, clip.max_norm) == 1
 
     @cached_property
-    def _rules(self) -> dict[str, Moved] | None:
-        """How each of the optimizer's parameters moves; None where one of them needs the real optimizer."""
+    def _rules(self) -> dict[str, Moved] | str:
+        """How each of the optimizer's parameters moves; or why one of them needs the real optimizer."""
         trained = {name: p.requires_grad for name, p in self.recipe.model.named_parameters()}
         dummies = {
             name: nn.Parameter(t.detach(), requires_grad=trained[name])
@@ -138,14 +146,14 @@ class Steps:
         }
         template = self.recipe.build_optimizer(dummies.values())
         self.recipe.build_scheduler(template)
-        check_kind(self.checkpoint, template)
+        check_optimizer_kind(self.checkpoint, template)
         recorded = self.checkpoint.optimizer.state if self.checkpoint.optimizer else {}
         rules: dict[str, Moved] = {}
         for group in _groups(self.checkpoint, template, {id(p): name for name, p in dummies.items()}):
             for name in group["params"]:
                 moved = rule(type(template), group, recorded.get(name, {}), self.checkpoint.parameters[name])
-                if moved is None:
-                    return None
+                if isinstance(moved, str):
+                    return moved
                 rules[name] = moved
         return rules
 

@@ -11,7 +11,7 @@ from checkpoints import Checkpoint
 from dynamics.recipe import Recipe
 from dynamics.steps.clipping import clipped
 from dynamics.steps.gradients import StepGradient
-from dynamics.steps.states import revived
+from dynamics.steps.states import restored_copy
 
 
 def walk(
@@ -30,7 +30,7 @@ def walk(
         The state after each step. Its parameters are the walk's own and move on with it; its optimizer state
         is the first one's: the walk carries the living optimizer.
     """
-    model, optimizer, scheduler = revived(recipe, checkpoint)
+    model, optimizer, scheduler = restored_copy(recipe, checkpoint)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     parameters = dict(model.named_parameters())
     state = replace(checkpoint, parameters={n: p.detach() for n, p in parameters.items()})

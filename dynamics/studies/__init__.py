@@ -1,5 +1,6 @@
 """Whole studies: train, patch, summarise, draw, and say in words what was found."""
 
+from dynamics.steps import environment_changes as environment_changes
 from dynamics.studies.aliases import run as run
 from dynamics.studies.belief import Check as Check
 from dynamics.studies.belief import battery as battery
@@ -7,5 +8,4 @@ from dynamics.studies.comparing import Compared as Compared
 from dynamics.studies.comparing import compare_every as compare_every
 from dynamics.studies.comparing import compare_pair as compare_pair
 from dynamics.studies.late_accuracy import internalisation as internalisation
-from dynamics.studies.verification import environment_changes as environment_changes
 from dynamics.studies.verification import verify as verify

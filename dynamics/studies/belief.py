@@ -15,12 +15,13 @@ import xarray as xr
 from checkpoints import Checkpoint, Trajectory
 from dynamics import measures, sites, statistics, steps, tasks
 from dynamics.batch import Batch
-from dynamics.config import ConfigError
+from dynamics.config import ConfigError, StudyConfig, read, task_name
+from dynamics.config.checks import did_you_mean
 from dynamics.measures import Measure
 from dynamics.patching import both_directions, patch_gradients, patch_updates, patch_window
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import LEVELS, Site, SiteError
-from dynamics.tasks import AliasTask
+from dynamics.tasks import AliasTask, Task
 from dynamics.trees import squared_norm
 
 Verdict = Literal["holds", "fails", "open", "-"]
@@ -50,8 +51,18 @@ class _Run:
     impulse: int
 
     @cached_property
-    def task(self) -> AliasTask:
+    def task(self) -> Task:
+        return tasks.load(self.trajectory.config)
+
+    @cached_property
+    def aliases(self) -> AliasTask:
+        """The task of a run of aliases, which some checks are about."""
         return tasks.aliases.load(self.trajectory.config)
+
+    @property
+    def noun(self) -> str:
+        """What a contrast is about."""
+        return "alias" if isinstance(self.task, AliasTask) else "contrast"
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -59,7 +70,8 @@ class _Run:
 
     @cached_property
     def stored(self) -> Checkpoint:
-        step = self.task.config.phases.starts["x2"] + self.x2_step
+        *_, first, _ = self.task.config.phases.starts.values()
+        step = first + self.x2_step
         return steps.reach(self.recipe, self.trajectory, step, self.task.batch)
 
     @property
@@ -70,7 +82,8 @@ class _Run:
     def site(self) -> Site:
         known = {s.label: s for level in LEVELS.values() for s in level(self.recipe.model)}
         if self.label not in known:
-            raise SiteError(f"no site {self.label!r}; there are {', '.join(known)}.")
+            meant = did_you_mean(self.label, known)
+            raise SiteError(f"no site {self.label!r}; there are {', '.join(known)}.{meant}")
         return known[self.label]
 
     def patched(
@@ -93,28 +106,37 @@ def battery(
 ) -> Iterator[Check]:
     """Ten checks of one site, one after another as they are done.
 
+    Of a run of the small languages those that are about aliases (their sets, tags, definitions) are not made, and
+    say so.
+
     Args:
-        trajectories: runs of the alias study. Of one run the aliases are the units and the claim is about that
-            run; of several the runs are, each the mean over its aliases.
+        trajectories: runs of one task. Of one run the aliases (the contrasts of a language) are the units and the
+            claim is about that run; of several the runs are, each the mean over its aliases.
         site: label of a site of any level, such as "attn 0", "L0H2" or "W_V L0H1".
-        x2_step: which step within X2 is replayed.
+        x2_step: which step within the last phase (X2) is replayed.
         optimizer: "fresh" or "stored".
         impulse: batches trained on after the definition in the impulse response.
 
     Raises:
         SiteError: there is no such site; the message lists all.
-        ConfigError: another optimizer state, a step outside X2, or no steps after the definition.
+        ConfigError: another optimizer state, a step outside X2, no steps after the definition, runs of several
+            tasks, or of none.
     """
     if optimizer not in ("fresh", "stored"):
         raise ConfigError(f"found optimizer={optimizer!r}; expected fresh or stored.")
-    for trajectory in trajectories:
-        phases = tasks.aliases.load(trajectory.config).config.phases
-        if x2_step < 0 or impulse < 1 or x2_step + impulse >= phases.x2.steps:
+    configs = [read(trajectory.config) for trajectory in trajectories]
+    if len({type(config) for config in configs}) > 1:
+        found = sorted({str(task_name(trajectory.config)) for trajectory in trajectories})
+        raise ConfigError(f"found runs of the tasks {', '.join(found)}; expected runs of one task.")
+    for config in configs:
+        *_, (phase, trained) = config.phases.by_name.items()
+        if x2_step < 0 or impulse < 1 or x2_step + impulse >= trained.steps:
             raise ConfigError(
-                f"found x2_step={x2_step} and impulse={impulse}; expected a step of X2 and at least one after "
-                f"it, together below its {phases.x2.steps} steps."
+                f"found x2_step={x2_step} and impulse={impulse}; expected a step of {phase.capitalize()} and at "
+                f"least one after it, together below its {trained.steps} steps."
             )
     runs = [_Run(trajectory, site, x2_step, optimizer, impulse) for trajectory in trajectories]
+    about_aliases = isinstance(configs[0], StudyConfig)
     for check in (
         _directions,
         _own_questions,
@@ -127,7 +149,13 @@ def battery(
         _tags,
         _unseen_rows,
     ):
-        yield check(runs)
+        if check in _ABOUT_ALIASES and not about_aliases:
+            name = task_name(trajectories[0].config)
+            yield Check(
+                _ABOUT_ALIASES[check], f"not made: it needs aliases, the run is of the task {name!r}", "-"
+            )
+        else:
+            yield check(runs)
 
 
 def _gathered(runs: Sequence[_Run], values: Callable[[_Run], Units]) -> Units:
@@ -171,9 +199,8 @@ def _own_questions(runs: Sequence[_Run]) -> Check:
     found = {id(run): both(run) for run in runs}
     own, other = (_gathered(runs, lambda run, i=i: found[id(run)][i]) for i in (0, 1))  # type: ignore[misc]
     values = np.sign(own.mean()) * (own - other)
-    return Check(
-        "moves the alias's own questions more than another's", f"by {_text(values)} logit", _above(values)
-    )
+    name = f"moves the {runs[0].noun}'s own questions more than another's"
+    return Check(name, f"by {_text(values)} logit", _above(values))
 
 
 def _above(values: Units) -> Verdict:
@@ -208,18 +235,18 @@ def _matched_norm(runs: Sequence[_Run]) -> Check:
 
     plain = _gathered(runs, lambda run: run.patched()["effect"].values)
     values = _gathered(runs, effect)
-    return Check(
-        "survives matching ‖g‖ of the two definitions", f"{_text(values)} logit", _signs(plain, values)
-    )
+    batches = "definitions" if runs[0].noun == "alias" else "batches"
+    name = f"survives matching ‖g‖ of the two {batches}"
+    return Check(name, f"{_text(values)} logit", _signs(plain, values))
 
 
 def _sets(runs: Sequence[_Run]) -> Check:
     values = [
-        _gathered(runs, lambda run, name=name: run.patched(run.task.contrasts((name,)))["effect"].values)  # type: ignore[misc]
+        _gathered(runs, lambda run, name=name: run.patched(run.aliases.contrasts((name,)))["effect"].values)  # type: ignore[misc]
         for name in ("Dt3", "Df4")
     ]
     figure = f"Dt3 {_text(values[0])}, Df4 {_text(values[1])} logit"
-    return Check("holds in Dt3 and in Df4", figure, _signs(*values))
+    return Check(_ABOUT_ALIASES[_sets], figure, _signs(*values))
 
 
 def _false_contrasts(task: AliasTask) -> list[Contrast]:
@@ -238,7 +265,7 @@ def _false_contrasts(task: AliasTask) -> list[Contrast]:
 
 def _contents(runs: Sequence[_Run]) -> Check:
     def cells(run: _Run) -> dict[str, Units]:
-        true, false = run.patched(), run.patched(_false_contrasts(run.task))
+        true, false = run.patched(), run.patched(_false_contrasts(run.aliases))
         return {
             "true": true["effect"].values,
             "false": false["effect"].values,
@@ -254,8 +281,7 @@ def _contents(runs: Sequence[_Run]) -> Check:
     sign = np.sign(values["true"].mean())
     steps_of = ", ".join(f"{n} {values[n].mean():+.2f}" for n in values if " " in n)
     figure = f"true {_text(values['true'])}, false {_text(values['false'])}; whole steps: {steps_of}"
-    name = "the site's effect is larger for true content than for false"
-    return Check(name, figure, _above(sign * (values["true"] - values["false"])))
+    return Check(_ABOUT_ALIASES[_contents], figure, _above(sign * (values["true"] - values["false"])))
 
 
 def _placebo(runs: Sequence[_Run]) -> Check:
@@ -280,7 +306,7 @@ def _placebo(runs: Sequence[_Run]) -> Check:
 
 def _impulse(runs: Sequence[_Run]) -> Check:
     def responses(run: _Run) -> xr.Dataset:
-        windows = run.task.impulses(run.stored.step, run.impulse + 1)
+        windows = run.aliases.impulses(run.stored.step, run.impulse + 1)
         return patch_window(
             run.recipe, run.stored, windows, [run.site], measures.correct_logit, (1, run.impulse + 1)
         ).isel(site=0)
@@ -289,7 +315,7 @@ def _impulse(runs: Sequence[_Run]) -> Check:
     first, last = (_gathered(runs, lambda run, i=i: found[id(run)].isel(step=i).values) for i in (0, -1))  # type: ignore[misc]
     single = _gathered(runs, lambda run: run.patched()["effect"].values)
     figure = f"in the real batch, stored state: {_text(first)} at once, {_text(last)} {runs[0].impulse} steps later"
-    return Check("the impulse response agrees with the single step", figure, _signs(single, last))
+    return Check(_ABOUT_ALIASES[_impulse], figure, _signs(single, last))
 
 
 def _tags(runs: Sequence[_Run]) -> Check:
@@ -297,7 +323,7 @@ def _tags(runs: Sequence[_Run]) -> Check:
     for tag in ("reliable", "unreliable"):
         counts, norms, losses = [], [], []
         for run in runs:
-            token = getattr(run.task, tag)
+            token = getattr(run.aliases, tag)
             counts.append(int((run.task.rows("x1").tokens[:, 0] == token).sum()))
             norms.append(float(run.stored.parameters["embed.W_E"][token].norm()))
             losses.append(np.mean([_loss(run, getattr(c, _SIDE[tag])) for c in run.task.contrasts()]))
@@ -305,7 +331,7 @@ def _tags(runs: Sequence[_Run]) -> Check:
             f"{tag}: {np.mean(counts):.0f} rows in X1, ‖embedding‖ {np.mean(norms):.2f}, "
             f"definition loss {np.mean(losses):.2f} nat"
         )
-    return Check("the two tags beside each other", "; ".join(lines), "-")
+    return Check(_ABOUT_ALIASES[_tags], "; ".join(lines), "-")
 
 
 _SIDE = {"reliable": "source", "unreliable": "base"}
@@ -317,12 +343,12 @@ def _loss(run: _Run, batch: Batch) -> float:
 
 def _unseen_rows(runs: Sequence[_Run]) -> Check:
     """Aliases of Dt3 and Df4 are in no row before X2: their embeddings' second moments are near zero."""
-    name = "rows never trained before X2 (alias embeddings)"
+    name = _ABOUT_ALIASES[_unseen_rows]
     if not any("embed.W_E" in run.site.covers for run in runs):
         return Check(name, "the site covers none", "-")
     carried, moments = [], []
     for run in runs:
-        aliases = torch.tensor([run.task.alias(i) for n in ("Dt3", "Df4") for i in run.task.sets[n]])
+        aliases = torch.tensor([run.aliases.alias(i) for n in ("Dt3", "Df4") for i in run.aliases.sets[n]])
         rows = Site("alias rows", {"embed.W_E": (aliases,)})
         found = patch_gradients(
             run.recipe, run.state, run.task.contrasts(), [run.site, rows], measures.correct_logit
@@ -338,3 +364,13 @@ def _unseen_rows(runs: Sequence[_Run]) -> Check:
     if moments:
         figure += f"; their second moment is {np.mean(moments):.1e} times the other rows'"
     return Check(name, figure, "-")
+
+
+_ABOUT_ALIASES: dict[Callable[[Sequence[_Run]], Check], str] = {
+    _sets: "holds in Dt3 and in Df4",
+    _contents: "the site's effect is larger for true content than for false",
+    _impulse: "the impulse response agrees with the single step",
+    _tags: "the two tags beside each other",
+    _unseen_rows: "rows never trained before X2 (alias embeddings)",
+}
+"""The checks that need sets, tags or definitions of aliases, and what they are called."""

@@ -1,17 +1,19 @@
-"""Checkpoints of an alias run side by side: two of them, or every one with its neighbour."""
+"""Checkpoints of a run side by side: two of them, or every one with its neighbour."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import xarray as xr
 
 from checkpoints import Checkpoint, Trajectory, TrajectoryError
 from dynamics import plots, results, sites, steps, tasks
-from dynamics.batch import concatenate
+from dynamics.batch import Batch, concatenate
 from dynamics.comparison import (
+    align_gradients,
     align_groups,
     compare,
     compare_logits,
@@ -28,7 +30,7 @@ from dynamics.recipe import Recipe
 from dynamics.sites import Site
 from dynamics.studies.comparison_tables import PAIRS, at_level, by_set, every_table, pair_table
 from dynamics.sweeps.digests import digest
-from dynamics.tasks import AliasTask
+from dynamics.tasks import AliasTask, Task
 from dynamics.tasks.probes import ORDERS
 
 Found = dict[str, xr.Dataset]
@@ -52,7 +54,7 @@ def compare_pair(run: Trajectory, before: int, after: int) -> Compared:
 
     Raises:
         TrajectoryError: the run was imported, or nothing is stored before a step.
-        ConfigError: a step lies after the run's last.
+        ConfigError: a step lies after the run's last, or the run's config names no task.
     """
     parts = _Parts.of(run)
 
@@ -82,7 +84,7 @@ def compare_every(run: Trajectory, chosen: Sequence[int] | None = None) -> Compa
 
     Raises:
         TrajectoryError: the run was imported, or nothing is stored before a step.
-        ConfigError: a step lies after the run's last.
+        ConfigError: a step lies after the run's last, or the run's config names no task.
     """
     parts = _Parts.of(run)
     taken = list(run.steps if chosen is None else chosen)
@@ -99,7 +101,7 @@ class _Parts:
     """A run and what is compared in it."""
 
     run: Trajectory
-    task: AliasTask
+    task: Task
     recipe: Recipe
     weights: list[Site]
     outputs: list[Site]
@@ -112,9 +114,10 @@ class _Parts:
                 f"{run.path} was imported, so its task is not known. dy.compare(before, after, recipe, batches, "
                 "sites) compares its checkpoints with a recipe and batches of your own."
             )
-        task = tasks.aliases.load(run.config)
+        task = tasks.load(run.config)
         recipe = task.recipe()
-        model, like = recipe.model, task.questions(task.sets["Dt3"][0])
+        questions, _ = _questions(task)
+        model, like = recipe.model, next(iter(questions.values()))
         globs = ("blocks.*.hook_*_out", "blocks.*.hook_resid_post")
         outputs = [s for glob in globs for s in sites.activations(model, glob, ("layer", "pos"), like)]
         patterns = [
@@ -125,20 +128,32 @@ class _Parts:
         return cls(run, task, recipe, weights, outputs, patterns)
 
     def compared(self, before: Checkpoint, after: Checkpoint) -> Found:
-        """Two checkpoints: weights, each alias's answers, activations and patterns; and the sets' answers."""
-        batches, coords = tasks.alias_questions(self.task)
+        """Two checkpoints: weights, each example's answers, activations and patterns; and the sets' answers."""
+        batches, coords = _questions(self.task)
         found = compare(
             before, after, self.recipe, batches, self.weights, coords, self.outputs, self.patterns
         )
         return {**found, "sets": compare_logits(before, after, self.recipe, self.task.evaluation)}
 
 
+def _questions(task: Task) -> tuple[dict[str, Batch], dict[str, list[Any]]]:
+    """What is asked about each example, and its coordinates: an alias's questions, or a contrast's probe."""
+    if isinstance(task, AliasTask):
+        return tasks.alias_questions(task)
+    contrasts = task.contrasts()
+    names = [name for name in contrasts[0].coords if name != "example"]
+    batches = {str(contrast.coords["example"]): contrast.probe for contrast in contrasts}
+    return batches, {name: [contrast.coords[name] for contrast in contrasts] for name in names}
+
+
 def _at(parts: _Parts, step: int) -> Checkpoint:
     return steps.reach(parts.recipe, parts.run, step, parts.task.batch)
 
 
-def _answers(task: AliasTask, recipe: Recipe, before: Checkpoint, after: Checkpoint) -> Found:
+def _answers(task: Task, recipe: Recipe, before: Checkpoint, after: Checkpoint) -> Found:
     """Each alias's answers in both orders of question, and every single question's prediction."""
+    if not isinstance(task, AliasTask):
+        return {}
     batches, coords = tasks.alias_questions(task)
     by_order = [
         compare_logits(
@@ -158,18 +173,26 @@ def _along(parts: _Parts, taken: Sequence[int]) -> Found:
     task, recipe, run = parts.task, parts.recipe, parts.run
     components = sites.components(recipe.model)
     aligned = [sites.everything(recipe.model), *components]
-    contrasts, roles = tasks.as_trained(task), tasks.head_roles(task)
-    aliases, coords = tasks.alias_questions(task)
+    questions, coords = _questions(task)
 
-    def curves(state: Checkpoint) -> Found:
-        groups = align_groups(recipe, state, contrasts, aligned)
-        found = {
-            "scores": score(recipe, state, task.evaluation),
-            "aliases": score(recipe, state, aliases, coords),
-            "roles": head_roles(recipe, state, roles, parts.patterns),
+    def of_aliases(state: Checkpoint, task: AliasTask) -> Found:
+        groups = align_groups(recipe, state, tasks.as_trained(task), aligned)
+        return {
+            "aliases": score(recipe, state, questions, coords),
+            "roles": head_roles(recipe, state, tasks.head_roles(task), parts.patterns),
             "alignment": relations(groups),
             "alignment-other-tag": relations(groups, "source"),
         }
+
+    def of_contrasts(state: Checkpoint) -> Found:
+        return {
+            "contrasts": score(recipe, state, questions, coords),
+            "alignment": align_gradients(recipe, state, task.contrasts(), aligned),
+        }
+
+    def curves(state: Checkpoint) -> Found:
+        found = {"scores": score(recipe, state, task.evaluation)}
+        found |= of_aliases(state, task) if isinstance(task, AliasTask) else of_contrasts(state)
         if state.step < task.config.phases.starts["end"]:
             found["sizes"] = step_sizes(recipe, state, task.batch(state.step), components)
         return found
@@ -204,10 +227,8 @@ def _draw(folder: Path, figures: plots.Figures, dataset: xr.Dataset) -> None:
         plots.save(figure, folder / f"{name}.png", {"provenance": dataset.attrs["provenance"]})
 
 
-def _maps(task: AliasTask, found: Found) -> plots.Figures:
-    """Site x step maps under the accuracies, and the curves of both phases."""
-    scores = found["scores"]
-    gap = by_set(found["alignment"], "Dt3") - by_set(found["alignment"], "Df4")
+def _maps(task: Task, found: Found) -> plots.Figures:
+    """Site x step maps under the accuracies, and curves: of both phases of the alias task, of a language's sets."""
     maps = {
         "weights": (at_level(found["weights"], "matrices"), "relative"),
         "updates": (at_level(found["updates"], "matrices"), "cosine"),
@@ -215,17 +236,40 @@ def _maps(task: AliasTask, found: Found) -> plots.Figures:
         "effective-steps": (found["sizes"], "effective_step"),
         "activations": (found["activations"], "cka"),
         "patterns": (found["patterns"], "divergence"),
-        **{
-            f"role-{role.replace(' ', '-')}": (found["roles"].sel(measure=role), "attention")
-            for role in map(str, found["roles"]["measure"].values)
-        },
-        "alignment": (gap.assign(own=gap["own"].assign_attrs(long_name="alignment, Dt3 − Df4")), "own"),
+        **(_maps_of_aliases(found) if isinstance(task, AliasTask) else _maps_of_contrasts(found)),
     }
-    figures = {name: plots.map_under_accuracies(*what, scores) for name, what in maps.items()}
-    columns = {name: panels for name in ("x1", "x2") if (panels := _panels(task, found, name))}
+    figures = {name: plots.map_under_accuracies(*what, found["scores"]) for name, what in maps.items()}
+    columns = _columns(task, found)
     if columns:
-        figures["curves"] = plots.event_curves({name.upper(): panels for name, panels in columns.items()})
+        figures["curves"] = plots.event_curves(columns)
     return figures
+
+
+def _maps_of_aliases(found: Found) -> dict[str, tuple[xr.Dataset, str]]:
+    gap = by_set(found["alignment"], "Dt3") - by_set(found["alignment"], "Df4")
+    roles = {
+        f"role-{role.replace(' ', '-')}": (found["roles"].sel(measure=role), "attention")
+        for role in map(str, found["roles"]["measure"].values)
+    }
+    own = gap["own"].assign_attrs(long_name="alignment, Dt3 − Df4")
+    return {**roles, "alignment": (gap.assign(own=own), "own")}
+
+
+def _maps_of_contrasts(found: Found) -> dict[str, tuple[xr.Dataset, str]]:
+    return {"alignment": (found["alignment"][["source"]].mean("example", keep_attrs=True), "source")}
+
+
+def _columns(task: Task, found: Found) -> dict[str, list[plots.Panel]]:
+    """The curves' columns: X1 and X2 where they have steps enough, or the whole run of a language."""
+    if isinstance(task, AliasTask):
+        return {name.upper(): panels for name in ("x1", "x2") if (panels := _panels(task, found, name))}
+    scores = found["scores"]
+    names = list(map(str, scores["example"].values))
+    curves = {
+        words: {name: scores[key].sel(example=name, drop=True) for name in names}
+        for key, words in (("accuracy", "accuracy"), ("correct_logit", "correct logit"))
+    }
+    return {"": [(xr.Dataset(each, attrs={"long_name": words}), {}) for words, each in curves.items()]}
 
 
 def _panels(task: AliasTask, found: Found, phase: str) -> list[plots.Panel]:

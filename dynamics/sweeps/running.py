@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 
 from checkpoints import Trajectory
 from dynamics import results
+from dynamics.engine.progress import SECONDS_BEFORE_PROGRESS
 from dynamics.measures import Measure
-from dynamics.patching.experiment import SECONDS_BEFORE_PROGRESS
 from dynamics.sweeps import shards, working
 from dynamics.sweeps.errors import SweepError
 from dynamics.sweeps.planning import Contrasts, Plan, Runs, Sites, as_stored, of_config, plan

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from dynamics.batch import Batch, concatenate
-from dynamics.config import ConfigError, StudyConfig, answer, identifies
+from dynamics.config import ConfigError, StudyConfig, answer, identifies, read
 from dynamics.randomness import generator
 from dynamics.recipe import Contrast
 from dynamics.tasks.task import Task
@@ -353,11 +353,13 @@ def load(config: Mapping[str, Any]) -> AliasTask:
     """The alias task of a run, rebuilt from the config kept with its trajectory.
 
     Raises:
-        ConfigError: the run is of another task.
+        ConfigError: the run is of another task, or its config names none.
     """
-    if name := config.get("task", {}).get("name"):
+    known = read(config)
+    if not isinstance(known, StudyConfig):
+        name = config["task"]["name"]
         raise ConfigError(f"the run is of the task {name!r}; this needs one of aliases, of dynamics study.")
-    return AliasTask(StudyConfig.from_dict(config))
+    return AliasTask(known)
 
 
 def _up_to_targets(batch: Batch) -> Batch:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from checkpoints.rng import replayed
-from dynamics.calls import evaluating
+from dynamics.models.functional import eval_mode
 
 
 def top_answers(
@@ -36,7 +36,7 @@ def top_answers(
             f"{type(model).__name__} has no tokenizer; give tokenizer=, such as task.vocabulary."
         )
     device = next(model.parameters()).device
-    with torch.no_grad(), evaluating(model), replayed(None):
+    with torch.no_grad(), eval_mode(model), replayed(None):
         output = model(torch.tensor([_encoded(words, prompt)], device=device))
     probabilities = getattr(output, "logits", output)[0, -1].double().softmax(-1).cpu()
     order = probabilities.argsort(descending=True, stable=True).tolist()

@@ -21,6 +21,10 @@ _TASKS: dict[type, Callable[[Any], Task]] = {
 
 
 def load(config: Mapping[str, Any]) -> Task:
-    """The task of a run, of whichever kind its config says (`task.name`; without one, the alias task)."""
+    """The task of a run, of whichever kind its config names.
+
+    Raises:
+        ConfigError: the config names no task, as that of a run of one's own.
+    """
     known = read(config)
     return _TASKS[type(known)](known)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamics.batch import Batch, concatenate
-from dynamics.calls import call
+from dynamics.models.functional import call_with
 from dynamics.recipe import Recipe
 from dynamics.sites import Site, check, complement, union
 from dynamics.tasks.aliases import AliasTask
@@ -43,8 +43,8 @@ def tag_blind(recipe: Recipe, task: AliasTask, sites: Sequence[Site]) -> Recipe:
             here = mask(blind[name], parameter.shape, parameter.device) if name in blind else None
             averaging[name] = fixed if here is None else torch.where(here, parameter, fixed)
             seeing[name] = parameter if here is None else torch.where(here, fixed, parameter)
-        both = call(loss, model, averaging, concatenate([batch, task.retag(batch)]))
-        return call(loss, model, seeing, batch) + (both - both.detach())
+        both = call_with(loss, model, averaging, concatenate([batch, task.retag(batch)]))
+        return call_with(loss, model, seeing, batch) + (both - both.detach())
 
     return replace(recipe, loss=function)
 

@@ -31,6 +31,11 @@ class Task(ABC):
     config: RunConfig
     d_vocab: int
 
+    def __repr__(self) -> str:
+        phases = ", ".join(f"{name} {phase.steps}" for name, phase in self.config.phases.by_name.items())
+        drawn = f"seed {self.config.seed}, {self.d_vocab} tokens, steps: {phases}"
+        return f"{type(self).__name__}({drawn}; {self.config.task})"
+
     @abstractmethod
     def rows(self, phase: str) -> Batch:
         """All training rows of a phase."""

@@ -16,15 +16,15 @@ from torch import nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from dynamics.batch import Batch
-from dynamics.calls import evaluating
 from dynamics.measures import target_logits
+from dynamics.models.functional import eval_mode
 
 
 def scores(model: nn.Module, batches: Mapping[str, Batch], d_vocab: int) -> dict[str, float]:
     """Accuracy (share of rows) and loss (nats) of each batch, as `NAME_accuracy` and `NAME_loss`."""
     device = next(model.parameters()).device
     found: dict[str, float] = {}
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), eval_mode(model):
         for name, batch in batches.items():
             here = batch.to(device)
             logits = target_logits(model, here)

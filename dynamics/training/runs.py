@@ -17,13 +17,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
 from tqdm.auto import tqdm
 
-from checkpoints import Checkpoint, Trajectory, TrajectoryWriter, schedule
+from checkpoints import Checkpoint, Trajectory, TrajectoryWriter, schedule, store
 from dynamics.config import RunConfig
 from dynamics.recipe import ByNorm
 from dynamics.tasks import Task, load
 from dynamics.training.evaluation import Evaluation, collect
 from dynamics.training.module import StepModule
 from dynamics.training.recorder import TrajectoryRecorder
+
+_SETTINGS = ("accelerator", "logger", "threads")
+"""Of the trainer's config: what does not define a run."""
 
 
 class RunError(RuntimeError):
@@ -35,8 +38,9 @@ def fit(config: RunConfig, out: Path, start: Checkpoint | None = None) -> Trajec
 
     Args:
         config: what is trained.
-        out: the run's folder. Empty or absent: a new run. Holding an unfinished run of the same config: that
-            run goes on from its last checkpoint, with the same result as if it had never stopped.
+        out: the run's folder. Empty, absent, or without a checkpoint since its start failed: a new run. Holding an
+            unfinished run of the same config: that run goes on from its last checkpoint, with the same result as
+            if it had never stopped. Accelerator, logger and threads may be others than before.
         start: a checkpoint of another run to begin from, such as its X2 start; None begins anew.
 
     Returns:
@@ -48,16 +52,16 @@ def fit(config: RunConfig, out: Path, start: Checkpoint | None = None) -> Trajec
         KeyboardInterrupt: as the user asked; the same call resumes.
     """
     with _writer(config, out) as writer:
-        task = load(writer.config)
+        task = load({**writer.config, "trainer": config.to_dict()["trainer"]})
         if not writer.steps:
             writer.append(_entering(task, start or _beginning(task)))
         while (state := Trajectory.open(out).last).step < task.config.phases.starts["end"]:
+            if task.config.to_dict()["trainer"] != writer.config["trainer"]:
+                _keep(task.config, writer)
             phase, _ = task.config.phases.locate(state.step)
             reached = _fit_phase(task, writer, state, phase)
             if reached.step < _stop(task.config, phase):
-                config = _stopped_early(task.config, phase, reached.step)
-                writer.configure(config.to_dict())
-                _write_yaml(config, out)
+                _keep(_stopped_early(task.config, phase, reached.step), writer)
                 task = load(writer.config)
             writer.append(_entering(task, reached))
     return Trajectory.open(out)
@@ -92,20 +96,26 @@ def _stop(config: RunConfig, phase: str) -> int:
 
 def _writer(config: RunConfig, out: Path) -> TrajectoryWriter:
     """Create the run, or resume it if it was asked for with the same config."""
-    if not (out / "manifest.json").exists():
-        if out.exists() and any(out.iterdir()):
+    if not (out / store.MANIFEST).exists():
+        if out.exists() and {path.name for path in out.iterdir()} - {store.LOCK, store.TRAJECTORY}:
             raise RunError(f"{out} is not empty and holds no run. Give --out a new folder.")
-        provenance = {"requested": config.to_dict()}
-        writer = TrajectoryWriter.create(out, config.to_dict(), provenance)
-        _write_yaml(config, out)
-        return writer
-    requested = Trajectory.open(out).provenance.get("requested")
-    if requested != config.to_dict():
-        raise RunError(
-            f"{out} holds another run: {_difference(requested or {}, config.to_dict())}. "
-            "Nothing was overwritten. Give --out a new folder, or the config of that run to continue it."
-        )
-    return TrajectoryWriter.resume(out)
+    elif (there := Trajectory.open(out)).steps:
+        found, asked = _defining(there.provenance.get("requested") or {}), _defining(config.to_dict())
+        if found != asked:
+            raise RunError(
+                f"{out} holds another run: {_difference(found, asked)}. "
+                "Nothing was overwritten. Give --out a new folder, or the config of that run to continue it."
+            )
+        return TrajectoryWriter.resume(out)
+    writer = TrajectoryWriter.create(out, config.to_dict(), {"requested": config.to_dict()})
+    _write_yaml(config, out)
+    return writer
+
+
+def _defining(config: dict[str, Any]) -> dict[str, Any]:
+    """A config without what says only where and how comfortably a run is trained."""
+    trainer = {key: value for key, value in config.get("trainer", {}).items() if key not in _SETTINGS}
+    return {**config, "trainer": trainer}
 
 
 def _difference(found: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> str:
@@ -118,6 +128,12 @@ def _difference(found: dict[str, Any], asked: dict[str, Any], prefix: str = "") 
         elif ours != theirs:
             return f"there {prefix}{key} is {ours}, here {theirs}"
     return "its config was not recorded by this command"
+
+
+def _keep(config: RunConfig, writer: TrajectoryWriter) -> None:
+    """Store a config as the run's, with its trajectory and beside it."""
+    writer.configure(config.to_dict())
+    _write_yaml(config, writer.path)
 
 
 def _write_yaml(config: RunConfig, out: Path) -> None:

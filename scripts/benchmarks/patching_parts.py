@@ -1,6 +1,6 @@
 """Where the time of the verbs goes, part by part, beside what their goals leave and a floor for the work they do.
 
-    .venv/bin/python scripts/benchmark_parts.py --readme
+    .venv/bin/python scripts/benchmarks/patching_parts.py --readme
 
 The rows of `patching_speed.py` with one contrast, 1 thread; the verbs' own functions are timed during their
 calls.
@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 from unittest import mock
 
@@ -24,13 +25,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from dynamics.attribution.lines import Line
-from dynamics.patching import signals
-from dynamics.patching.ahead import Ahead
-from dynamics.patching.experiment import REFERENCE_ORDER
-from dynamics.patching.measuring import Measuring
-from dynamics.steps.pullbacks import Pullbacks
-from dynamics.steps.update import Steps
+from dynamics.results import REFERENCES
 from scripts.benchmarks.patching_speed import (
     PRESETS,
     SIZES,
@@ -47,16 +42,22 @@ from scripts.benchmarks.patching_speed import (
 from scripts.shared import runs
 from scripts.shared.into_readme import conclude, stamp
 
-PARTS: dict[str, list[tuple[Any, str]]] = {
-    "gradients": [(Ahead, "gradient"), (signals, "recorded"), (signals, "pullbacks")],
+_ENGINE, _STEPS, _SIGNALS = "dynamics.engine", "dynamics.steps", "dynamics.patching.signals"
+
+PARTS: dict[str, list[str]] = {
+    "gradients": [
+        f"{_ENGINE}.gradient_prefetch.GradientPrefetch.gradient",
+        f"{_SIGNALS}.recorded",
+        f"{_SIGNALS}.pullbacks",
+    ],
     "references": [],
-    "backward from the sites": [(Pullbacks, "exchanging"), (signals, "gradient")],
-    "steps": [(Steps, "take")],
-    "measure": [(Measuring, "__call__"), (Measuring, "beside"), (Measuring, "alone")],
-    "slopes": [(Line, "mean_gradient")],
+    "backward from the sites": [f"{_STEPS}.pullbacks.Pullbacks.exchanging", f"{_SIGNALS}.gradient"],
+    "steps": [f"{_STEPS}.update.Steps.take"],
+    "measure": [f"{_ENGINE}.measuring.Measuring.{name}" for name in ("__call__", "variants_of", "one_model")],
+    "slopes": [f"{_ENGINE}.path_integral.StraightPath.mean_gradient"],
 }
-"""The functions that do a part of the work; where one calls another, the outer one's part counts. Steps and measure
-are the references' until these are measured."""
+"""The functions that do a part of the work, by name, as a profiler knows them; where one calls another, the outer
+one's part counts. Steps and measure are the references' until these are measured."""
 
 OWN = ("patch_gradients", "patch_signals")
 """Verbs that step every parameter of every patched model."""
@@ -74,7 +75,7 @@ def taken_apart() -> Iterator[Counter[str]]:
             nonlocal n_measured
             if within:
                 return function(*args, **settings)
-            refers = part in ("steps", "measure") and n_measured < len(REFERENCE_ORDER)
+            refers = part in ("steps", "measure") and n_measured < len(REFERENCES)
             within.append("references" if refers else part)
             begin = time.perf_counter()
             try:
@@ -88,8 +89,8 @@ def taken_apart() -> Iterator[Counter[str]]:
 
     with ExitStack() as patches:
         for part, places in PARTS.items():
-            for owner, name in places:
-                patches.enter_context(mock.patch.object(owner, name, watched(part, getattr(owner, name))))
+            for place in places:
+                patches.enter_context(mock.patch(place, watched(part, resolve_name(place))))
         yield spent
 
 

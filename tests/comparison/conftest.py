@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from comparison_models import jittered, questions, short_run, small_recipe
 
 from checkpoints import Checkpoint, Trajectory
 from dynamics.batch import Batch
 from dynamics.recipe import Recipe
+from tests.zoo.comparison_models import jittered, questions, short_run, small_recipe
 
 
 @pytest.fixture

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from by_loops import ByLoops
 from transformer_lens import patching
 from transformer_lens.tools.analysis.attribution_patching import Node, attribution_patch
+
+from tests.oracles.transformer_by_loops import ByLoops
 
 CLEAN, CORRUPT = torch.tensor([[0, 1, 2, 3], [5, 5, 0, 4]]), torch.tensor([[0, 1, 4, 3], [5, 5, 1, 4]])
 """Two pairs of rows that differ at position 2 alone."""

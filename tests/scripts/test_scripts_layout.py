@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -17,9 +16,6 @@ SHELL = ("setup", "study", "test")
 SHARED = ("scripts/shared/into_readme.py", "scripts/shared/runs.py", "scripts/reproductions/subjects.py")
 SHARED += ("scripts/benchmarks/seed_loop.py",)
 """Modules that scripts import and nobody runs."""
-
-DISSECTS = ("scripts/benchmarks/patching_parts.py",)
-"""What times the functions inside a verb must know them."""
 
 DURATION = re.compile(r"(seconds|minutes?|hours?)\b.*\.$")
 
@@ -49,7 +45,7 @@ def test_at_the_root_stand_the_commands_alone():
     assert folders == {"benchmarks", "experiments", "reproductions", "examples", "shared"}
 
 
-@pytest.mark.parametrize("name", [name for name in PYTHON if name not in DISSECTS])
+@pytest.mark.parametrize("name", PYTHON)
 def test_a_script_imports_nothing_but_what_users_may(name):
     ours = {i for i in imported(name) if i.split(".")[0] in ("dynamics", "checkpoints", "scripts")}
     assert not [i for i in ours if any(part.startswith("_") for part in i.split("."))]
@@ -89,7 +85,9 @@ def test_a_script_that_imports_others_runs_by_its_path(tmp_path):
 
 def test_every_mark_that_a_script_writes_between_is_in_the_readme_once():
     readme = (ROOT / "README.md").read_text()
-    marks = [mark for name in RUN for mark in re.findall(r'conclude\(given, "(\w+)"', (ROOT / name).read_text())]
+    marks = [
+        mark for name in RUN for mark in re.findall(r'conclude\(given, "(\w+)"', (ROOT / name).read_text())
+    ]
     assert len(marks) > 10
     for mark in marks:
         assert readme.count(f"<!-- {mark}: begin -->") == readme.count(f"<!-- {mark}: end -->") == 1, mark

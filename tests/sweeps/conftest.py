@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from sweep_bench import trained
 
 from checkpoints import Trajectory
 from dynamics.sweeps import planning
+from tests.zoo.sweep_runs import trained
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from languages import WholeWords, acronyms_task, words_of
 
 from dynamics import measures
 from dynamics.batch import concatenate
 from dynamics.config import AcronymsConfig, AcronymsRun, ConfigError, ToyConfig
 from dynamics.tasks import PromptError, acronyms
 from dynamics.tasks.words import CAPITALIZED
+from tests.zoo.languages import WholeWords, acronyms_task, words_of
 
 TRIPLES = [
     ("Chief", "Earth", "Oil"),

@@ -5,7 +5,6 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from languages import WholeWords, facts_task, words_of
 
 import dynamics as dy
 from checkpoints import Checkpoint
@@ -13,6 +12,7 @@ from dynamics.config import ConfigError, FactsConfig, FactsRun, ToyConfig
 from dynamics.tasks import PromptError, facts
 from dynamics.tasks.facts import RELATIONS, TEMPLATES, Fact
 from dynamics.tasks.words import COUNTRIES, FILLERS
+from tests.zoo.languages import WholeWords, facts_task, words_of
 
 SPAIN = Fact("Spain", "capital")
 

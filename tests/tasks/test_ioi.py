@@ -6,12 +6,12 @@ from itertools import combinations
 
 import pytest
 import torch
-from languages import WholeWords, ioi_task, words_of
 
 from dynamics.config import ConfigError, IoiConfig, IoiRun, ToyConfig
 from dynamics.tasks import PromptError, ioi
 from dynamics.tasks.ioi import TEMPLATES, Sentence
 from dynamics.tasks.words import NAMES, PLACES, THINGS
+from tests.zoo.languages import WholeWords, ioi_task, words_of
 
 SENTENCE = Sentence(0, "Mary", "John", "John", "store", "ring")
 NAMED = set(NAMES)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from languages import WholeWords
 
 from dynamics.tasks import Prompt, PromptError, Vocabulary
 from dynamics.tasks.text import Question, batch, contrasts, of_tokenizer
 from dynamics.tasks.words import CAPITALIZED, COUNTRIES, FILLERS, NAMES, PLACES, THINGS
+from tests.zoo.languages import WholeWords
 
 WORDS = Vocabulary.of("a b c d e f x y z")
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pkgutil import resolve_name
 
 import pytest
 import torch
@@ -64,10 +65,10 @@ def test_the_parts_of_a_call_are_within_it_and_none_counts_twice(bench):
 
 def test_taking_a_call_apart_leaves_the_verbs_as_they_were(bench):
     row = script.rows(bench, "toy")[0]
-    before = [getattr(owner, name) for places in parts.PARTS.values() for owner, name in places]
+    before = [resolve_name(name) for places in parts.PARTS.values() for name in places]
     with parts.taken_apart():
         watched = script.ours(bench, row)
-    assert before == [getattr(owner, name) for places in parts.PARTS.values() for owner, name in places]
+    assert before == [resolve_name(name) for places in parts.PARTS.values() for name in places]
     assert watched.identical(script.ours(bench, row))
 
 

@@ -8,7 +8,7 @@ from dynamics.config import AcronymsRun, FactsRun, IoiRun, ToyConfig
 from dynamics.config.languages import LatePhasesConfig, OnePhaseConfig
 from dynamics.config.parts import PhaseConfig, ScheduleConfig
 from scripts.shared import into_readme
-from tests.scripts.word_level import save_gpt2
+from tests.zoo.word_level import save_gpt2
 
 SHAPE = {"n_layers": 2, "n_heads": 2, "d_model": 16, "d_head": 8, "d_mlp": 16}
 BRIEF = PhaseConfig(steps=4, warmup=1)

@@ -1,0 +1,1 @@
+"""Checkpoint files of other programs, read into trajectories: state dicts, Lightning, safetensors, Hugging Face."""

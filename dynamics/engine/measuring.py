@@ -1,0 +1,222 @@
+"""Measuring many models on one probe: under vmap where that gives what the models give one by one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from checkpoints import Checkpoint
+from dynamics import measures
+from dynamics.engine.memory import QUARTER, is_large, memory_budget
+from dynamics.engine.resumed_forward import CachedPrefix, cache_prefix
+from dynamics.measures import Measure
+from dynamics.models.functional import call_with, eval_mode
+from dynamics.recipe import Recipe
+from dynamics.steps.fallbacks import ComputePaths, out_of_memory, reason
+from dynamics.steps.stacks import Stack
+from dynamics.trees import copied
+
+T = TypeVar("T")
+Array = npt.NDArray[np.float64]
+CachedPrefixes = dict[int, CachedPrefix | None]
+"""By the probe's id: what a base model computes before the first change; None where that leads elsewhere."""
+
+ONE_BY_ONE = "one model at a time"
+
+
+@dataclass
+class Measuring:
+    """Evaluates measures on stacks of models, in eval mode and with the checkpoint's random numbers.
+
+    Measures of the logits are taken of all models at once, by vmap; functions of the user's one model at a time,
+    each with tensors of its own, since they may keep or change what they see. Of the first stack one model is
+    taken both ways: where vmap cannot take it (an LSTM, `.item()`, a branch on values) or finds something else,
+    all are taken one at a time, as are those that follow a stack which it cannot take. Where memory runs out a
+    stack is measured in halves.
+
+    Attributes:
+        recipe: its model gives the code.
+        checkpoint: whose random numbers a measure draws.
+        by_name: the measures.
+        paths: where it is noted which way models were measured.
+    """
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    by_name: Mapping[str, Measure]
+    paths: ComputePaths = field(default_factory=ComputePaths)
+    _vmap_holds: bool | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if not self._of_logits:
+            self._vmap_holds = False
+            self.paths.took("measures", f"{ONE_BY_ONE}: a function of (model, batch) may keep what it sees")
+
+    @property
+    def _of_logits(self) -> bool:
+        """Whether nothing but the model sees its tensors."""
+        return all(isinstance(m, measures.LogitMeasure) for m in self.by_name.values())
+
+    def __call__(self, models: Stack, probe: Any) -> Array:
+        """[n_models, n_measures], rows of the probe averaged."""
+        if self._vmap_holds is None:
+            return self._both_ways(models, probe)
+        if self._vmap_holds:
+            try:
+                found = self._by_vmap(models, probe)
+            except Exception as error:  # noqa: BLE001 (a module may write into what a later stack has in common)
+                self._one_by_one_from_now_on(error)
+            else:
+                self._refuse_all_nan(found, models, probe)
+                return found
+        return self._one_by_one(models, probe)
+
+    def variants_of(self, models: Stack, probe: Any, base: Array, prefixes: CachedPrefixes) -> Array:
+        """The same of all but the first, the base model, of which `base` is known: [n_models − 1, n_measures].
+
+        At once, kernels round by what is stacked: what the first model measures other than `base` is taken off the
+        others, so that an exchange which changes nothing has no effect.
+
+        Args:
+            prefixes: of the same base model; filled here for large models, whose forward passes are resumed from
+                what came before the first change.
+        """
+        if self._vmap_holds is False:
+            return self._one_by_one(models, probe, first=1)
+        if id(probe) not in prefixes:
+            prefixes[id(probe)] = self._prefix(models[0], probe)
+        known, found = prefixes[id(probe)], None
+        if known is not None:
+            found = self._resumed(known, models, probe)
+        if found is None or not np.allclose(found[0], base, *self._tolerance, equal_nan=True):
+            if found is not None:
+                self.paths.fell_back("forward passes", "whole", "resumed passes measured something else")
+            prefixes[id(probe)] = None
+            found = self(models, probe)
+        self._refuse_all_nan(found, models, probe)
+        exact: Array = base + (found[1:] - found[0])
+        return exact
+
+    def one_model(self, tensors: Mapping[str, Tensor], probe: Any) -> Array:
+        """One model's: [n_measures].
+
+        Raises:
+            MeasureError: a measure gives no number for each row, or none that is a number.
+        """
+        found = self._call(self._evaluate, tensors, probe).double().cpu().numpy()
+        self._refuse_all_nan(found[None], [tensors], probe)
+        return found
+
+    def _call(self, function: Callable[[Any, Any], T], tensors: Mapping[str, Tensor], probe: Any) -> T:
+        own = copied(tensors, self.checkpoint.buffers if self._of_logits else tensors)
+        with torch.no_grad(), eval_mode(self.recipe.model), self.checkpoint.random_state():
+            return call_with(function, self.recipe.model, own, probe)
+
+    def _refuse_all_nan(
+        self, found: Array, models: Sequence[Mapping[str, Tensor]] | Stack, probe: Any
+    ) -> None:
+        for i in np.flatnonzero(np.isnan(found).any(-1)).tolist():
+            self._call(partial(measures.refuse_all_nan, self.by_name), models[i], probe)
+
+    def _one_by_one(self, models: Stack, probe: Any, first: int = 0) -> Array:
+        return np.stack([self.one_model(models[i], probe) for i in range(first, len(models))])
+
+    def _one_by_one_from_now_on(self, why: BaseException | str) -> None:
+        self._vmap_holds = False
+        self.paths.fell_back("measures", ONE_BY_ONE, why if isinstance(why, str) else reason(why))
+
+    def _both_ways(self, models: Stack, probe: Any) -> Array:
+        """A later stack may have other tensors stacked, so here all parameters are."""
+        alike = {n: t for n, t in models.shared.items() if n in self.checkpoint.parameters}
+        apart = {n: t.expand(len(models), *t.shape) for n, t in alike.items()}
+        shared = {n: t for n, t in models.shared.items() if n not in alike}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                together = self._by_vmap(Stack(len(models), shared, {**apart, **models.stacked}), probe)
+        except Exception as error:  # noqa: BLE001 (an error of the user's own comes back one by one)
+            self._one_by_one_from_now_on(error)
+        else:
+            last = self.one_model(models[len(models) - 1], probe)
+            if np.allclose(together[-1], last, *self._tolerance, equal_nan=True):
+                self._refuse_all_nan(together, models, probe)
+                self._vmap_holds = True
+                self.paths.took("measures", "vmap over models")
+                return together
+            self._one_by_one_from_now_on("vmap measured something else than one model by itself")
+        return self._one_by_one(models, probe)
+
+    @property
+    def _tolerance(self) -> tuple[float, float]:
+        """Relative and absolute: what kernels may round differently."""
+        dtypes = {p.dtype for p in self.checkpoint.parameters.values() if p.is_floating_point()}
+        eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=1e-7)
+        return eps**0.7, eps**0.7
+
+    def _by_vmap(self, models: Stack, probe: Any) -> Array:
+        """Where memory runs out, both halves of the stack by themselves."""
+        try:
+            return self._vmapped(models, probe)
+        except Exception as error:
+            if len(models) < 2 or not out_of_memory(error):
+                raise
+            self.paths.fell_back("measures", "fewer models at a time", reason(error))
+        middle = len(models) // 2
+        halves = models.part(0, middle), models.part(middle, len(models))
+        return np.concatenate([self._by_vmap(half, probe) for half in halves])
+
+    def _vmapped(self, models: Stack, probe: Any) -> Array:
+        buffers = self.checkpoint.buffers  # a forward pass may write into them
+        shared, stacked = copied(models.shared, buffers), copied(models.stacked, buffers)
+
+        def of_one(own: dict[str, Tensor]) -> Tensor:
+            return call_with(self._evaluate, self.recipe.model, {**shared, **own}, probe)
+
+        with torch.no_grad(), eval_mode(self.recipe.model), self.checkpoint.random_state():
+            if not models.stacked:
+                return of_one({}).double().cpu().numpy()[None].repeat(len(models), 0)
+            found = torch.vmap(of_one, randomness="same")(stacked)
+        return found.double().cpu().numpy()
+
+    def _prefix(self, base: Mapping[str, Tensor], probe: Any) -> CachedPrefix | None:
+        """The base model's forward pass, where models are so large that to keep it pays."""
+        if not (self._of_logits and self._vmap_holds and is_large(self.checkpoint.parameters)):
+            return None
+
+        def run(tensors: Mapping[str, Tensor]) -> Tensor:
+            return call_with(self._evaluate, self.recipe.model, tensors, probe)
+
+        device = next(iter(self.checkpoint.parameters.values())).device
+        try:
+            with eval_mode(self.recipe.model), self.checkpoint.random_state():
+                tensors = copied(base, self.checkpoint.buffers)
+                kept = cache_prefix(run, self.recipe.model, tensors, memory_budget(device, QUARTER))
+        except Exception as error:  # noqa: BLE001 (whole passes are then taken, which raise what recurs)
+            self.paths.fell_back("forward passes", "whole", reason(error))
+            return None
+        if kept is None:
+            self.paths.fell_back(
+                "forward passes", "whole", "the pass draws random numbers or writes into tensors"
+            )
+        else:
+            self.paths.took("forward passes", "resumed from the first change")
+        return kept
+
+    def _resumed(self, prefix: CachedPrefix, models: Stack, probe: Any) -> Array | None:
+        try:
+            with prefix.resumed(self.recipe.model, models.stacked):
+                return self._vmapped(models, probe)
+        except Exception as error:  # noqa: BLE001 (whole passes are then taken, which raise what recurs)
+            self.paths.fell_back("forward passes", "whole", reason(error))
+            return None
+
+    def _evaluate(self, model: Any, batch: Any) -> Tensor:
+        return measures.evaluate(self.by_name, model, batch)

@@ -1,0 +1,275 @@
+"""Two runs of a contrast: their gradients, the reference models, and one verb run over contrasts and sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from itertools import chain
+
+import numpy as np
+import xarray as xr
+from torch import Tensor
+
+from checkpoints import Checkpoint
+from dynamics import measures, results
+from dynamics.engine.arguments import named, naming
+from dynamics.engine.gradient_prefetch import GradientPrefetch
+from dynamics.engine.measuring import CachedPrefixes, Measuring
+from dynamics.engine.memory import HALF, chunks, models_per_stack, trim_freed_memory
+from dynamics.engine.progress import progress_bar
+from dynamics.measures import Measure
+from dynamics.recipe import Contrast, Recipe
+from dynamics.results.labels import Labels
+from dynamics.sites import Site
+from dynamics.steps import StepGradient
+from dynamics.steps.factors import Factors, factors
+from dynamics.steps.fallbacks import ComputePaths, out_of_memory, reason
+from dynamics.steps.stacks import Stack, Workspace, stack
+from dynamics.steps.states import starting_point
+from dynamics.steps.update import Steps
+
+REFERENCE_ORDER = ("untouched", "coasted", "base", "source")
+"""What every patched step is compared with, in the order in which the models are made: where they are large, no
+more than two of them are held, and two gradients."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The two runs of one contrast at one checkpoint.
+
+    Attributes:
+        steps: how steps are taken, and from where.
+        contrast: on which batches.
+        name: how errors name the contrast.
+        prefetch: where the gradients come from.
+        space: memory for stacks that are measured one after another.
+        known: gradients that were taken already, by "base" and "source".
+    """
+
+    steps: Steps
+    contrast: Contrast
+    name: str
+    prefetch: GradientPrefetch
+    space: Workspace = field(default_factory=Workspace)
+    known: dict[str, StepGradient] = field(default_factory=dict)
+
+    @property
+    def recipe(self) -> Recipe:
+        """How a step is taken."""
+        return self.steps.recipe
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The state before the step."""
+        return self.steps.checkpoint
+
+    @property
+    def batch_names(self) -> tuple[str, str]:
+        """How errors name the base and the source batch."""
+        return f"the base batch of {self.name}", f"the source batch of {self.name}"
+
+    @cached_property
+    def base(self) -> StepGradient:
+        """Gradient and buffers of the base batch, before clipping."""
+        return self.known.get("base") or self.prefetch.gradient(self.contrast.base, self.batch_names[0])
+
+    @cached_property
+    def source(self) -> StepGradient:
+        """Gradient and buffers of the source batch, before clipping; the base's own where the batches are one."""
+        if self.contrast.source is self.contrast.base:
+            return self.base
+        return self.known.get("source") or self.prefetch.gradient(self.contrast.source, self.batch_names[1])
+
+    @cached_property
+    def no_gradient(self) -> StepGradient:
+        """A gradient of None for every parameter: nothing moves."""
+        return replace(
+            self.base,
+            gradients=dict.fromkeys(self.checkpoint.parameters),
+            buffers=dict(self.checkpoint.buffers),
+        )
+
+    @property
+    def zero_gradient(self) -> StepGradient:
+        """The base gradient set to zero: momentum and decay alone move what it would have moved."""
+        return replace(self.base, gradients={n: _zero(g) for n, g in self.base.gradients.items()})
+
+    def release(self, names: Iterable[str] = ("base", "source")) -> None:
+        """Release the gradient of the base or the source batch, or of both: each is as large as the model."""
+        for name in names:
+            self.known.pop(name, None)
+            self.__dict__.pop(name, None)
+
+    @cached_property
+    def base_factors(self) -> Factors:
+        """The factors x and δ of the base batch's gradient."""
+        return factors(self.recipe, self.checkpoint, self.contrast.base, self.batch_names[0])
+
+    @cached_property
+    def source_factors(self) -> Factors:
+        """The factors x and δ of the source batch's gradient."""
+        return factors(self.recipe, self.checkpoint, self.contrast.source, self.batch_names[1])
+
+
+def _zero(gradient: Tensor | None) -> Tensor | None:
+    """Zero where there is a gradient, one number for all elements; of a sparse one, in the rows it stores."""
+    if gradient is None or gradient.is_sparse:
+        return None if gradient is None else gradient * 0
+    return gradient.new_zeros(()).expand_as(gradient)
+
+
+@dataclass(frozen=True)
+class Variants:
+    """Variants of a base model: they share what they do not change; the first of them is the base model itself.
+
+    Attributes:
+        models: the base model and its variants.
+        prefixes: cached prefixes of the base model's forward pass on each probe.
+    """
+
+    models: Stack
+    prefixes: CachedPrefixes
+
+
+PatchedModels = Callable[[Runs, Sequence[Site]], Iterable[Stack | Variants]]
+"""Models after a step, in stacks: all their parameters and buffers by name."""
+
+
+def run_contrasts(
+    verb: str,
+    recipe: Recipe,
+    checkpoint: Checkpoint | None,
+    contrasts: Sequence[Contrast],
+    patched_sites: Sequence[Site],
+    measure: Measure | Mapping[str, Measure],
+    patched_models: PatchedModels,
+    measured_after: Sequence[int] | None = None,
+) -> xr.Dataset:
+    """Run one patching verb over contrasts and sites and label what is measured.
+
+    Contrasts that share their base and source batch are run once and measured on each one's probe.
+
+    Args:
+        verb: its name, for provenance and the progress bar.
+        recipe, checkpoint, contrasts, patched_sites, measure: as the verb was called.
+        patched_models: yields the models of `REFERENCE_ORDER`, then that of the step patched at each site, in
+            order; each of them once for every entry of `measured_after`.
+        measured_after: numbers of steps, which become the dim `step`; None where a single step is taken.
+
+    Returns:
+        `patched`, `effect` [example, site]; `base`, `source`, `untouched`, `coasted` [example]; with a dim
+        `measure` where several were asked for.
+    """
+    state = starting_point(recipe, checkpoint)
+    by_name = measures.named(measure)
+    n_times = 1 if measured_after is None else len(measured_after)
+    n_references = len(REFERENCE_ORDER)
+    values = np.full((len(contrasts), n_references + len(patched_sites), n_times, len(by_name)), np.nan)
+    paths, space = ComputePaths(verb), Workspace()
+    steps, measuring = Steps(recipe, state, paths), Measuring(recipe, state, by_name, paths)
+    groups = _sharing_batches(contrasts)
+    prefetch = GradientPrefetch(recipe, state, [contrasts[members[0]] for members in groups], paths)
+    with progress_bar(verb, values[..., 0].size, "step") as bar:
+        for members in groups:
+            runs = Runs(steps, contrasts[members[0]], named(contrasts, members[0]), prefetch, space)
+            filled = 0
+            with naming(runs.name):
+                for models in patched_models(runs, patched_sites):
+                    for i in members:
+                        cells, probe = values[i].reshape(-1, len(by_name)), contrasts[i].probe
+                        if isinstance(models, Variants):
+                            base = cells[REFERENCE_ORDER.index("base") * n_times]
+                            found = measuring.variants_of(models.models, probe, base, models.prefixes)
+                        else:
+                            found = measuring(models, probe)
+                        cells[filled : filled + len(found)] = found
+                        bar.update(len(found))
+                    filled += len(found)
+                    del models  # before the next ones are made
+            if filled != values[0, ..., 0].size:
+                raise AssertionError(f"{verb} measured {filled} models of {values[0, ..., 0].size}")
+    labels = Labels(measure, contrasts, verb, state.step, {"paths": paths.facts()})
+    labelled = [
+        labels.effects(
+            patched=at[..., n_references:],
+            references={name: at[..., i] for i, name in enumerate(REFERENCE_ORDER)},
+            sites=patched_sites,
+        )
+        for at in np.moveaxis(values, (2, 3), (0, 1))
+    ]
+    if measured_after is None:
+        return labelled[0]
+    return results.concat(labelled, "step", [state.step + n for n in measured_after])
+
+
+def _sharing_batches(contrasts: Sequence[Contrast]) -> list[list[int]]:
+    """Numbers of the contrasts, those with the same base and source objects together."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, contrast in enumerate(contrasts):
+        groups.setdefault((id(contrast.base), id(contrast.source)), []).append(i)
+    return list(groups.values())
+
+
+def reference_models_trimmed(runs: Runs) -> Iterator[Stack]:
+    """The same as `reference_models`; freed memory is trimmed around each gradient."""
+
+    def sparing() -> Iterator[StepGradient]:
+        parameters = runs.checkpoint.parameters
+        steps = _reference_steps(runs)
+        for _ in REFERENCE_ORDER:
+            trim_freed_memory(parameters)
+            step = next(steps)
+            trim_freed_memory(parameters)
+            yield step
+            del step
+
+    return _stepped(runs, sparing(), Workspace, HALF)
+
+
+def reference_models(runs: Runs) -> Iterator[Stack]:
+    """The models of `REFERENCE_ORDER`, each in memory of its own."""
+    return _stepped(runs, _reference_steps(runs), Workspace, HALF)
+
+
+def _reference_steps(runs: Runs) -> Iterator[StepGradient]:
+    steps = {
+        "untouched": lambda: runs.no_gradient,
+        "coasted": lambda: runs.zero_gradient,
+        "base": lambda: runs.base,
+        "source": lambda: runs.source,
+    }
+    return (steps[name]() for name in REFERENCE_ORDER)
+
+
+def stepped_models(runs: Runs, gradients: Iterable[StepGradient], share: float = 1) -> Iterator[Stack]:
+    """The models after a step with each of the gradients, as many of them at a time as that share of memory allows.
+
+    Each stack holds until the next one is asked for.
+    """
+    return _stepped(runs, gradients, lambda: runs.space, share)
+
+
+def _stepped(
+    runs: Runs, gradients: Iterable[StepGradient], space: Callable[[], Workspace], share: float
+) -> Iterator[Stack]:
+    many = chunks(gradients, models_per_stack(runs.checkpoint.parameters.values(), share))
+    return chain.from_iterable(map(partial(_after, runs, space), many))
+
+
+def _after(runs: Runs, space: Callable[[], Workspace], steps: Sequence[StepGradient]) -> Iterator[Stack]:
+    """One stack of the models after these steps; where memory runs out one of either half."""
+    try:
+        moved = runs.steps.take([step.gradients for step in steps], space())
+    except Exception as error:
+        if len(steps) < 2 or not out_of_memory(error):
+            raise
+        runs.steps.paths.fell_back("steps", "fewer at a time", reason(error))
+    else:
+        n, buffers = len(steps), stack([step.buffers for step in steps])
+        del steps  # while the stack is measured
+        yield Stack(n, {**moved.shared, **buffers.shared}, {**moved.stacked, **buffers.stacked})
+        return
+    middle = len(steps) // 2
+    yield from _after(runs, space, steps[:middle])
+    yield from _after(runs, space, steps[middle:])

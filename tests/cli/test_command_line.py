@@ -1,0 +1,255 @@
+"""The command line as a user meets it, each call a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import pytest
+
+from checkpoints import Trajectory
+
+pytestmark = pytest.mark.slow
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+TINY = [
+    "--preset=smoke",
+    "--task.modulus=8",
+    "--task.multipliers=[2, 3, 4]",
+    "--task.train_multipliers=2",
+    "--phases.pretrain.steps=20",
+    "--phases.x1.steps=20",
+    "--phases.x2.steps=20",
+    "--patching.x2_steps=[0, 10]",
+]
+
+
+def dynamics(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dynamics.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+
+
+def succeed(*arguments: str | Path) -> str:
+    done = dynamics(*arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("study") / "run"
+    printed = succeed("study", "aliases", "--out", folder, *TINY)
+    (folder / "printed.txt").write_text(printed)
+    return folder
+
+
+def test_a_study_leaves_everything_it_promises(run):
+    written = {str(path.relative_to(run)) for path in run.rglob("*")}
+    assert {
+        "config.yaml",
+        "manifest.json",
+        "metrics.csv",
+        "findings.md",
+        "results/patch_gradients.h5",
+        "results/patch_updates.h5",
+        "figures/accuracies.png",
+        "figures/components.png",
+        "figures/heads.png",
+        "figures/sites_by_step.png",
+        "figures/stored_and_fresh.png",
+    } <= written
+
+
+def test_a_study_prints_the_table_and_the_findings(run):
+    printed = (run / "printed.txt").read_text()
+    assert "recovery" in printed.splitlines()[1]
+    assert "attn 0" in printed
+    assert "In this run, late in X2" in printed
+    assert (run / "findings.md").read_text().splitlines()[0] in printed
+
+
+def test_results_can_be_read_by_anything_that_reads_hdf5(run):
+    with h5py.File(run / "results" / "patch_gradients.h5") as file:
+        assert file["effect"].shape == (2, 2, 2, 4, 14)  # optimizer, step, measure, example, site
+        assert json.loads(file.attrs["provenance"])["config"]["task"]["modulus"] == 8
+
+
+def test_a_study_called_again_computes_nothing_anew(run):
+    before = {path: path.stat().st_mtime_ns for path in (run / "results").iterdir()}
+    printed = succeed("study", "aliases", "--out", run, *TINY)
+    assert printed == (run / "printed.txt").read_text()
+    assert {path: path.stat().st_mtime_ns for path in (run / "results").iterdir()} == before
+
+
+def test_a_new_process_replays_every_stored_neighbour_bit_for_bit(run):
+    printed = succeed("verify", run)
+    pairs = len(Trajectory.open(run).steps) - 1
+    assert f"{pairs} of {pairs} stored neighbours replay bit for bit." in printed
+
+
+def test_verify_names_a_damaged_file_and_fails(run, tmp_path):
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", run, copy], check=True)
+    victim = sorted((copy / "trajectory").glob("*.h5"))[3]
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    done = dynamics("verify", copy)
+    assert done.returncode == 1
+    assert victim.name in done.stdout
+
+
+def test_another_config_is_refused_in_a_used_folder(run):
+    done = dynamics("study", "aliases", "--out", run, *TINY, "--seed=4")
+    assert done.returncode == 1
+    assert "holds another run" in done.stderr
+    assert "Nothing was overwritten" in done.stderr
+
+
+def test_a_folder_that_is_no_run_is_said_to_be_none(tmp_path):
+    done = dynamics("verify", tmp_path)
+    assert done.returncode == 1
+    assert "no run" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("wrong", ["--task.modulos=8", "--phases.x1.lenght=3"])
+def test_an_unknown_config_key_is_refused_and_the_valid_ones_are_listed(tmp_path, wrong):
+    done = dynamics("fit", "--out", tmp_path / "run", wrong)
+    assert done.returncode == 2
+    assert wrong.partition("=")[0] in done.stderr
+    assert ("modulus" if "task" in wrong else "learning_rate") in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_key_in_a_config_file_is_refused_and_the_valid_ones_are_listed(tmp_path):
+    (tmp_path / "mine.yaml").write_text("task: {modulos: 8}")
+    done = dynamics("fit", "--out", tmp_path / "run", "--config", tmp_path / "mine.yaml")
+    assert done.returncode == 2
+    assert "modulos" in done.stderr
+    assert "modulus" in done.stderr
+
+
+def test_an_impossible_config_says_what_to_change(tmp_path):
+    done = dynamics("fit", "--out", tmp_path / "run", "--task.modulus=6")
+    assert done.returncode == 1
+    assert done.stderr.startswith("ConfigError: task.modulus is 6; below 8")
+
+
+def test_training_that_diverges_stops_with_an_error_and_a_good_trajectory(tmp_path):
+    done = dynamics("fit", "--out", tmp_path / "run", *TINY, "--phases.x1.learning_rate=1e30")
+    assert done.returncode == 1
+    assert "NonFiniteLoss: The loss is" in done.stderr
+    run = Trajectory.open(tmp_path / "run")
+    assert run.verify() == []
+    assert 20 <= run.steps[-1] < 40
+
+
+def test_ctrl_c_leaves_a_run_that_opens_and_the_same_command_finishes_it(tmp_path, run):
+    longer = [*TINY, "--phases.x1.steps=2000"]
+    # A background job of a shell inherits SIGINT ignored; a terminal's does not.
+    heeding = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from dynamics.cli import main; main()"
+    )
+    command = [sys.executable, "-c", heeding, "fit", "--out", str(tmp_path / "run"), *longer]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (tmp_path / "run/trajectory/step-00000030.h5").exists():
+        time.sleep(0.05)
+        assert process.poll() is None, process.communicate()[1]
+    process.send_signal(signal.SIGINT)
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on from there" in complaint
+    stopped = Trajectory.open(tmp_path / "run")
+    assert stopped.verify() == []
+    assert 30 <= stopped.steps[-1] < 2020
+    assert "2040" in succeed("fit", "--out", tmp_path / "run", *longer)
+    assert Trajectory.open(tmp_path / "run").steps[: len(stopped.steps)] == stopped.steps
+
+
+def test_help_is_quick_and_needs_no_torch():
+    code = (
+        "import sys, atexit; from dynamics.cli import main;"
+        "atexit.register(lambda: print('torch' in sys.modules)); main({})"
+    )
+    for words in (["--help"], ["fit", "--help"], ["sweep", "--help"]):
+        command = [sys.executable, "-c", code.format(words)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.startswith("usage: dynamics ")
+        assert done.stdout.splitlines()[-1] == "False"
+
+
+# --- the languages ----------------------------------------------------------------------------------------
+
+SHORT = [
+    "--model.n_layers=1",
+    "--model.n_heads=2",
+    "--model.d_model=16",
+    "--model.d_head=8",
+    "--model.d_mlp=16",
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "steps"),
+    [
+        ("ioi", ["--task.n_names=8", "--task.n_prompts=100"], 20),
+        ("acronyms", ["--task.n_words=1", "--task.n_prompts=100"], 20),
+        ("facts", ["--task.n_subjects=8", "--task.n_late=2", "--phases.late.steps=10"], 30),
+    ],
+)
+def test_a_language_is_trained_by_its_preset_and_verified(tmp_path, name, task, steps):
+    chosen = [f"--preset={name}", *SHORT, *task, "--phases.learn.steps=20"]
+    printed = succeed("fit", "--out", tmp_path / "run", *chosen, "--seed=4")
+    run = Trajectory.open(tmp_path / "run")
+    assert printed.startswith(f"{len(run)} checkpoints, steps 0 to {steps}, in ")
+    assert (run.config["task"]["name"], run.config["seed"]) == (name, 4)
+    assert f"{len(run) - 1} of {len(run) - 1} stored neighbours replay bit for bit" in succeed(
+        "verify", run.path
+    )
+    by_key = succeed("fit", "--out", tmp_path / "again", f"--task.name={name}", *chosen[1:], "--seed=4")
+    assert by_key.startswith(f"{len(run)} checkpoints")
+    assert Trajectory.open(tmp_path / "again").last.differences(run.last) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--task.name=poems"], "task.name is 'poems'; it must be one of 'ioi', 'acronyms', 'facts'"),
+        (["--preset=ioi", "--task.modulus=8"], "modulus"),
+        (["--preset=facts", "--task.n_late=40"], "task.n_late is 40; it must be 1..38"),
+    ],
+)
+def test_a_language_that_cannot_be_is_refused(tmp_path, words, message):
+    done = dynamics("fit", "--out", tmp_path / "run", *words)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_language_is_swept_compared_and_believed_where_no_aliases_are_needed(tmp_path):
+    run = tmp_path / "run"
+    small = ["--task.n_subjects=8", "--task.n_late=2", "--phases.learn.steps=10", "--phases.late.steps=5"]
+    succeed("fit", "--out", run, "--preset=facts", *SHORT, *small, "--schedule.dense=2")
+    stored = [step for step in Trajectory.open(run).steps if 10 <= step < 15]
+    swept = succeed("sweep", run, "--out", tmp_path / "swept", "--levels=heads", "--measures=correct_logit")
+    assert f"2 optimizer, {len(stored)} step, 1 measure, 6 example, 2 site" in swept
+    compared = succeed("compare", run, "--from", 10, "--to", 13)
+    assert "contrasts whose answers changed most" in compared
+    assert (run / "results/compare-10-13/logits.h5").exists()
+    along = succeed("compare", run, "--every", "--steps", 5, 10, 12, 14)
+    assert along.startswith("change points in this run\n")
+    assert "accuracy late_stated" in along
+    head, *lines = succeed("believe", run, "--site=attn 0", "--x2-step=1", "--impulse=2").splitlines()
+    assert head.startswith("attn 0, Late step 1, fresh optimizer")
+    needs = [line for line in lines if "not made: it needs aliases, the run is of the task 'facts'" in line]
+    assert (len(lines), len(needs)) == (20, 5)

@@ -1,0 +1,1 @@
+"""The slow, obvious algorithms that fast ones are held against."""

@@ -1,0 +1,59 @@
+"""The run that the battery is tried on."""
+
+from __future__ import annotations
+
+import warnings
+from importlib.resources import files
+
+import pytest
+import yaml
+
+from dynamics.config import StudyConfig
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from dynamics.training import fit
+from tests.zoo.belief_runs import Seen, checked, made
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The smoke preset with three aliases in a set, shorter and in doubles: seeds 0 and 1."""
+    preset = yaml.safe_load((files("dynamics") / "presets" / "smoke.yaml").read_text())
+    preset["task"] = {"modulus": 12, "multipliers": [2, 3, 4], "train_multipliers": 2}
+    preset["model"] |= {"dtype": "float64"}
+    preset["phases"] |= {name: {"steps": n} for name, n in (("pretrain", 60), ("x1", 60), ("x2", 20))}
+    preset["patching"] |= {"x2_steps": [0, 10]}
+    preset["schedule"] = {"per_decade": 1, "dense": 0, "evaluate_every": 400}
+    folder = tmp_path_factory.mktemp("runs")
+    return [fit(StudyConfig.from_dict({**preset, "seed": s}), folder / f"seed-{s}") for s in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def run(runs):
+    """Seed 0 at its fourth step of X2, with a new optimizer."""
+    return made(runs[0])
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    return Seen(monkeypatch, "_text")
+
+
+@pytest.fixture
+def above(monkeypatch):
+    return Seen(monkeypatch, "_above")
+
+
+@pytest.fixture
+def signs(monkeypatch):
+    return Seen(monkeypatch, "_signs")
+
+
+@pytest.fixture(scope="module")
+def batteries(runs):
+    """The battery of "embed" for either run alone and for both."""
+    return {
+        name: checked(chosen, site="embed")
+        for name, chosen in {"seed 0": runs[:1], "seed 1": runs[1:], "both": runs}.items()
+    }

@@ -1,0 +1,1 @@
+"""Models, tasks, runs and files that tests are tried on, by what they are."""
