@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from itertools import pairwise, takewhile
@@ -353,7 +353,7 @@ def row(record: dict) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -366,7 +366,7 @@ def main() -> None:
     parser.add_argument("--again", type=Path, help="JSON of an earlier tree, to try its mutations instead")
     parser.add_argument("--bound", type=float, default=120, help="seconds of tests for one mutation")
     parser.add_argument("--workers", type=int, default=1)
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     records = json.loads(given.out.read_text()) if given.out.exists() else []
 
     def keep(record: dict) -> None:

@@ -1,6 +1,8 @@
 """The README's Python runs as it stands there."""
 
+import dataclasses
 import re
+import types
 import warnings
 from pathlib import Path
 
@@ -9,7 +11,10 @@ import torch
 import transformers
 from torch import nn
 
+import dynamics as dy
 from checkpoints import Checkpoint, TrajectoryWriter, log_spaced
+from dynamics.config import ToyConfig
+from dynamics.models.toy import ToyTransformer
 from tests.zoo.word_level import save_gpt2
 
 README = Path(__file__).parents[2] / "README.md"
@@ -181,3 +186,23 @@ def test_a_bare_loop_is_recorded_and_its_checkpoints_compared(tmp_path, monkeypa
     assert along["weights"]["step"].values.tolist() == [1, 2, 3]
     assert along["updates"]["step"].values.tolist() == [2, 3]
     assert names["event"].sizes == {"example": 1}
+
+
+def test_the_example_of_a_circuit_runs_on_a_small_toy():
+    (example,) = [block for block in blocks() if "dy.sites.outside" in block]
+    model = ToyTransformer(ToyConfig(n_layers=2, n_heads=2, d_model=8, d_head=4, d_mlp=8, n_ctx=3), 5)
+    rows = (torch.tensor([[1, 2, 3]]), torch.tensor([2]), torch.tensor([4]), torch.tensor([[0]]))
+    clean = dy.Batch(*rows)
+    corrupted = dataclasses.replace(clean, tokens=torch.tensor([[1, 0, 3]]))
+    pairs = [dy.Contrast(corrupted, clean, coords={"example": "one"})]
+    names = {
+        "dy": dy,
+        "recipe": dy.Recipe(model),
+        "state": None,
+        "task": types.SimpleNamespace(contrasts=lambda: pairs),
+    }
+    exec(example, names)
+    assert names["one_by_one"].sizes["site"] == 4
+    rest = names["rest"].edges
+    assert len(rest) == len(names["scores"]["site"]) - len(names["kept"])
+    assert names["alone"]["base"].item() == pytest.approx(names["one_by_one"]["source"].item())

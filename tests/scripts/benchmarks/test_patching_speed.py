@@ -1,9 +1,7 @@
 """The benchmark of the verbs: its loop is the seed's, both ways agree, its tables say what was found."""
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 from pkgutil import resolve_name
 
 import pytest
@@ -11,12 +9,9 @@ import torch
 
 import dynamics as dy
 from dynamics.config import AliasConfig, PhaseConfig, PhasesConfig, StudyConfig, ToyConfig
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-import benchmark_parts as parts
-import benchmark_patching as script
-import seed_loop
-import suite_costs
+from scripts.benchmarks import patching_parts as parts
+from scripts.benchmarks import patching_speed as script
+from scripts.benchmarks import seed_loop, suite_costs
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +40,7 @@ def test_the_loop_patches_something_and_clips(bench):
     sites = dy.sites.matrices(bench.recipe.model)[:4]
     first = bench.contrasts[:1]
     given = (bench.recipe, bench.state, first, sites, dy.measures.correct_logit)
-    values = list(seed_loop.patch_gradients(*given))
+    values = list(seed_loop.patched("patch_gradients", *given))
     assert len(set(values)) == len(values)
     norm = sum(
         g.square().sum() for g in seed_loop.backward(bench.recipe, bench.recipe.model, first[0].base).values()

@@ -1,10 +1,6 @@
 """The script that ablates a ranked circuit, on short runs: what it keeps, what it prints, what its numbers are."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,51 +9,26 @@ import torch
 
 import dynamics as dy
 from checkpoints import Trajectory
+from dynamics.config import AcronymsConfig, AcronymsRun, OnePhaseConfig, PhaseConfig, ToyConfig
+from scripts.experiments import ablate_circuit
+from tests.scripts.calling import call, in_small, rows_of
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-SHORT = [
-    "--model.n_layers=2", "--model.n_heads=2", "--model.d_model=32", "--model.d_head=16", "--model.d_mlp=32",
-    "--task.n_words=1", "--task.n_prompts=500", "--phases.learn.steps=250", "--phases.batch_size=32",
-]  # fmt: skip
-
-
-def command(*words) -> str:
-    done = subprocess.run(
-        [sys.executable, *map(str, words)], env=ENVIRONMENT, check=False, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
 
 @pytest.fixture(scope="module")
-def ablated(tmp_path_factory):
-    """Two runs, where their Datasets are, and what was printed."""
+def ablated(fitted, tmp_path_factory):
+    """Two runs that have learnt their words, where their Datasets are, and what was printed."""
     folder = tmp_path_factory.mktemp("circuits")
-    runs = [folder / f"acronyms-{seed}" for seed in (1, 2)]
-    for seed, run in enumerate(runs, start=1):
-        command("-m", "dynamics.cli", "fit", "--preset=acronyms", "--out", run, *SHORT, f"--seed={seed}")
-    before = (ROOT / "README.md").read_bytes()
-    printed = command(ROOT / "scripts" / "ablate_circuit.py", *runs, "--out", folder / "out")
-    assert (ROOT / "README.md").read_bytes() == before
+    config = AcronymsRun(
+        task=AcronymsConfig(n_words=1, n_prompts=500),
+        model=ToyConfig(n_layers=2, n_heads=2, d_model=32, d_head=16, d_mlp=32, n_ctx=7),
+        phases=OnePhaseConfig(learn=PhaseConfig(steps=250, warmup=50), batch_size=32),
+    )
+    runs = [fitted(replace(config, seed=seed), folder / f"acronyms-{seed}") for seed in (1, 2)]
+    with in_small(ablate_circuit, N_SETS=10, N_ALONG=2):
+        printed = call(ablate_circuit, *runs, "--out", folder / "out")
     return runs, folder / "out", printed
-
-
-@pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(ROOT / "scripts"))  # where they import from each other
-    spec = importlib.util.spec_from_file_location("ablate_circuit", ROOT / "scripts" / "ablate_circuit.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its dataclass looks for its annotations
-    spec.loader.exec_module(module)
-    return module
-
-
-def rows(printed: str) -> list[list[str]]:
-    lines = [line for line in printed.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
 
 def test_it_keeps_a_dataset_for_every_question_and_a_figure(ablated):
@@ -67,17 +38,17 @@ def test_it_keeps_a_dataset_for_every_question_and_a_figure(ablated):
     assert names == {"ranking.h5", "ranked-mean.h5", "along-mean.h5", *kinds}
     assert len(list(out.rglob("*.h5"))) == 2 * len(names)
     assert (out / "circuits.png").stat().st_size > 10_000
-    head, _, *table = rows(printed)
+    head, _, *table = rows_of(printed)
     assert len(table) == 4
     assert all(len(row) == len(head) and all(row) for row in table)
 
 
-def test_its_numbers_are_those_of_heads_set_to_zero_by_hand(ablated, script):
+def test_its_numbers_are_those_of_heads_set_to_zero_by_hand(ablated):
     runs, out, printed = ablated
-    row = next(r for r in rows(printed) if r[:3] == ["acronyms", "zero", "accuracy"])
+    row = next(r for r in rows_of(printed) if r[:3] == ["acronyms", "zero", "accuracy"])
     shares = []
     for folder in runs:
-        found = script.one_run(folder, out)
+        found = ablate_circuit.one_run(folder, out)
         run = Trajectory.open(folder)
         task = dy.tasks.load(run.config)
         model = task.model()
@@ -97,9 +68,9 @@ def test_its_numbers_are_those_of_heads_set_to_zero_by_hand(ablated, script):
     assert row[4] == f"{np.mean(shares):+.2f} [{bounds[0]:+.2f}, {bounds[1]:+.2f}]"
 
 
-def test_heads_are_ranked_and_sized_on_prompts_that_are_not_tested(ablated, script):
+def test_heads_are_ranked_and_sized_on_prompts_that_are_not_tested(ablated):
     runs, out, _ = ablated
-    found = script.one_run(runs[0], out)
+    found = ablate_circuit.one_run(runs[0], out)
     parts = found.parts
     assert not set(parts["ranking"]["example"].values) & set(parts["first-mean"]["example"].values)
     effect = parts["ranking"]["effect"].mean("example")
@@ -113,5 +84,6 @@ def test_heads_are_ranked_and_sized_on_prompts_that_are_not_tested(ablated, scri
 def test_called_again_it_takes_what_is_there(ablated):
     runs, out, printed = ablated
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.h5")}
-    assert command(ROOT / "scripts" / "ablate_circuit.py", *runs, "--out", out) == printed
+    with in_small(ablate_circuit, N_SETS=10, N_ALONG=2):
+        assert call(ablate_circuit, *runs, "--out", out) == printed
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.h5")} == before

@@ -1,7 +1,6 @@
 """The mutation check: what it changes, what it leaves alone, where it finds a place again, which tests it picks."""
 
 import ast
-import sys
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,8 +8,7 @@ from pathlib import Path
 import pytest
 from coverage import CoverageData
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "benchmarks"))
-import mutations as script
+from scripts.benchmarks import mutations as script
 
 SAMPLE = '''
 """A module: 1 < 2 and 3 - 4."""
@@ -145,7 +143,7 @@ def test_texts_annotations_and_what_only_type_checkers_read_are_left_alone():
 @pytest.fixture(scope="module")
 def library():
     """A part of it, for speed."""
-    files = script.sources(Path(__file__).parents[2])
+    files = script.sources(Path(__file__).parents[3])
     return {path: content for path, content in files.items() if len(content) % 4 == 0}
 
 
