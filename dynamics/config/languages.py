@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from dynamics.config.checks import check_seed, choice, require
 from dynamics.config.parts import PhaseConfig, Phases, RunConfig, ScheduleConfig, ToyConfig, TrainerConfig
@@ -146,9 +146,15 @@ class LatePhasesConfig(Phases):
 
 @dataclass(frozen=True)
 class _LanguageRun(RunConfig):
-    """A run whose prompts have one length."""
+    """Everything a run of a language whose prompts have one length needs to be trained again."""
 
     length: ClassVar[int]
+    task: Any
+    model: ToyConfig
+    phases: Phases = OnePhaseConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    seed: int = 0
 
     def __post_init__(self) -> None:
         """Checks that concern several parts."""
@@ -167,9 +173,6 @@ class IoiRun(_LanguageRun):
     task: IoiConfig = IoiConfig()
     model: ToyConfig = ToyConfig(n_layers=4, n_heads=4, d_model=64, d_head=16, d_mlp=128, n_ctx=14)
     phases: OnePhaseConfig = OnePhaseConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    trainer: TrainerConfig = TrainerConfig()
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -180,9 +183,6 @@ class AcronymsRun(_LanguageRun):
     task: AcronymsConfig = AcronymsConfig()
     model: ToyConfig = ToyConfig(n_layers=4, n_heads=4, d_model=64, d_head=16, d_mlp=128, n_ctx=7)
     phases: OnePhaseConfig = OnePhaseConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    trainer: TrainerConfig = TrainerConfig()
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -193,6 +193,3 @@ class FactsRun(_LanguageRun):
     task: FactsConfig = FactsConfig()
     model: ToyConfig = ToyConfig(n_layers=4, n_heads=4, d_model=64, d_head=16, d_mlp=128, n_ctx=5)
     phases: LatePhasesConfig = LatePhasesConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    trainer: TrainerConfig = TrainerConfig()
-    seed: int = 0

@@ -15,6 +15,7 @@ from tests.zoo.signal_models import (
     RECIPES,
     REVEALING,
     ConvNet,
+    LastState,
     Lstm,
     begun,
     contrast_of,
@@ -24,11 +25,11 @@ from tests.zoo.signal_models import (
     off,
     revealed,
     revealed_factors,
+    sequences,
     zero,
 )
 from tests.zoo.small_models import (
     classifier_recipe,
-    draws,
     points,
     trained,
 )
@@ -199,20 +200,6 @@ def test_a_parameter_without_a_projection_is_refused_until_its_module_declares_o
 
 def test_a_loss_that_reads_an_lstms_last_state_has_no_factors_for_it():
     """More of its output is read than the first tensor."""
-
-    class LastState(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.lstm = nn.LSTM(5, 4, batch_first=True)
-            self.head = nn.Linear(4, 3)
-
-        def forward(self, x):
-            return self.head(self.lstm(x)[1][0][-1])
-
-    def sequences(seed):
-        generator = draws(seed)
-        x = torch.randn(6, 4, 5, generator=generator, dtype=torch.float64)
-        return x, torch.randint(3, (6,), generator=generator)
 
     recipe = classifier_recipe(model=made(LastState), optimizer=REVEALING)
     pair = dy.Contrast(sequences(1), sequences(2), sequences(3))

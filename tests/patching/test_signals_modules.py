@@ -17,6 +17,7 @@ from tests.zoo.signal_models import (
     ALL,
     RECIPES,
     REVEALING,
+    LastState,
     Mlp,
     begun,
     contrast_of,
@@ -27,9 +28,10 @@ from tests.zoo.signal_models import (
     off,
     revealed,
     scored_at,
+    sequences,
     toy_recipe,
 )
-from tests.zoo.small_models import classifier_loss, classifier_recipe, draws, margin, outcomes, points, same
+from tests.zoo.small_models import classifier_loss, classifier_recipe, margin, outcomes, points, same
 
 # --- a module that runs several times ---------------------------------------------------------------------
 
@@ -107,24 +109,6 @@ def test_of_an_lstm_the_states_are_exchanged_and_its_last_ones_are_not(forward):
         expected = dict(zip(parts, torch.autograd.grad(states, parts.values(), signal), strict=True))
         assert off({n: found["at 2"][n] for n in parts}, expected) < 1e-13
     assert off(found["all"], found["at 2"]) > 1e-3
-
-
-class LastState(nn.Module):
-    """Reads the LSTM's last state from (h, c), not from its states."""
-
-    def __init__(self):
-        super().__init__()
-        self.lstm = nn.LSTM(5, 4, batch_first=True)
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x):
-        return self.head(self.lstm(x)[1][0][-1])
-
-
-def sequences(seed):
-    generator = draws(seed)
-    x = torch.randn(6, 4, 5, generator=generator, dtype=torch.float64)
-    return x, torch.randint(3, (6,), generator=generator)
 
 
 def test_tensors_of_an_output_after_the_first_are_neither_read_nor_exchanged():

@@ -83,6 +83,24 @@ class Lstm(nn.Module):
         return self.head(self.lstm(self.embed(tokens))[0])
 
 
+class LastState(nn.Module):
+    """Reads the LSTM's last state from (h, c), not from its states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(5, 4, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[1][0][-1])
+
+
+def sequences(seed: int) -> tuple[Tensor, Tensor]:
+    generator = draws(seed)
+    x = torch.randn(6, 4, 5, generator=generator, dtype=torch.float64)
+    return x, torch.randint(3, (6,), generator=generator)
+
+
 class Odd(nn.Module):
     """A frozen embedding, a layer that runs twice, one whose output reaches no loss, one that never runs."""
 

@@ -8,47 +8,20 @@ from typing import Any
 import xarray as xr
 
 import dynamics as dy
-from checkpoints import Checkpoint, Trajectory, TrajectoryWriter
-from dynamics import measures, sites, steps
-from dynamics.config import (
-    AliasConfig,
-    PatchingConfig,
-    PhaseConfig,
-    PhasesConfig,
-    PrimaryConfig,
-    StudyConfig,
-    ToyConfig,
-)
+from dynamics import measures, sites
 from dynamics.patching import (
     patch_gradients,
     patch_signals,
 )
 from dynamics.recipe import Contrast
 from dynamics.tasks import AliasTask
+from tests.zoo.comparison_models import short_run
 
 STEPS = [8, 9, 10]
 """In X2; 9 lies between stored checkpoints."""
 
-
-def trained(folder: Path, seed: int) -> Trajectory:
-    """A run of twelve steps with every second checkpoint stored."""
-    phase = PhaseConfig(4)
-    config = StudyConfig(
-        task=AliasConfig(modulus=8, multipliers=(2, 3), train_multipliers=1),
-        model=ToyConfig(n_heads=2, d_model=8, d_head=4, d_mlp=8, n_layers=1),
-        phases=PhasesConfig(pretrain=phase, x1=phase, x2=phase, batch_size=8),
-        patching=PatchingConfig(x2_steps=(0,), primary=PrimaryConfig(x2_step=0)),
-        seed=seed,
-    )
-    task = AliasTask(config)
-    recipe = task.recipe()
-    optimizer = recipe.build_optimizer(recipe.model.parameters())
-    state = Checkpoint.capture(recipe.model, optimizer, recipe.build_scheduler(optimizer), 0)
-    with TrajectoryWriter.create(folder, config.to_dict()) as writer:
-        for step in range(0, 13, 2):
-            state = steps.advance(recipe, state, step, task.batch)
-            writer.append(state)
-    return Trajectory.open(folder)
+trained = short_run
+"""(folder, seed) -> a run of twelve steps with every second checkpoint stored."""
 
 
 def alone(task: AliasTask, step: int) -> list[Contrast]:
