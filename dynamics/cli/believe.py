@@ -50,5 +50,5 @@ def run(words: Sequence[str]) -> None:
         f"{given.site}, {phase.capitalize()} step {given.x2_step}, {given.optimizer} optimizer; "
         f"mean [95 % interval], unit: {unit}"
     )
-    for check in studies.battery(trajectories, given.site, given.x2_step, given.optimizer, given.impulse):
+    for check in studies.ten_checks(trajectories, given.site, given.x2_step, given.optimizer, given.impulse):
         print(f"{check.verdict:>6}  {check.name}\n        {check.figure}")

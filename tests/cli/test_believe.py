@@ -13,7 +13,7 @@ from checkpoints import Trajectory
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from dynamics.studies import battery
+    from dynamics.studies import ten_checks
 
 pytestmark = pytest.mark.slow
 
@@ -85,8 +85,8 @@ def test_the_command_prints_what_the_battery_says_of_several_runs(runs):
     assert head == "W_E, X2 step 3, stored optimizer; mean [95 % interval], unit: run, 2 of them"
     assert len(lines) == 20
     assert re.search(r"carry \d+% of the site's effect; their second moment is", lines[-1])
-    checks = battery([Trajectory.open(folder) for folder in runs], "W_E", 3, "stored", 2)
-    for i, check in zip(range(2), checks, strict=False):
+    found = ten_checks([Trajectory.open(folder) for folder in runs], "W_E", 3, "stored", 2)
+    for i, check in zip(range(2), found, strict=False):
         assert lines[2 * i : 2 * i + 2] == [f"{check.verdict:>6}  {check.name}", f"        {check.figure}"]
 
 

@@ -1,4 +1,4 @@
-"""The run that the battery is tried on."""
+"""The run that the ten checks are tried on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dynamics.config import StudyConfig
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from dynamics.training import fit
-from tests.zoo.belief_runs import Seen, checked, made
+from tests.zoo.checked_runs import Seen, checked, made
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def signs(monkeypatch):
 
 @pytest.fixture(scope="module")
 def batteries(runs):
-    """The battery of "embed" for either run alone and for both."""
+    """The ten checks of "embed" for either run alone and for both."""
     return {
         name: checked(chosen, site="embed")
         for name, chosen in {"seed 0": runs[:1], "seed 1": runs[1:], "both": runs}.items()

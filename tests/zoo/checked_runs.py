@@ -1,4 +1,4 @@
-"""The battery's setting: a run small enough to do everything the slow way."""
+"""The setting of the ten checks: a run small enough to do everything the slow way."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from dynamics.steps.states import restored_copy
-from dynamics.studies import battery, belief
+from dynamics.studies import checks, ten_checks
 
 NAMES = [
     "sufficiency and necessity agree",
@@ -31,29 +31,29 @@ WEAK = 1e-9
 
 
 def made(trajectory, label="attn 0", x2_step=STEP, optimizer="fresh", impulse=IMPULSE):
-    return belief._Run(trajectory, label, x2_step, optimizer, impulse)
+    return checks._Run(trajectory, label, x2_step, optimizer, impulse)
 
 
 class Seen:
-    """What passes through a function of `belief`, call by call."""
+    """What passes through a function of `checks`, call by call."""
 
     def __init__(self, patch, name):
         self.calls = []
-        plain = getattr(belief, name)
+        plain = getattr(checks, name)
 
         def spy(*given, **settings):
             self.calls.append(given)
             return plain(*given, **settings)
 
-        patch.setattr(belief, name, spy)
+        patch.setattr(checks, name, spy)
 
 
 def checked(trajectories, **settings):
-    """Every check of the battery with the values whose intervals it shows."""
+    """Every check of the ten checks with the values whose intervals it shows."""
     with pytest.MonkeyPatch.context() as patch:
         seen = Seen(patch, "_text")
         found = []
-        for check in battery(trajectories, x2_step=STEP, impulse=IMPULSE, **settings):
+        for check in ten_checks(trajectories, x2_step=STEP, impulse=IMPULSE, **settings):
             found.append((check, [values for (values,) in seen.calls]))
             seen.calls = []
     return found

@@ -1,4 +1,4 @@
-"""Each question of the battery beside the slow way."""
+"""Each question of the ten checks beside the slow way."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import dynamics as dy
 from dynamics import measures, sites, steps
 from dynamics.sites import Site
 from dynamics.steps.states import restored_copy
-from dynamics.studies import belief
+from dynamics.studies import checks
 from dynamics.tasks import AliasTask
-from tests.zoo.belief_runs import (
+from tests.zoo.checked_runs import (
     IMPULSE,
     N_ALIASES,
     WEAK,
@@ -37,7 +37,7 @@ from tests.zoo.belief_runs import (
 @pytest.mark.parametrize("label", ["attn 0", "W_V L0H1"])
 def test_sufficiency_puts_the_site_in_and_necessity_is_what_is_lost_without_it(runs, label, signs, texts):
     run = made(runs[0], label)
-    belief._directions([run])
+    checks._directions([run])
     ((sufficient, necessary),) = signs.calls
     for (shown,), compared in zip(texts.calls, (sufficient, necessary), strict=True):
         np.testing.assert_array_equal(shown, compared)
@@ -51,14 +51,14 @@ def test_sufficiency_puts_the_site_in_and_necessity_is_what_is_lost_without_it(r
 
 
 def test_necessity_is_the_effect_on_reversed_contrasts_with_its_sign_turned(run, signs):
-    belief._directions([run])
+    checks._directions([run])
     turned = [c.reversed() for c in run.task.contrasts()]
     found = dy.patch_gradients(run.recipe, run.state, turned, [run.site], measures.correct_logit)
     np.testing.assert_allclose(signs.calls[0][1], -found["effect"].values[:, 0], rtol=0, atol=WEAK)
 
 
 def test_an_aliass_own_questions_are_held_against_those_of_the_alias_before_it(run, above):
-    belief._own_questions([run])
+    checks._own_questions([run])
     contrasts = run.task.contrasts()
     covers = run.site.covers
     own = np.array([sufficiency(run, c, covers) for c in contrasts])
@@ -79,7 +79,7 @@ def test_where_all_aliases_are_asked_the_same_their_own_questions_are_no_differe
         return [replace(c, probe=found[0].probe) for c in found]
 
     monkeypatch.setattr(AliasTask, "contrasts", same_probe)
-    check = belief._own_questions([made(runs[0])])
+    check = checks._own_questions([made(runs[0])])
     ((found,),) = above.calls
     assert found.tolist() == [0.0] * N_ALIASES
     assert check.verdict == "open"
@@ -104,15 +104,15 @@ def test_a_site_that_moves_its_own_questions_more_is_told_whichever_way_it_moves
     runs = [Pretended(sign * rng.normal(2, 0.1, 8), sign * rng.normal(0.5, 0.1, 8)) for _ in range(4)]
     less = [Pretended(sign * rng.normal(0.5, 0.1, 8), sign * rng.normal(2, 0.1, 8)) for _ in range(4)]
     for chosen in (1, 4):
-        assert belief._own_questions(runs[:chosen]).verdict == "holds"
-        assert belief._own_questions(less[:chosen]).verdict == "fails"
+        assert checks._own_questions(runs[:chosen]).verdict == "holds"
+        assert checks._own_questions(less[:chosen]).verdict == "fails"
 
 
 def held_by_chance(n_runs, n=200):
     """Of n populations of runs in which nothing moves anything, in how many the check holds."""
     rng = np.random.default_rng(n_runs)
     return sum(
-        belief._own_questions([Pretended(*rng.normal(size=(2, 8))) for _ in range(n_runs)]).verdict == "holds"
+        checks._own_questions([Pretended(*rng.normal(size=(2, 8))) for _ in range(n_runs)]).verdict == "holds"
         for _ in range(n)
     )
 
@@ -126,7 +126,7 @@ def test_over_runs_nothing_moves_its_own_questions_more_by_chance_in_one_of_twen
 
 
 def test_the_other_measures_are_of_the_same_steps(run, signs):
-    check = belief._measures([run])
+    check = checks._measures([run])
     ((raw, centred, log_prob),) = signs.calls
     for i, contrast in enumerate(run.task.contrasts()[:2]):
         base, source = gradient(run, contrast.base), gradient(run, contrast.source)
@@ -153,7 +153,7 @@ def norm(gradients):
 
 def test_the_source_is_scaled_until_both_gradients_have_one_norm(run, monkeypatch):
     seen = Seen(monkeypatch, "patch_gradients")
-    belief._matched_norm([run])
+    checks._matched_norm([run])
     recipe, state, contrasts, _, _ = next(call for call in seen.calls if isinstance(call[2][0].base, tuple))
     plain = run.task.contrasts()
     for contrast, own in zip(contrasts, plain, strict=True):
@@ -168,7 +168,7 @@ def test_the_source_is_scaled_until_both_gradients_have_one_norm(run, monkeypatc
 
 
 def test_the_matched_effect_is_that_of_a_scaled_gradient(run, signs):
-    belief._matched_norm([run])
+    checks._matched_norm([run])
     ((plain, matched),) = signs.calls
     for i, contrast in enumerate(run.task.contrasts()[:3]):
         scale = norm(gradient(run, contrast.base)) / norm(gradient(run, contrast.source))
@@ -180,7 +180,7 @@ def test_the_matched_effect_is_that_of_a_scaled_gradient(run, signs):
 
 
 def test_the_two_sets_are_told_apart(run, signs):
-    belief._sets([run])
+    checks._sets([run])
     (found,) = signs.calls
     for name, values in zip(("Dt3", "Df4"), found, strict=True):
         members = {c.coords["integer"]: c for c in run.task.contrasts()}
@@ -190,7 +190,7 @@ def test_the_two_sets_are_told_apart(run, signs):
 
 def test_false_contents_say_another_aliass_value_under_both_tags_and_ask_as_before(run):
     task = run.task
-    false, true = belief._false_contrasts(task), task.contrasts()
+    false, true = checks._false_contrasts(task), task.contrasts()
     assert len(false) == len(true) == N_ALIASES
     said = {}
     for one, other in zip(false, true, strict=True):
@@ -208,19 +208,19 @@ def test_false_contents_say_another_aliass_value_under_both_tags_and_ask_as_befo
 
 
 def test_true_and_false_contents_are_exchanged_each_in_their_own_contrast(run, texts, above):
-    check = belief._contents([run])
+    check = checks._contents([run])
     true, false = (values for (values,) in texts.calls)
     covers = run.site.covers
     expected = [
         np.array([sufficiency(run, c, covers) for c in which[:3]])
-        for which in (run.task.contrasts(), belief._false_contrasts(run.task))
+        for which in (run.task.contrasts(), checks._false_contrasts(run.task))
     ]
     np.testing.assert_allclose(true[:3], expected[0], atol=1e-10)
     np.testing.assert_allclose(false[:3], expected[1], atol=1e-10)
     np.testing.assert_allclose(above.calls[0][0], np.sign(true.mean()) * (true - false), atol=1e-15)
     whole = {}
     model, _, _ = restored_copy(run.recipe, run.state)
-    for content, which in (("true", run.task.contrasts()), ("false", belief._false_contrasts(run.task))):
+    for content, which in (("true", run.task.contrasts()), ("false", checks._false_contrasts(run.task))):
         for tag, side in (("unreliable", "base"), ("reliable", "source")):
             changes = [
                 logit(after(run, gradient(run, getattr(c, side)))[0], c.probe) - logit(model, c.probe)
@@ -246,14 +246,14 @@ def test_the_site_is_held_against_exchanged_updates_of_its_placebos(run):
                     mixed.get_parameter(name)[index] = source.get_parameter(name)[index]
             effects.append(logit(mixed, contrast.probe) - logit(base, contrast.probe))
         sizes.append(abs(np.mean(effects)))
-    check = belief._placebo([run])
+    check = checks._placebo([run])
     quantile = np.quantile(sizes[1:], 0.95, method="weibull")
     assert check.figure == f"|effect| {sizes[0]:.3f} against {quantile:.3f} logit, 20 placebos"
     assert check.verdict == ("holds" if sizes[0] > quantile else "fails")
 
 
 def test_a_site_of_more_than_half_of_all_change_has_no_placebo_and_stays_open(runs):
-    check = belief._placebo([made(runs[0], "+ unembedding")])
+    check = checks._placebo([made(runs[0], "+ unembedding")])
     assert (check.verdict, check.figure) == ("open", "no placebo: the site holds over half of ‖Δ‖², or none")
 
 
@@ -271,14 +271,14 @@ def test_more_than_half_of_the_runs_must_exceed_their_placebos_in_size(runs, own
         values = np.array([next(given), *(n * (-1.0) ** n)])
         return xr.Dataset({"effect": (("example", "site"), np.tile(values, (2, 1)))})
 
-    monkeypatch.setattr(belief, "patch_updates", pretended)
-    check = belief._placebo([made(runs[0]) for _ in own])
+    monkeypatch.setattr(checks, "patch_updates", pretended)
+    check = checks._placebo([made(runs[0]) for _ in own])
     assert check.verdict == verdict
     assert check.figure == f"|effect| {np.mean(np.abs(own)):.3f} against 19.950 logit, 20 placebos"
 
 
 def test_the_impulse_is_one_definition_in_the_real_batch_and_the_run_goes_on_after_it(run, texts, signs):
-    belief._impulse([run])
+    checks._impulse([run])
     first, last = (values for (values,) in texts.calls)
     step = run.stored.step
     for i, contrast in enumerate(run.task.contrasts_at(step)[:3]):
@@ -307,14 +307,14 @@ def test_the_impulse_is_one_definition_in_the_real_batch_and_the_run_goes_on_aft
 
 def test_the_impulse_takes_the_runs_own_optimizer_whichever_the_single_step_takes(runs, texts):
     for which in ("fresh", "stored"):
-        belief._impulse([made(runs[0], optimizer=which)])
+        checks._impulse([made(runs[0], optimizer=which)])
     (one,), (later,), (again,), (later_again,) = texts.calls
     np.testing.assert_array_equal(one, again)
     np.testing.assert_array_equal(later, later_again)
 
 
 def test_the_tags_are_counted_measured_and_their_definitions_losses_told(run):
-    check = belief._tags([run])
+    check = checks._tags([run])
     task, parts = run.task, []
     model, _, _ = restored_copy(run.recipe, run.state)
     for tag, side in (("reliable", "source"), ("unreliable", "base")):
@@ -337,13 +337,13 @@ def unseen(run):
 def test_exactly_those_rows_carry_all_of_their_own_effect(runs):
     run = made(runs[0])
     run.__dict__["site"] = Site("these rows", {"embed.W_E": (unseen(run),)})
-    assert belief._unseen_rows([run]).figure.startswith("carry 100% of the site's effect; ")
+    assert checks._unseen_rows([run]).figure.startswith("carry 100% of the site's effect; ")
 
 
 @pytest.mark.parametrize("label", ["W_E", "+ block 0"])
 def test_what_those_rows_carry_of_a_sites_effect_is_the_ratio_of_mean_effects(runs, label):
     run = made(runs[0], label)
-    check = belief._unseen_rows([run])
+    check = checks._unseen_rows([run])
     contrasts = run.task.contrasts()
     own = np.mean([sufficiency(run, c, run.site.covers) for c in contrasts])
     rows = np.mean([sufficiency(run, c, {"embed.W_E": (unseen(run),)}) for c in contrasts])
@@ -356,16 +356,16 @@ def test_what_those_rows_carry_of_a_sites_effect_is_the_ratio_of_mean_effects(ru
 
 
 def test_before_x2_those_rows_have_no_second_moment(runs):
-    check = belief._unseen_rows([made(runs[0], "W_E", x2_step=0)])
+    check = checks._unseen_rows([made(runs[0], "W_E", x2_step=0)])
     moment = float(re.search(r"second moment is (\S+) times", check.figure)[1])
     assert moment < 1e-3
-    later = belief._unseen_rows([made(runs[0], "W_E")])
+    later = checks._unseen_rows([made(runs[0], "W_E")])
     assert float(re.search(r"second moment is (\S+) times", later.figure)[1]) > moment
 
 
 @pytest.mark.parametrize("label", ["attn 0", "L1H0", "W_U", "block 0"])
 def test_a_site_without_embeddings_covers_none_of_those_rows(runs, label):
-    check = belief._unseen_rows([made(runs[0], label)])
+    check = checks._unseen_rows([made(runs[0], label)])
     assert (check.verdict, check.figure) == ("-", "the site covers none")
 
 

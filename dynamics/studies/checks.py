@@ -1,4 +1,4 @@
-"""What it takes to believe that a site is where reliable data changes behaviour: a battery of checks."""
+"""The ten checks of a site: does reliable data change behaviour there?"""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ N_PLACEBOS = 20
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the battery."""
+    """One of the ten checks: what was found, and what it says."""
 
     name: str
     figure: str
@@ -97,7 +97,7 @@ class _Run:
         return patch_gradients(recipe or self.recipe, self.state, chosen, [self.site], measure).isel(site=0)
 
 
-def battery(
+def ten_checks(
     trajectories: Sequence[Trajectory],
     site: str,
     x2_step: int = 10,

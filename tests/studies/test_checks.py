@@ -1,4 +1,4 @@
-"""The battery: what it asks, what it concludes, of which sites and states."""
+"""The ten checks: what they ask, what they conclude, of which sites and states."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import dynamics as dy
 from dynamics import measures, statistics, steps
 from dynamics.config import ConfigError
 from dynamics.sites import LEVELS, SiteError
-from dynamics.studies import Check, battery, belief
-from tests.zoo.belief_runs import (
+from dynamics.studies import Check, checks, ten_checks
+from tests.zoo.checked_runs import (
     IMPULSE,
     INTERVAL,
     N_ALIASES,
@@ -38,7 +38,7 @@ def test_verdicts_are_those_that_are_allowed_and_the_last_two_are_the_readers(ba
         verdicts = [check.verdict for check, _ in found]
         assert set(verdicts[:8]) <= {"holds", "fails", "open"}
         assert verdicts[8:] == ["-", "-"]
-        assert set(verdicts) <= set(get_args(belief.Verdict))
+        assert set(verdicts) <= set(get_args(checks.Verdict))
 
 
 @pytest.mark.slow
@@ -72,15 +72,15 @@ def test_the_battery_is_made_one_check_at_a_time(runs, monkeypatch):
     def refused(*_, **__):
         raise AssertionError("a later check")
 
-    monkeypatch.setattr(belief, "patch_window", refused)
-    monkeypatch.setattr(belief, "patch_updates", refused)
-    assert next(battery(runs[:1], "embed", STEP, impulse=IMPULSE)).name == NAMES[0]
+    monkeypatch.setattr(checks, "patch_window", refused)
+    monkeypatch.setattr(checks, "patch_updates", refused)
+    assert next(ten_checks(runs[:1], "embed", STEP, impulse=IMPULSE)).name == NAMES[0]
 
 
 @pytest.mark.slow
 def test_the_battery_moves_no_generator_and_changes_no_run(runs, batteries):
     before, state = [t.verify() for t in runs], torch.get_rng_state()
-    for _ in zip(battery(runs[:1], "L0H0", STEP, impulse=IMPULSE), range(2), strict=False):
+    for _ in zip(ten_checks(runs[:1], "L0H0", STEP, impulse=IMPULSE), range(2), strict=False):
         pass
     assert torch.equal(torch.get_rng_state(), state)
     assert [t.verify() for t in runs] == before == [[], []]
@@ -88,7 +88,7 @@ def test_the_battery_moves_no_generator_and_changes_no_run(runs, batteries):
 
 @pytest.mark.slow
 def test_the_same_battery_twice_says_the_same(runs, batteries):
-    again = [c for c, _ in zip(battery(runs[:1], "embed", STEP, impulse=IMPULSE), range(1), strict=False)]
+    again = [c for c, _ in zip(ten_checks(runs[:1], "embed", STEP, impulse=IMPULSE), range(1), strict=False)]
     assert again == [check for check, _ in batteries["seed 0"][:1]]
 
 
@@ -117,7 +117,7 @@ ONE, NONE, ZERO, ALIKE = np.array([5.0]), np.full(3, np.nan), np.zeros(4), np.fu
     ],
 )
 def test_signs_agree_disagree_or_are_not_known(groups, verdict):
-    assert belief._signs(*groups) == verdict
+    assert checks._signs(*groups) == verdict
 
 
 @pytest.mark.parametrize(
@@ -135,22 +135,22 @@ def test_signs_agree_disagree_or_are_not_known(groups, verdict):
     ],
 )
 def test_a_mean_is_above_zero_below_or_not_known(values, verdict):
-    assert belief._above(values) == verdict
+    assert checks._above(values) == verdict
 
 
 def test_an_interval_that_just_includes_zero_is_open():
     values = np.random.default_rng(0).normal(size=12)
     _, low, high = statistics.mean_interval(values)
     for shift, signs, above in ((-low * 1.001, "holds", "holds"), (-low * 0.999, "open", "open")):
-        assert (belief._signs(values + shift), belief._above(values + shift)) == (signs, above)
-    assert belief._above(values - high * 1.001) == "fails"
-    assert belief._signs(values - high * 1.001) == "holds"
+        assert (checks._signs(values + shift), checks._above(values + shift)) == (signs, above)
+    assert checks._above(values - high * 1.001) == "fails"
+    assert checks._signs(values - high * 1.001) == "holds"
 
 
 def test_values_of_one_run_are_its_aliases_and_of_several_their_means():
     parts = {"a": np.array([1.0, 2.0]), "b": np.array([4.0, 6.0, 8.0])}
-    assert belief._gathered(["a"], parts.get).tolist() == [1.0, 2.0]
-    assert belief._gathered(["a", "b"], parts.get).tolist() == [1.5, 6.0]
+    assert checks._gathered(["a"], parts.get).tolist() == [1.0, 2.0]
+    assert checks._gathered(["a", "b"], parts.get).tolist() == [1.5, 6.0]
 
 
 OF_LEVEL = {
@@ -169,7 +169,7 @@ def test_a_site_of_any_level_is_found_by_its_label(runs, level, texts):
     expected = next(s for s in LEVELS[level](run.recipe.model) if s.label == OF_LEVEL[level])
     assert run.site.covers.keys() == expected.covers.keys()
     assert run.site.coords == expected.coords
-    check = next(battery(runs[:1], OF_LEVEL[level], STEP, impulse=IMPULSE))
+    check = next(ten_checks(runs[:1], OF_LEVEL[level], STEP, impulse=IMPULSE))
     assert check.name == NAMES[0]
     found = dy.patch_gradients(
         run.recipe, run.state, run.task.contrasts(), [expected], measures.correct_logit
@@ -181,7 +181,7 @@ def test_a_site_of_any_level_is_found_by_its_label(runs, level, texts):
 def test_an_unknown_site_is_refused_and_every_label_of_every_level_is_listed(runs):
     run = made(runs[0])
     with pytest.raises(SiteError, match=r"no site 'attn 7'; there are block 0, ") as error:
-        next(battery(runs[:1], "attn 7", STEP, impulse=IMPULSE))
+        next(ten_checks(runs[:1], "attn 7", STEP, impulse=IMPULSE))
     listed = str(error.value).partition("there are ")[2].rstrip(".").split(", ")
     labels = [s.label for level in LEVELS.values() for s in level(run.recipe.model)]
     assert listed == [part for label in labels for part in label.split(", ")]
@@ -206,7 +206,7 @@ def test_fresh_is_a_new_optimizer_at_the_same_parameters_and_stored_the_runs_own
     assert stored.state.optimizer.state["embed.W_E"]["exp_avg_sq"].any()
     assert all(torch.equal(p, stored.state.parameters[n]) for n, p in fresh.state.parameters.items())
     for which in (fresh, stored):
-        belief._directions([which])
+        checks._directions([which])
     assert not np.allclose(texts.calls[0][0], texts.calls[2][0])
 
 
@@ -224,11 +224,11 @@ def test_settings_that_do_not_fit_the_run_are_refused_before_anything_is_compute
     runs, settings, said, monkeypatch
 ):
     for verb in ("both_directions", "patch_gradients", "patch_updates", "patch_window"):
-        monkeypatch.setattr(belief, verb, None)
+        monkeypatch.setattr(checks, verb, None)
     with pytest.raises(ConfigError, match=said):
-        next(battery(runs[:1], **{"site": "embed", "x2_step": STEP, "impulse": IMPULSE, **settings}))
+        next(ten_checks(runs[:1], **{"site": "embed", "x2_step": STEP, "impulse": IMPULSE, **settings}))
 
 
 def test_the_longest_impulse_ends_with_the_run(runs):
-    assert belief._impulse([made(runs[0], impulse=15)]).verdict in ("holds", "fails", "open")
-    assert next(battery(runs[:1], "L0H0", STEP, impulse=15)).name == NAMES[0]
+    assert checks._impulse([made(runs[0], impulse=15)]).verdict in ("holds", "fails", "open")
+    assert next(ten_checks(runs[:1], "L0H0", STEP, impulse=15)).name == NAMES[0]
