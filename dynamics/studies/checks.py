@@ -59,11 +59,6 @@ class _Run:
         """The task of a run of aliases, which some checks are about."""
         return tasks.aliases.load(self.trajectory.config)
 
-    @property
-    def noun(self) -> str:
-        """What a contrast is about."""
-        return "alias" if isinstance(self.task, AliasTask) else "contrast"
-
     @cached_property
     def recipe(self) -> Recipe:
         return self.task.recipe()
@@ -149,13 +144,17 @@ def ten_checks(
         _tags,
         _unseen_rows,
     ):
-        if check in _ABOUT_ALIASES and not about_aliases:
+        if about_aliases:
+            yield check(runs)
+        elif check in _ABOUT_ALIASES:
             name = task_name(trajectories[0].config)
             yield Check(
                 _ABOUT_ALIASES[check], f"not made: it needs aliases, the run is of the task {name!r}", "-"
             )
         else:
-            yield check(runs)
+            made = check(runs)
+            name = made.name.replace("alias's", "contrast's").replace("definitions", "batches")
+            yield replace(made, name=name)
 
 
 def _gathered(runs: Sequence[_Run], values: Callable[[_Run], Units]) -> Units:
@@ -199,8 +198,9 @@ def _own_questions(runs: Sequence[_Run]) -> Check:
     found = {id(run): both(run) for run in runs}
     own, other = (_gathered(runs, lambda run, i=i: found[id(run)][i]) for i in (0, 1))  # type: ignore[misc]
     values = np.sign(own.mean()) * (own - other)
-    name = f"moves the {runs[0].noun}'s own questions more than another's"
-    return Check(name, f"by {_text(values)} logit", _above(values))
+    return Check(
+        "moves the alias's own questions more than another's", f"by {_text(values)} logit", _above(values)
+    )
 
 
 def _above(values: Units) -> Verdict:
@@ -235,9 +235,9 @@ def _matched_norm(runs: Sequence[_Run]) -> Check:
 
     plain = _gathered(runs, lambda run: run.patched()["effect"].values)
     values = _gathered(runs, effect)
-    batches = "definitions" if runs[0].noun == "alias" else "batches"
-    name = f"survives matching ‖g‖ of the two {batches}"
-    return Check(name, f"{_text(values)} logit", _signs(plain, values))
+    return Check(
+        "survives matching ‖g‖ of the two definitions", f"{_text(values)} logit", _signs(plain, values)
+    )
 
 
 def _sets(runs: Sequence[_Run]) -> Check:

@@ -182,7 +182,9 @@ def test_an_unknown_site_is_refused_and_every_label_of_every_level_is_listed(run
     run = made(runs[0])
     with pytest.raises(SiteError, match=r"no site 'attn 7'; there are block 0, ") as error:
         next(ten_checks(runs[:1], "attn 7", STEP, impulse=IMPULSE))
-    listed = str(error.value).partition("there are ")[2].rstrip(".").split(", ")
+    said, _, meant = str(error.value).partition(". Did you mean ")
+    assert meant in ("'attn 0'?", "'attn 1'?")
+    listed = said.partition("there are ")[2].split(", ")
     labels = [s.label for level in LEVELS.values() for s in level(run.recipe.model)]
     assert listed == [part for label in labels for part in label.split(", ")]
     assert len(set(labels)) == len(labels) > 40
