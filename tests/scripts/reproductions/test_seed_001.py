@@ -9,7 +9,7 @@ N_LAYERS, N_HEADS = 2, 2
 
 @pytest.mark.slow
 def test_a_framework_of_ones_own_task(subject, reproduce):
-    printed, figures = reproduce("001", *subject(subject, "ioi"), "--n", 5)
+    printed, figures = reproduce("001", *subject("ioi"), "--n", 5)
     assert figures == {f"{c}_{what}" for c in ("order", "subject") for what in ("components", "heads")}
     assert printed.count("n = 5 (unit: example, in this run)") == 2
     sites = re.findall(r"^((?:attn_out|mlp_out) \d|attn\.z L\dH\d) +\S+ \[", printed, flags=re.M)
