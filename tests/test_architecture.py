@@ -6,9 +6,10 @@ Read off the syntax trees, so an import inside a function counts like one at the
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -266,6 +267,85 @@ def test_an_unknown_public_name_is_refused_with_those_there_are():
         dynamics.patch_gradient  # noqa: B018
 
 
+# --- verbs, engine, tests ---------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[1]
+VERBS = ("patching", "attribution")
+"""Packages of public verbs alone."""
+
+APART = {"end_to_end", "scripts", "zoo", "oracles", "__init__", "conftest"}
+"""What of `tests/` mirrors no room of the packages."""
+
+SAYS_MORE = {"nouns", "package", "architecture"}
+"""Tests at the root that are about all of the packages."""
+
+
+def exported(package: str, modules: Mapping[str, str]) -> dict[str, set[str]]:
+    """The public names of a package by the module they come from."""
+    found: dict[str, set[str]] = {}
+    for node in ast.parse(modules[package]).body:
+        if isinstance(node, ast.ImportFrom):
+            found.setdefault(node.module or "", set()).update(alias.name for alias in node.names)
+    return found
+
+
+def borrowed(package: str, modules: Mapping[str, str]) -> list[str]:
+    """Imports of what a package of verbs does not export, from anywhere in the library."""
+    public = exported(package, modules)
+    return [
+        f"{module} imports {alias.name} from {node.module}"
+        for module, text in modules.items()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{package}.")
+        for alias in node.names
+        if alias.name not in public.get(node.module or "", set())
+    ]
+
+
+def misplaced(test_files: Iterable[Path], modules: Iterable[str]) -> list[str]:
+    """Test files that are not named after a module of their folder's room: test_MODULE.py, test_MODULE_THEME.py."""
+    known = set(modules)
+    wrong = []
+    for path in test_files:
+        room, said = path.parent.as_posix().strip("."), path.stem.removeprefix("test_")
+        package = "dynamics" if not room else "checkpoints" if room.startswith("checkpoints") else "dynamics"
+        inside = [part for part in room.split("/") if part and part != "checkpoints"]
+        home = ".".join([package, *inside])
+        words = said.split("_")
+        names = {"_".join(words[:n]) for n in range(1, len(words) + 1)}
+        if not room and said in SAYS_MORE:
+            continue
+        if said != "package" and not any(f"{home}.{name}" in known for name in names):
+            wrong.append(path.as_posix())
+    return wrong
+
+
+@pytest.mark.parametrize("package", VERBS)
+def test_every_file_of_verbs_holds_one_and_nothing_that_others_use(package):
+    modules, home = sources(), f"dynamics.{package}"
+    files = {name for name in modules if name.startswith(f"{home}.")}
+    assert {module: len(names) for module, names in exported(home, modules).items()} == dict.fromkeys(
+        files, 1
+    )
+    assert borrowed(home, modules) == []
+
+
+def test_no_script_and_no_page_imports_the_engine():
+    pages = [*ROOT.glob("scripts/**/*.py"), *ROOT.glob("*.md"), *ROOT.glob("docs/**/*.*")]
+    assert len(pages) > 20
+    assert [
+        path.name
+        for path in pages
+        if re.search(r"^\s*(from|import) dynamics\.engine\b", path.read_text(encoding="utf-8"), re.MULTILINE)
+    ] == []
+    assert "engine" not in dynamics.__all__
+
+
+def test_tests_stand_where_the_code_they_test_stands():
+    below = [path.relative_to(ROOT / "tests") for path in ROOT.glob("tests/**/test_*.py")]
+    assert misplaced([path for path in below if path.parts[0] not in APART], sources()) == []
+
+
 # --- the checks themselves --------------------------------------------------------------------------------
 
 HOUSE = {
@@ -347,3 +427,29 @@ def test_a_function_that_hides_its_module_is_seen():
     door = "from dynamics.steps.update import update"
     assert shadowed({**HOUSE, "dynamics.steps": door}) == ["dynamics.steps.update"]
     assert shadowed({**HOUSE, "dynamics.steps": "from dynamics.steps.update import step"}) == []
+
+
+def test_what_is_borrowed_from_a_verb_is_seen():
+    verbs = {
+        "dynamics.patching": "from dynamics.patching.gradients import patch_gradients as patch_gradients",
+        "dynamics.patching.gradients": "",
+        "dynamics.sweeps.units": "from dynamics.patching.gradients import patch_gradients, patched",
+    }
+    assert borrowed("dynamics.patching", verbs) == [
+        "dynamics.sweeps.units imports patched from dynamics.patching.gradients"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "wrong"),
+    [
+        ("steps/test_update.py", False),
+        ("steps/test_update_memory.py", False),
+        ("steps/test_engine_update.py", True),
+        ("test_trees.py", False),
+        ("test_update.py", True),
+        ("checkpoints/test_writer.py", True),
+    ],
+)
+def test_a_test_file_named_after_no_module_of_its_room_is_seen(path, wrong):
+    assert misplaced([Path(path)], HOUSE) == ([path] if wrong else [])

@@ -197,7 +197,7 @@ def fill(array: Array, one_pass: MeasurePass, joined: ContrastBatch, found: Sequ
         for member, rows, mean in zip(joined.members, joined.rows, joined.means(values), strict=True):
             if bool(mean.isnan()) and bool(values[rows if values.ndim else ...].isnan().all()):
                 raise MeasureError(
-                    f"measure {name!r} gave NaN for every row of {joined.name}; expected numbers."
+                    f"measure {name!r} gave NaN for every row of contrast number {member}; expected numbers."
                 )
             array[place, member] = float(mean)
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pandas as pd
 import xarray as xr
 
-from dynamics.results.provenance_json import common, parse
+from dynamics.results.provenance_json import common, parse, paths_taken
 from dynamics.site_coordinates import PLACEBO as PLACEBO
 from dynamics.site_coordinates import SITE_COORDS as SITE_COORDS
 
@@ -239,7 +239,7 @@ def concat(datasets: Iterable[xr.Dataset], dim: str, values: Sequence[int | floa
     All must have the same variables, units and labels (`join="exact"`: nothing is filled in). Coordinates
     along `site` stay along `site`; another coordinate gains the new dim only where the datasets differ in
     it (an alias stands for another integer in another run). A scalar coordinate called `dim` gives way to
-    `values`. The provenance keeps what all of them share.
+    `values`. The provenance keeps what all of them share, and every path that one of them took.
 
     Args:
         datasets: at least one, length n.
@@ -277,7 +277,8 @@ def concat(datasets: Iterable[xr.Dataset], dim: str, values: Sequence[int | floa
         if key != "provenance" and all(part.attrs.get(key) == value for part in parts)
     }
     if len(facts) == len(parts):
-        shared["provenance"] = json.dumps(functools.reduce(common, facts), sort_keys=True)
+        kept: dict[str, Any] = functools.reduce(common, facts)
+        shared["provenance"] = json.dumps({**kept, **paths_taken(facts)}, sort_keys=True)
     joined.attrs = shared
     return joined
 

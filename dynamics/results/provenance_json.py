@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -57,6 +58,19 @@ def common(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
         elif one[key] == other[key]:
             shared[key] = one[key]
     return shared
+
+
+def paths_taken(many: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """{"paths": ...} of several results joined: every path that a part of one of them took; {} where none says.
+
+    Args:
+        many: facts of each, in order.
+    """
+    joined: dict[str, dict[str, None]] = {}
+    for facts in many:
+        for part, paths in facts.get("paths", {}).items():
+            joined.setdefault(part, {}).update(dict.fromkeys(paths.split("; ")))
+    return {"paths": {part: "; ".join(paths) for part, paths in sorted(joined.items())}} if joined else {}
 
 
 def _plain(value: object) -> Any:

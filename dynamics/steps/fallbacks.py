@@ -35,7 +35,7 @@ class ComputePaths:
     def took(self, part: str, path: str) -> None:
         """A part took this path, as planned."""
         known = self._taken.setdefault(part, [])
-        if path not in known:
+        if not any(said == path or said.startswith(f"{path}, since ") for said in known):
             known.append(path)
 
     def fell_back(self, part: str, path: str, why: str) -> None:
@@ -61,7 +61,7 @@ def reason(error: BaseException) -> str:
     """An error as one short line."""
     if isinstance(error, Fallback):
         return str(error)
-    line = " ".join(str(error).split())
+    line = " ".join(str(error).replace(";", ",").split())
     return f"{type(error).__name__}: {line[:160]}{'...' if len(line) > 160 else ''}"
 
 

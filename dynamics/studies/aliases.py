@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,8 @@ def _effects(task: AliasTask, trajectory: Trajectory, verb: str, path: Path) -> 
     ]
     effects = results.concat(by_optimizer, "optimizer", patching.optimizers)
     effects = effects.assign_coords(x2_step=("step", list(patching.x2_steps)))
-    effects.attrs["provenance"] = results.provenance(verb=verb, config=task.config.to_dict())
+    paths = json.loads(effects.attrs["provenance"])["paths"]
+    effects.attrs["provenance"] = results.provenance(verb=verb, config=task.config.to_dict(), paths=paths)
     results.save(effects, path)
     return effects
 

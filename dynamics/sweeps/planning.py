@@ -19,6 +19,7 @@ from checkpoints.rng import replayed
 from dynamics import measures, results, tasks
 from dynamics.measures import Measure
 from dynamics.recipe import Contrast
+from dynamics.results.provenance_json import paths_taken
 from dynamics.sites import Site
 from dynamics.sweeps.digests import digest
 from dynamics.sweeps.errors import SweepError
@@ -131,7 +132,9 @@ class Plan:
         def of_run(seed: Seed) -> xr.Dataset:
             return along("optimizer", list(self.states), lambda state: of_state(seed, state))
 
-        return along("seed", list(self.questions), of_run).assign_attrs(provenance=self.provenance)
+        paths = paths_taken(json.loads(part.attrs.get("provenance", "{}")) for part in found)
+        facts = json.dumps({**json.loads(self.provenance), **paths}, sort_keys=True)
+        return along("seed", list(self.questions), of_run).assign_attrs(provenance=facts)
 
     def _cell(self, parts: Sequence[xr.Dataset]) -> xr.Dataset:
         """The results of one cell's units, one after another along `example`."""

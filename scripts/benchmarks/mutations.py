@@ -337,7 +337,7 @@ def judged(mutation: Mutation, suite: Suite, tree: Path, bound: float) -> dict:
         by = "" if len(chosen) == len(set().union(*groups)) else "bound"
     else:
         failed = re.search(r"^(?:FAILED|ERROR) (.*?)(?: - |$)", printed, re.MULTILINE)
-        by = failed[1] if failed else "timeout" if code is None else f"exit code {code}"
+        by = failed[1] if failed else "timeout" if code is None else f"no test starts, exit code {code}"
     counts = re.findall(r"(\d+) (?:passed|failed|error)", printed[-200:])
     ran = {"tests": sum(map(int, counts)), "seconds": round(time.monotonic() - began, 1)}
     return {"verdict": "survived" if code == 0 else "caught", "by": by} | ran
