@@ -4,7 +4,7 @@ Weights of every matrix, every alias's answers, the residual stream at every pos
 the whole process counts towards the peak of memory. CPU time is told beside the clock's, which other programs on
 the machine disturb.
 
-    .venv/bin/python scripts/comparison_cost.py --readme
+    .venv/bin/python scripts/benchmarks/comparison_cost.py --readme
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The verbs beside the seed's loop, on the same work, in one run: ratios, memory, and how the cost grows.
 
-    .venv/bin/python scripts/benchmark_patching.py --readme
+    .venv/bin/python scripts/benchmarks/patching_speed.py --readme
 
 Each row interleaves the loop of `seed_loop.py` and the verb; both take identical batches from the same checkpoint,
 a few steps into training, so results must agree. The seed's size is timed on some of the sites, evenly spread, as

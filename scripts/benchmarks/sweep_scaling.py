@@ -4,7 +4,7 @@ One sweep of a finished run (gradients exchanged at every site of its config, al
 fresh optimizer) is taken serially and by 1, 2, ... workers, each into an empty folder and with its estimate made
 before. The Datasets must be identical. Needs a machine that does nothing else meanwhile.
 
-    OMP_NUM_THREADS=1 .venv/bin/python scripts/sweep_scaling.py --run runs/aliases --replays 100000 --workers 0 1 2
+    OMP_NUM_THREADS=1 .venv/bin/python scripts/benchmarks/sweep_scaling.py --run runs/aliases --replays 100000 --workers 0 1 2
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Three ways take the same steps of the same toy, interleaved, so that a busy mach
 bare loop; Lightning with `StepModule`; Lightning with a `TrajectoryRecorder` on the default schedule. The
 ratios of the medians go into the README.
 
-    .venv/bin/python scripts/benchmark.py --readme
+    .venv/bin/python scripts/benchmarks/training_overhead.py --readme
 """
 
 from __future__ import annotations

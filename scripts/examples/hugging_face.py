@@ -2,8 +2,8 @@
 
 One contrast of two prompts that differ in one token; heads, one layer's backward signal, and the memory it takes.
 
-    .venv/bin/python scripts/hugging_face.py
-    .venv/bin/python scripts/hugging_face.py --layers 2 --width 64      # in miniature
+    .venv/bin/python scripts/examples/hugging_face.py
+    .venv/bin/python scripts/examples/hugging_face.py --layers 2 --width 64      # in miniature
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ answers right. On the other half of the prompts the found heads are ablated, and
     for task in ioi acronyms facts; do for seed in 1 2 3 4 5; do
         .venv/bin/dynamics fit --preset $task --seed $seed --out runs/languages/$task-$seed
     done; done
-    .venv/bin/python scripts/ablate_circuit.py runs/languages/* --readme
+    .venv/bin/python scripts/experiments/ablate_circuit.py runs/languages/* --readme
 """
 
 from __future__ import annotations

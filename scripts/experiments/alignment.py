@@ -4,7 +4,7 @@ The cosine between the gradient of each alias's definition, as training gives it
 of its questions, at log-spaced steps of X1 and X2 of several runs; beside it the accuracy of the sets and where
 heads look. An event is the change point of a run's curve: of a piecewise-constant fit along the log-spaced steps.
 
-    .venv/bin/python scripts/alignment.py runs/seeds-fresh/train-5-seed-*/drawn --out runs/alignment --readme
+    .venv/bin/python scripts/experiments/alignment.py runs/seeds-fresh/train-5-seed-*/drawn --out runs/alignment --readme
 """
 
 from __future__ import annotations

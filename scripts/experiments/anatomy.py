@@ -4,7 +4,7 @@
 matrix read or the signal that reached it, (c) does one component's gradient, exchanged through 50 steps of X2,
 move Dt3 − Df4, (d) do O and V act together, (e) why does the correct logit fall after an unreliable definition.
 
-    .venv/bin/python scripts/anatomy.py runs/seeds-fresh/train-5-seed-*/drawn --out runs/anatomy --readme
+    .venv/bin/python scripts/experiments/anatomy.py runs/seeds-fresh/train-5-seed-*/drawn --out runs/anatomy --readme
 """
 
 from __future__ import annotations

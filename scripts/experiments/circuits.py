@@ -10,7 +10,7 @@ answer.
     for task in ioi acronyms facts; do for seed in 1 2 3 4 5; do
         .venv/bin/dynamics fit --preset $task --seed $seed --out runs/languages/$task-$seed
     done; done
-    .venv/bin/python scripts/circuits.py runs/languages/* --readme
+    .venv/bin/python scripts/experiments/circuits.py runs/languages/* --readme
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ together (`patch_window` over recorded batches). X2 is then trained again from t
 gradient difference erased in them, everywhere, or in random matrices with as many parameters and as large a
 difference.
 
-    .venv/bin/python scripts/closing_the_loop.py runs/seeds-fresh/train-5-seed-*/drawn --readme
+    .venv/bin/python scripts/experiments/closing_the_loop.py runs/seeds-fresh/train-5-seed-*/drawn --readme
 """
 
 from __future__ import annotations

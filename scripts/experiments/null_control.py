@@ -3,7 +3,7 @@
 Trains runs whose tags are drawn at random for each alias in X1, replays the same definitions at X2 step 10 as the
 study does, and counts sites with p ≤ .05 by sign flips over runs. It should be about one in twenty.
 
-    .venv/bin/python scripts/null_control.py --runs 12 --readme
+    .venv/bin/python scripts/experiments/null_control.py --runs 12 --readme
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ written there alone; three decoys get a tag difference of the same norm, orthogo
 The truth of a site is what exchanging the tags' gradients there through a window of X2 does to Dt3 − Df4.
 Each method gives every candidate a score from single definitions; it is held against the plant and the truth.
 
-    .venv/bin/python scripts/planted_truth.py runs/seeds-fresh/train-5-seed-*/drawn --out runs/planted --readme
+    .venv/bin/python scripts/experiments/planted_truth.py runs/seeds-fresh/train-5-seed-*/drawn --out runs/planted --readme
 """
 
 from __future__ import annotations

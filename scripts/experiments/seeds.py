@@ -3,7 +3,7 @@
 Each run is trained once to the end of X1; X2 is then forked twice, with the roles of Dt3 and Df4 as drawn
 and exchanged, and averaged, which cancels luck in the split. The table goes into the README.
 
-    .venv/bin/python scripts/seeds.py --seeds 0 1 2 3 4 --dial 1 2 3 4 5 --workers 2
+    .venv/bin/python scripts/experiments/seeds.py --seeds 0 1 2 3 4 --dial 1 2 3 4 5 --workers 2
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ layer stand for each other by strength: its strongest head at the end. Edges: `a
 nodes, every other prompt), at some of those steps; the circuit of each step (threshold 0.5 % of that step's
 gap) beside that of the last one.
 
-    .venv/bin/python scripts/when_causal.py runs/languages/* --readme
+    .venv/bin/python scripts/experiments/when_causal.py runs/languages/* --readme
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ learnt:
 
 Both in the correct answer's logit less the mean logit. The optimizer's state is the run's own.
 
-    .venv/bin/python scripts/writes_and_reads.py runs/languages/facts-* --aliases runs/aliases --readme
+    .venv/bin/python scripts/experiments/writes_and_reads.py runs/languages/facts-* --aliases runs/aliases --readme
 """
 
 from __future__ import annotations

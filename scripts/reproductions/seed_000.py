@@ -1,8 +1,8 @@
 """Attribution patching, cell by cell: indirect objects first, then facts (seed 000).
 
 dynamics fit --preset ioi --out runs/ioi && dynamics fit --preset facts --out runs/facts
-.venv/bin/python scripts/reproduce_seed_000.py runs/ioi --facts runs/facts
-.venv/bin/python scripts/reproduce_seed_000.py --model gpt2 --n 8 --nodes 8
+.venv/bin/python scripts/reproductions/seed_000.py runs/ioi --facts runs/facts
+.venv/bin/python scripts/reproductions/seed_000.py --model gpt2 --n 8 --nodes 8
 """
 
 from __future__ import annotations

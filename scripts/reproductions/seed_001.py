@@ -4,8 +4,8 @@ The seed's corruption exchanges the two names of the first clause, which leaves 
 one lets the other person give.
 
     dynamics fit --preset ioi --out runs/ioi
-    .venv/bin/python scripts/reproduce_seed_001.py runs/ioi
-    .venv/bin/python scripts/reproduce_seed_001.py --model gpt2 --n 5
+    .venv/bin/python scripts/reproductions/seed_001.py runs/ioi
+    .venv/bin/python scripts/reproductions/seed_001.py --model gpt2 --n 5
 """
 
 from __future__ import annotations

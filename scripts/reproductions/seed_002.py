@@ -5,7 +5,7 @@ normalised metric by layer (the backward signal alone, and with the activation),
 position, component and head. The notebook's first checkpoint is the one before X2; here it is ten steps later,
 where the two definitions differ over all aliases (`--first 0` for the notebook's).
 
-    .venv/bin/python scripts/reproduce_seed_002.py runs/aliases
+    .venv/bin/python scripts/reproductions/seed_002.py runs/aliases
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The acronym circuit: one letter after another, the current word corrupted, residual stream and heads (seed 003).
 
 dynamics fit --preset acronyms --out runs/acronyms
-.venv/bin/python scripts/reproduce_seed_003.py runs/acronyms --readme
-.venv/bin/python scripts/reproduce_seed_003.py --model gpt2 --acronyms data/acronyms.txt --n 250
+.venv/bin/python scripts/reproductions/seed_003.py runs/acronyms --readme
+.venv/bin/python scripts/reproductions/seed_003.py --model gpt2 --acronyms data/acronyms.txt --n 250
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Interchange interventions on a fact: MLP outputs and attention inputs, by layer and position (seed 004).
 
 dynamics fit --preset facts --out runs/facts
-.venv/bin/python scripts/reproduce_seed_004.py runs/facts
-.venv/bin/python scripts/reproduce_seed_004.py --model gpt2
+.venv/bin/python scripts/reproductions/seed_004.py runs/facts
+.venv/bin/python scripts/reproductions/seed_004.py --model gpt2
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The seed's table at its own size: recoveries of nested parts and of block 0's, for one alias and for all of them.
 
     .venv/bin/dynamics fit --preset seed --out runs/seed
-    .venv/bin/python scripts/seed_size.py --run runs/seed --readme
+    .venv/bin/python scripts/reproductions/seed_size.py --run runs/seed --readme
 
 The seed examined one integer, whose answers had changed most. Beside it here stand all held-out aliases.
 """
