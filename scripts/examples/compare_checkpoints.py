@@ -1,4 +1,4 @@
-"""Checkpoints of a run side by side: the example to copy.
+"""Checkpoints of a run side by side, the example to copy. About a minute.
 
 What changed between two steps, what changed from each stored checkpoint to the next, and what a verb says at
 each of them, site by step under the accuracies. `dynamics compare` asks more of a run of the alias task; here

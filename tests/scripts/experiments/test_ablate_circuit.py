@@ -9,7 +9,14 @@ import torch
 
 import dynamics as dy
 from checkpoints import Trajectory
-from dynamics.config import AcronymsConfig, AcronymsRun, OnePhaseConfig, PhaseConfig, ScheduleConfig, ToyConfig
+from dynamics.config import (
+    AcronymsConfig,
+    AcronymsRun,
+    OnePhaseConfig,
+    PhaseConfig,
+    ScheduleConfig,
+    ToyConfig,
+)
 from scripts.experiments import ablate_circuit
 from tests.scripts.calling import call, in_small, rows_of
 
