@@ -1,14 +1,12 @@
-"""Mutation check: which small random errors in the library's code the tests notice. About half a minute a
-mutation.
+"""Mutation check: which small errors in the library the tests notice. About half a minute a mutation.
 
     .venv/bin/python -m pytest --cov --cov-config=FILE --cov-context=test --junitxml=durations.xml
     .venv/bin/python scripts/benchmarks/mutations.py --coverage .coverage --durations durations.xml --out now.json
 
-FILE sets `source = dynamics, checkpoints` and `relative_files = true`. A mutation changes one place of the
-syntax tree (`changes` lists how) in a clone of the last commit; the tests that cover its lines run there,
-cheapest files first, until one fails or `--bound` is spent. Later, `--again earlier.json` finds the same
-places by function and text where files have moved, and tells which mutations were caught then and survive
-now.
+FILE sets `source = dynamics, checkpoints` and `relative_files = true`. A mutation changes one place of the syntax
+tree (`changes` lists how) in a clone of the last commit; the tests that cover its lines run there, cheapest files
+first, until one fails or `--bound` is spent. Later, `--again earlier.json` finds the same places by function and
+text where files have moved, and tells which mutations were caught then and survive now.
 """
 
 from __future__ import annotations
