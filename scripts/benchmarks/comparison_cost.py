@@ -1,10 +1,10 @@
-"""What it costs to open a trajectory of 200 checkpoints of the toy and to compare each with its neighbour.
+"""What opening 200 checkpoints and comparing each with the next costs. About a minute on one core.
 
-Weights of every matrix, every alias's answers, the residual stream at every position and every head's attention;
-the whole process counts towards the peak of memory. CPU time is told beside the clock's, which other programs on
-the machine disturb.
+Checkpoints of the toy: weights of every matrix, every alias's answers, the residual stream at every position
+and every head's attention; the whole process counts towards the peak of memory. CPU time is told beside the
+clock's, which other programs on the machine disturb.
 
-    .venv/bin/python scripts/comparison_cost.py --readme
+    .venv/bin/python scripts/benchmarks/comparison_cost.py --readme
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Mutation check: which small random errors in the library's code the tests notice. About half a minute a mutation.
+"""Mutation check: which small errors in the library the tests notice. About half a minute a mutation.
 
     .venv/bin/python -m pytest --cov --cov-config=FILE --cov-context=test --junitxml=durations.xml
     .venv/bin/python scripts/benchmarks/mutations.py --coverage .coverage --durations durations.xml --out now.json

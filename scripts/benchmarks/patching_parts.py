@@ -1,9 +1,9 @@
-"""Where the time of the verbs goes, part by part, beside what their goals leave and a floor for the work they do.
+"""Where the time of each verb goes, beside its goal and a floor. About 5 minutes on one core.
 
     .venv/bin/python scripts/benchmarks/patching_parts.py --readme
 
 The rows of `patching_speed.py` with one contrast, 1 thread; the verbs' own functions are timed during their
-calls.
+calls. The goal is what it leaves for a call, the floor what its work takes at the machine's own rate.
 """
 
 from __future__ import annotations

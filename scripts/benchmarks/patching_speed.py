@@ -1,10 +1,10 @@
-"""The verbs beside the seed's loop, on the same work, in one run: ratios, memory, and how the cost grows.
+"""The verbs beside the seed's loop: time, memory, how the cost grows. About half an hour on 2 cores.
 
-    .venv/bin/python scripts/benchmark_patching.py --readme
+    .venv/bin/python scripts/benchmarks/patching_speed.py --readme
 
-Each row interleaves the loop of `seed_loop.py` and the verb; both take identical batches from the same checkpoint,
-a few steps into training, so results must agree. The seed's size is timed on some of the sites, evenly spread, as
-its loop is the same for each.
+Each row interleaves the loop of `seed_loop.py` and the verb; both take identical batches from the same
+checkpoint, a few steps into training, so results must agree. The seed's size is timed on some of the sites,
+evenly spread, as its loop is the same for each.
 """
 
 from __future__ import annotations

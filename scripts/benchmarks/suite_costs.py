@@ -1,9 +1,10 @@
-"""What one study of the Pythia suite would cost, by arithmetic: hours of one GPU and memory, verb by verb.
+"""What one study of the Pythia suite would cost: hours of one GPU and memory, by verb. A few seconds.
 
-    .venv/bin/python scripts/suite_costs.py --readme
+    .venv/bin/python scripts/benchmarks/suite_costs.py --readme
 
-Nothing is run. A verb's operations and the bytes it moves are counted (below) and divided by what a GPU is sold to
-do, times the share of that which the toolkit reaches on a CPU (`patching_speed.py`: floor over achieved).
+Arithmetic: nothing is run. A verb's operations and the bytes it moves are counted (below) and divided by what
+a GPU is sold to do, times the share of that which the toolkit reaches on a CPU (`patching_speed.py`: floor
+over achieved).
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""How sweeps scale over this machine's cores, and whether they take what was foretold.
+"""How sweeps scale over cores, and whether they take what was foretold. About 10 minutes on 2 cores.
 
 One sweep of a finished run (gradients exchanged at every site of its config, all held-out aliases, stored and
-fresh optimizer) is taken serially and by 1, 2, ... workers, each into an empty folder and with its estimate made
-before. The Datasets must be identical. Needs a machine that does nothing else meanwhile.
+fresh optimizer) is taken serially and by 1, 2, ... workers, each into an empty folder and with its estimate
+made before. The Datasets must be identical. Needs a machine that does nothing else meanwhile.
 
-    OMP_NUM_THREADS=1 .venv/bin/python scripts/sweep_scaling.py --run runs/aliases --replays 100000 --workers 0 1 2
+    OMP_NUM_THREADS=1 .venv/bin/python scripts/benchmarks/sweep_scaling.py --run runs/aliases --workers 0 1 2
 """
 
 from __future__ import annotations

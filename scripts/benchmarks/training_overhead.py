@@ -1,10 +1,10 @@
-"""What the Trainer, the recorder and TransformerLens's model cost over a bare loop of the same steps, in one run.
+"""What Lightning and the recorder cost over a bare loop of the same steps. About 10 minutes on one core.
 
 Three ways take the same steps of the same toy, interleaved, so that a busy machine disturbs all alike: a
 bare loop; Lightning with `StepModule`; Lightning with a `TrajectoryRecorder` on the default schedule. The
-ratios of the medians go into the README.
+ratios of the medians go into the README. TransformerLens's own model stands beside the toy.
 
-    .venv/bin/python scripts/benchmark.py --readme
+    .venv/bin/python scripts/benchmarks/training_overhead.py --readme
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Checkpoints of a run side by side: the example to copy.
+"""Checkpoints of a run side by side, the example to copy. About a minute.
 
 What changed between two steps, what changed from each stored checkpoint to the next, and what a verb says at
 each of them, site by step under the accuracies. `dynamics compare` asks more of a run of the alias task; here
 is every part by itself, for a run, a model and questions of your own.
 
-    .venv/bin/python scripts/compare_checkpoints.py runs/aliases --from 4500 --to 4600 --out runs/compared
+    .venv/bin/python scripts/examples/compare_checkpoints.py runs/aliases --from 4500 --to 4600 --out runs/compared
 """
 
 from __future__ import annotations

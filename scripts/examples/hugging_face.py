@@ -1,9 +1,10 @@
-"""A worked example on a Hugging Face model: random weights of GPT-2 small's size, no download.
+"""The verbs on a Hugging Face model of GPT-2 small's size. About half a minute, 5 GB of memory.
 
-One contrast of two prompts that differ in one token; heads, one layer's backward signal, and the memory it takes.
+Random weights, no download. One contrast of two prompts that differ in one token; heads, one layer's backward
+signal, and the memory it takes.
 
-    .venv/bin/python scripts/hugging_face.py
-    .venv/bin/python scripts/hugging_face.py --layers 2 --width 64      # in miniature
+    .venv/bin/python scripts/examples/hugging_face.py
+    .venv/bin/python scripts/examples/hugging_face.py --layers 2 --width 64      # in miniature
 """
 
 from __future__ import annotations

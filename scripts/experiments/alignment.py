@@ -1,10 +1,11 @@
-"""When do reliable and unreliable definitions part, in gradient alignment and in accuracy?
+"""When do reliable and unreliable definitions part? About 3 minutes a run.
 
-The cosine between the gradient of each alias's definition, as training gives it and under the other tag, and that
-of its questions, at log-spaced steps of X1 and X2 of several runs; beside it the accuracy of the sets and where
-heads look. An event is the change point of a run's curve: of a piecewise-constant fit along the log-spaced steps.
+In gradient alignment and in accuracy: the cosine between the gradient of each alias's definition, as training
+gives it and under the other tag, and that of its questions, at log-spaced steps of X1 and X2 of several runs;
+beside it the accuracy of the sets and where heads look. An event is the change point of a run's curve: of a
+piecewise-constant fit along the log-spaced steps.
 
-    .venv/bin/python scripts/alignment.py runs/seeds-fresh/train-5-seed-*/drawn --out runs/alignment --readme
+    .venv/bin/python scripts/experiments/alignment.py runs/seeds-fresh/train-5-seed-*/drawn --readme
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""Which edges a small language's answer needs: circuits by threshold, kept alone, beside random ones.
+"""Which edges a small language's answer needs, beside random edges. About a minute a run.
 
 For each run of a language (`dynamics fit --preset ioi`, acronyms, facts): `attribute_paths`, integrated,
 scores every edge on every other prompt of the task's contrasts. The circuit is that of the highest threshold
-at which, on those prompts, the circuit alone (every other edge carries what the corrupted prompt writes) keeps
-90 % of the logit difference. What is shown is measured on the other half of the prompts: how much the circuit
-keeps there, and how much as many edges drawn from all, and as many drawn way by way from the tokens to the
-answer.
+at which, on those prompts, the circuit alone (every other edge carries what the corrupted prompt writes)
+keeps 90 % of the logit difference. What is shown is measured on the other half of the prompts: how much the
+circuit keeps there, and how much as many edges drawn from all, and as many drawn way by way from the tokens
+to the answer.
 
     for task in ioi acronyms facts; do for seed in 1 2 3 4 5; do
         .venv/bin/dynamics fit --preset $task --seed $seed --out runs/languages/$task-$seed
     done; done
-    .venv/bin/python scripts/circuits.py runs/languages/* --readme
+    .venv/bin/python scripts/experiments/circuits.py runs/languages/* --readme
 """
 
 from __future__ import annotations

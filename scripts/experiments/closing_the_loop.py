@@ -1,11 +1,11 @@
-"""Closing the loop: is the difference gone where it was localised, and only there?
+"""Is the difference gone where it was localised, and only there? About 10 minutes a run.
 
 From the first steps of X2 a tenth of the matrices is chosen, those whose gradients' tags move Dt3 − Df4 most
-together (`patch_window` over recorded batches). X2 is then trained again from the same checkpoint with the tag's
-gradient difference erased in them, everywhere, or in random matrices with as many parameters and as large a
-difference.
+together (`patch_window` over recorded batches). X2 is then trained again from the same checkpoint with the
+tag's gradient difference erased in them, everywhere, or in random matrices with as many parameters and as
+large a difference.
 
-    .venv/bin/python scripts/closing_the_loop.py runs/seeds-fresh/train-5-seed-*/drawn --readme
+    .venv/bin/python scripts/experiments/closing_the_loop.py runs/seeds-fresh/train-5-seed-*/drawn --readme
 """
 
 from __future__ import annotations

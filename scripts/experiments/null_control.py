@@ -1,9 +1,10 @@
-"""Null control: where tags say nothing in X1, how many sites does the run-level test call significant?
+"""How many sites are called significant where tags say nothing? About 10 minutes on 2 cores.
 
-Trains runs whose tags are drawn at random for each alias in X1, replays the same definitions at X2 step 10 as the
-study does, and counts sites with p ≤ .05 by sign flips over runs. It should be about one in twenty.
+Null control: trains runs whose tags are drawn at random for each alias in X1, replays the same definitions at
+X2 step 10 as the study does, and counts sites with p ≤ .05 by sign flips over runs. It should be about one in
+twenty.
 
-    .venv/bin/python scripts/null_control.py --runs 12 --readme
+    .venv/bin/python scripts/experiments/null_control.py --runs 12 --readme
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Planted truth: do methods of localisation find the place where the tag can act?
+"""Do methods of localisation find the place where the tag can act? About 2 minutes a planted site and run.
 
-In X2 every definition's gradient outside a planted site is averaged over both tags, so the tag's difference can be
-written there alone; three decoys get a tag difference of the same norm, orthogonal to the measure's gradient.
-The truth of a site is what exchanging the tags' gradients there through a window of X2 does to Dt3 − Df4.
-Each method gives every candidate a score from single definitions; it is held against the plant and the truth.
+Planted truth: in X2 every definition's gradient outside a planted site is averaged over both tags, so the
+tag's difference can be written there alone; three decoys get a tag difference of the same norm, orthogonal to
+the measure's gradient. The truth of a site is what exchanging the tags' gradients there through a window of
+X2 does to Dt3 − Df4. Each method gives every candidate a score from single definitions; it is held against
+the plant and the truth.
 
-    .venv/bin/python scripts/planted_truth.py runs/seeds-fresh/train-5-seed-*/drawn --out runs/planted --readme
+    .venv/bin/python scripts/experiments/planted_truth.py runs/seeds-fresh/train-5-seed-*/drawn --readme
 """
 
 from __future__ import annotations

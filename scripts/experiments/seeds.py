@@ -1,9 +1,10 @@
-"""Strong and weak internalisation over seeds, along the dial of how many multipliers train.
+"""Strong and weak internalisation over seeds and a dial. About half an hour on 2 cores for 25 runs.
 
-Each run is trained once to the end of X1; X2 is then forked twice, with the roles of Dt3 and Df4 as drawn
-and exchanged, and averaged, which cancels luck in the split. The table goes into the README.
+The dial is how many multipliers train. Each run is trained once to the end of X1; X2 is then forked twice,
+with the roles of Dt3 and Df4 as drawn and exchanged, and averaged, which cancels luck in the split. The table
+goes into the README.
 
-    .venv/bin/python scripts/seeds.py --seeds 0 1 2 3 4 --dial 1 2 3 4 5 --workers 2
+    .venv/bin/python scripts/experiments/seeds.py --seeds 0 1 2 3 4 --dial 1 2 3 4 5 --workers 2
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""When does each head become causal, and which edges persist: activation verbs over training, by `dy.sweep`.
+"""When does each head become causal, and which edges persist? About a minute a run.
 
-Runs of one language, two or more seeds each. Heads: `patch_activations` puts every head's clean output
-(hook_z, all positions) into the corrupted prompt at every stored step from 10 on; `comparison.when` says where
-a head's effect changes its level, and the run is the unit. Heads have no names across runs, so those of a
-layer stand for each other by strength: its strongest head at the end. Edges: `attribute_paths`, integrated (8
-nodes, every other prompt), at some of those steps; the circuit of each step (threshold 0.5 % of that step's
-gap) beside that of the last one.
+Activation verbs over training, by `dy.sweep`, in runs of one language or more, two or more seeds each. Heads:
+`patch_activations` puts every head's clean output (hook_z, all positions) into the corrupted prompt at every
+stored step from 10 on; `comparison.when` says where a head's effect changes its level, and the run is the
+unit. Heads have no names across runs, so those of a layer stand for each other by strength: its strongest
+head at the end. Edges: `attribute_paths`, integrated (8 nodes, every other prompt), at some of those steps;
+the circuit of each step (threshold 0.5 % of that step's gap) beside that of the last one.
 
-    .venv/bin/python scripts/when_causal.py runs/languages/* --readme
+    .venv/bin/python scripts/experiments/when_causal.py runs/languages/* --readme
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Where a fact is read, above where it was written, on one time axis: activation patching and gradient patching.
+"""Where and when is a fact read, and where was it written? About 10 minutes for five runs and one of aliases.
 
-Runs of `facts` and one of the aliases. At every step of the stretch in which late facts (aliases of X2) are
-learnt:
+Activation patching above gradient patching on one time axis, in runs of `facts` and one of the aliases. At
+every step of the stretch in which late facts (aliases of X2) are learnt:
 
 - read: `patch_activations` puts what each head, MLP and the embedding gives for the subject asked about into
   the same question about another subject, at the checkpoint before the step. How much of the answer comes back?
@@ -11,7 +11,7 @@ learnt:
 
 Both in the correct answer's logit less the mean logit. The optimizer's state is the run's own.
 
-    .venv/bin/python scripts/writes_and_reads.py runs/languages/facts-* --aliases runs/aliases --readme
+    .venv/bin/python scripts/experiments/writes_and_reads.py runs/languages/facts-* --aliases runs/aliases --readme
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""Attribution patching, cell by cell: indirect objects first, then facts (seed 000).
+"""Attribution patching, cell by cell (seed 000). About 2 minutes.
 
-dynamics fit --preset ioi --out runs/ioi && dynamics fit --preset facts --out runs/facts
-.venv/bin/python scripts/reproduce_seed_000.py runs/ioi --facts runs/facts
-.venv/bin/python scripts/reproduce_seed_000.py --model gpt2 --n 8 --nodes 8
+Indirect objects first, then facts.
+
+    dynamics fit --preset ioi --out runs/ioi && dynamics fit --preset facts --out runs/facts
+    .venv/bin/python scripts/reproductions/seed_000.py runs/ioi --facts runs/facts
+    .venv/bin/python scripts/reproductions/seed_000.py --model gpt2 --n 8 --nodes 8
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Activation patching of a task of one's own in 20 lines: a ranked table, a layer x component map (seed 001).
+"""Activation patching of one's own task in 20 lines (seed 001). About 15 seconds.
 
-The seed's corruption exchanges the two names of the first clause, which leaves the answer what it was; the other
-one lets the other person give.
+A ranked table, a layer x component map. The seed's corruption exchanges the two names of the first clause,
+which leaves the answer what it was; the other one lets the other person give.
 
     dynamics fit --preset ioi --out runs/ioi
-    .venv/bin/python scripts/reproduce_seed_001.py runs/ioi
-    .venv/bin/python scripts/reproduce_seed_001.py --model gpt2 --n 5
+    .venv/bin/python scripts/reproductions/seed_001.py runs/ioi
+    .venv/bin/python scripts/reproductions/seed_001.py --model gpt2 --n 5
 """
 
 from __future__ import annotations

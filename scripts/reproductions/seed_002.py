@@ -1,11 +1,12 @@
-"""Gradient patching step by step, as the notebook of seed 002 has it, on a run of the alias task.
+"""Gradient patching, step by step, of aliases (seed 002). About 2 minutes.
 
-Two checkpoints, accuracy per integer before and after, the integer that changed most, single replays, the
-normalised metric by layer (the backward signal alone, and with the activation), by parameters up to a layer, by
-position, component and head. The notebook's first checkpoint is the one before X2; here it is ten steps later,
-where the two definitions differ over all aliases (`--first 0` for the notebook's).
+As the notebook of seed 002 has it, on a run of the alias task: two checkpoints, accuracy per integer before
+and after, the integer that changed most, single replays, the normalised metric by layer (the backward signal
+alone, and with the activation), by parameters up to a layer, by position, component and head. The notebook's
+first checkpoint is the one before X2; here it is ten steps later, where the two definitions differ over all
+aliases (`--first 0` for the notebook's).
 
-    .venv/bin/python scripts/reproduce_seed_002.py runs/aliases
+    .venv/bin/python scripts/reproductions/seed_002.py runs/aliases
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""The acronym circuit: one letter after another, the current word corrupted, residual stream and heads (seed 003).
+"""The acronym circuit, letter by letter (seed 003). About a minute.
 
-dynamics fit --preset acronyms --out runs/acronyms
-.venv/bin/python scripts/reproduce_seed_003.py runs/acronyms --readme
-.venv/bin/python scripts/reproduce_seed_003.py --model gpt2 --acronyms data/acronyms.txt --n 250
+One letter after another, with the current word corrupted: the residual stream and heads.
+
+    dynamics fit --preset acronyms --out runs/acronyms
+    .venv/bin/python scripts/reproductions/seed_003.py runs/acronyms --readme
+    .venv/bin/python scripts/reproductions/seed_003.py --model gpt2 --acronyms data/acronyms.txt --n 250
 """
 
 from __future__ import annotations

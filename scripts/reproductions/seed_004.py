@@ -1,8 +1,10 @@
-"""Interchange interventions on a fact: MLP outputs and attention inputs, by layer and position (seed 004).
+"""Interchange interventions on a fact (seed 004). Half a minute.
 
-dynamics fit --preset facts --out runs/facts
-.venv/bin/python scripts/reproduce_seed_004.py runs/facts
-.venv/bin/python scripts/reproduce_seed_004.py --model gpt2
+MLP outputs and attention inputs are exchanged, by layer and position.
+
+    dynamics fit --preset facts --out runs/facts
+    .venv/bin/python scripts/reproductions/seed_004.py runs/facts
+    .venv/bin/python scripts/reproductions/seed_004.py --model gpt2
 """
 
 from __future__ import annotations

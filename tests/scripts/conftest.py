@@ -45,7 +45,7 @@ def alias_config() -> StudyConfig:
         phases=PhasesConfig(
             pretrain=PhaseConfig(40, warmup=10), x1=PhaseConfig(40, warmup=10), x2=PhaseConfig(54)
         ),
-        schedule=ScheduleConfig(per_decade=4, dense=4, evaluate_every=20),
+        schedule=ScheduleConfig(per_decade=4, dense=4, evaluate_every=1000),
         patching=PatchingConfig(x2_steps=(0, 10, 40)),
     )
 
@@ -65,7 +65,7 @@ def facts_runs(fitted, tmp_path_factory) -> list[Path]:
         task=FactsConfig(n_subjects=6, n_late=2),
         model=ToyConfig(n_layers=2, n_heads=2, d_model=16, d_head=8, d_mlp=16, n_ctx=5),
         phases=LatePhasesConfig(learn=PhaseConfig(60, warmup=10), late=PhaseConfig(20)),
-        schedule=ScheduleConfig(per_decade=16),
+        schedule=ScheduleConfig(per_decade=16, evaluate_every=1000),
     )
     return [fitted(replace(config, seed=seed), folder / f"facts-{seed}") for seed in (1, 2)]
 

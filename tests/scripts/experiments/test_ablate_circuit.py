@@ -9,7 +9,14 @@ import torch
 
 import dynamics as dy
 from checkpoints import Trajectory
-from dynamics.config import AcronymsConfig, AcronymsRun, OnePhaseConfig, PhaseConfig, ToyConfig
+from dynamics.config import (
+    AcronymsConfig,
+    AcronymsRun,
+    OnePhaseConfig,
+    PhaseConfig,
+    ScheduleConfig,
+    ToyConfig,
+)
 from scripts.experiments import ablate_circuit
 from tests.scripts.calling import call, in_small, rows_of
 
@@ -24,6 +31,7 @@ def ablated(fitted, tmp_path_factory):
         task=AcronymsConfig(n_words=1, n_prompts=500),
         model=ToyConfig(n_layers=2, n_heads=2, d_model=32, d_head=16, d_mlp=32, n_ctx=7),
         phases=OnePhaseConfig(learn=PhaseConfig(steps=250, warmup=50), batch_size=32),
+        schedule=ScheduleConfig(per_decade=1, dense=0, evaluate_every=1000),
     )
     runs = [fitted(replace(config, seed=seed), folder / f"acronyms-{seed}") for seed in (1, 2)]
     with in_small(ablate_circuit, N_SETS=10, N_ALONG=2):

@@ -12,7 +12,7 @@ def test_the_acronym_circuit_letter_by_letter(subject, reproduce, tmp_path):
         "The Chief Executive Officer (, CEO\nThe Bank Air Art (, BAA\nThe Data Day East (, DDE\n"
     )
     arguments = ["--acronyms", listed] if "--model" in subject("acronyms") else ["--n", 3]
-    printed, figures = reproduce("003", *subject(subject, "acronyms"), *arguments, "--readme")
+    printed, figures = reproduce("003", *subject("acronyms"), *arguments, "--readme")
     assert figures == {"residual_stream", "heads"}
     assert [p.name for p in (tmp_path / ".readme").iterdir()] == ["acronyms.png"]
     assert len(re.findall(r"^letter \d: clean -?\d+\.\d\d, all words shuffled", printed, flags=re.M)) == 3

@@ -17,7 +17,7 @@ def test_interchange_of_a_fact(subject, language_runs, reproduce, tmp_path):
     if "--model" not in subject("facts"):
         base, source = dy.tasks.load(Trajectory.open(language_runs / "facts").config).subjects[:2]
     named = ["--base", base, "--source", source]
-    printed, figures = reproduce("004", *subject(subject, "facts"), *named)
+    printed, figures = reproduce("004", *subject("facts"), *named)
     assert figures == {"tiles", "bars"}
     frame = pd.read_csv(tmp_path / "004" / "interchange.csv")
     assert len(frame) == 2 * 2 * N_LAYERS * 5
