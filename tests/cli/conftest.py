@@ -1,4 +1,4 @@
-"""Runs in miniature: of the alias task, of somebody's own loop, imported. None of them was trained."""
+"""Runs in miniature: trained by the command line, of the alias task, of somebody's own loop, imported."""
 
 from pathlib import Path
 
@@ -8,7 +8,19 @@ from torch import nn
 
 from checkpoints import Checkpoint, Trajectory, TrajectoryWriter
 from dynamics import tasks
+from tests.cli.calling import TINY, succeed
 from tests.zoo.cli_runs import ALIASES, BATCHES, squared_error
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(made_once) -> list[Path]:
+    """What `dynamics fit` makes of TINY with seeds 0 and 1; not to be written into."""
+    return [
+        made_once(
+            f"tiny-{seed}", lambda out, seed=seed: succeed("fit", "--out", out, *TINY, f"--seed={seed}")
+        )
+        for seed in (0, 1)
+    ]
 
 
 @pytest.fixture

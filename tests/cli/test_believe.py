@@ -1,50 +1,24 @@
 """`dynamics believe` as a user meets it: ten checks of one site, or one line that says what is wrong."""
 
-import os
 import re
 import subprocess
-import sys
-import warnings
 from pathlib import Path
 
 import pytest
 
 from checkpoints import Trajectory
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from dynamics.studies import ten_checks
+from dynamics.studies import ten_checks
+from tests.cli.calling import dynamics
 
 pytestmark = pytest.mark.slow
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-TINY = [
-    "--preset=smoke",
-    "--task.modulus=8",
-    "--task.multipliers=[2, 3, 4]",
-    "--task.train_multipliers=2",
-    "--phases.pretrain.steps=20",
-    "--phases.x1.steps=20",
-    "--phases.x2.steps=20",
-    "--patching.x2_steps=[0, 10]",
-]
 CHECK = re.compile(r"^ {0,5}(holds|fails|open|-)  (\S.*)$")
 IMPULSE = ("--impulse", "2")
 
 
-def dynamics(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dynamics.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> list[Path]:
-    """The smoke preset in miniature, seeds 0 and 1."""
-    folders = [tmp_path_factory.mktemp("runs") / f"seed-{seed}" for seed in (0, 1)]
-    for seed, folder in enumerate(folders):
-        done = dynamics("fit", "--out", folder, *TINY, f"--seed={seed}")
-        assert done.returncode == 0, done.stderr
-    return folders
+@pytest.fixture
+def runs(tiny_runs) -> list[Path]:
+    return tiny_runs
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -1,35 +1,14 @@
 """`dynamics compare` as a user meets it, each call a process of its own."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dynamics import results
+from tests.cli.calling import TINY, dynamics
 
 pytestmark = pytest.mark.slow
-
-TINY = [
-    "--preset=smoke",
-    "--task.modulus=8",
-    "--task.multipliers=[2, 3, 4]",
-    "--task.train_multipliers=2",
-    "--phases.pretrain.steps=10",
-    "--phases.x1.steps=10",
-    "--phases.x2.steps=10",
-    "--schedule.dense=0",
-    "--patching.x2_steps=[0]",
-    "--patching.primary.x2_step=0",
-]
-
-
-def dynamics(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dynamics.cli", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
 @pytest.fixture(scope="module")

@@ -1,42 +1,17 @@
-"""The command line as a user meets it, each call a process of its own."""
+"""The command line as a user meets it."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import h5py
 import pytest
 
 from checkpoints import Trajectory
+from tests.cli.calling import TINY, dynamics, succeed
 
 pytestmark = pytest.mark.slow
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-TINY = [
-    "--preset=smoke",
-    "--task.modulus=8",
-    "--task.multipliers=[2, 3, 4]",
-    "--task.train_multipliers=2",
-    "--phases.pretrain.steps=20",
-    "--phases.x1.steps=20",
-    "--phases.x2.steps=20",
-    "--patching.x2_steps=[0, 10]",
-]
-
-
-def dynamics(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dynamics.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
-
-
-def succeed(*arguments: str | Path) -> str:
-    done = dynamics(*arguments)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +61,8 @@ def test_a_study_called_again_computes_nothing_anew(run):
 
 
 def test_a_new_process_replays_every_stored_neighbour_bit_for_bit(run):
-    printed = succeed("verify", run)
+    command = [sys.executable, "-m", "dynamics.cli", "verify", str(run)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     pairs = len(Trajectory.open(run).steps) - 1
     assert f"{pairs} of {pairs} stored neighbours replay bit for bit." in printed
 
@@ -150,29 +126,34 @@ def test_training_that_diverges_stops_with_an_error_and_a_good_trajectory(tmp_pa
 
 
 def test_ctrl_c_leaves_a_run_that_opens_and_the_same_command_finishes_it(tmp_path, run):
-    longer = [*TINY, "--phases.x1.steps=2000"]
     # A background job of a shell inherits SIGINT ignored; a terminal's does not.
-    heeding = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from dynamics.cli import main; main()"
-    )
-    command = [sys.executable, "-c", heeding, "fit", "--out", str(tmp_path / "run"), *longer]
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
-    )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (tmp_path / "run/trajectory/step-00000030.h5").exists():
-        time.sleep(0.05)
-        assert process.poll() is None, process.communicate()[1]
-    process.send_signal(signal.SIGINT)
-    _, complaint = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "the same command goes on from there" in complaint
+    heeding = """
+import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from dynamics.cli import main
+from dynamics.tasks import AliasTask
+
+honest = AliasTask.batch
+
+def batch(self, step):
+    if step == 31:
+        os.kill(os.getpid(), signal.SIGINT)
+    return honest(self, step)
+
+AliasTask.batch = batch
+main()
+"""
+    command = [sys.executable, "-c", heeding, "fit", "--out", str(tmp_path / "run"), *TINY]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert "the same command goes on from there" in done.stderr
     stopped = Trajectory.open(tmp_path / "run")
     assert stopped.verify() == []
-    assert 30 <= stopped.steps[-1] < 2020
-    assert "2040" in succeed("fit", "--out", tmp_path / "run", *longer)
-    assert Trajectory.open(tmp_path / "run").steps[: len(stopped.steps)] == stopped.steps
+    assert 30 <= stopped.steps[-1] < 60
+    assert "60" in succeed("fit", "--out", tmp_path / "run", *TINY)
+    whole = Trajectory.open(run)
+    assert Trajectory.open(tmp_path / "run").steps == whole.steps
+    assert Trajectory.open(tmp_path / "run").last.differences(whole.last) == []
 
 
 def test_help_is_quick_and_needs_no_torch():

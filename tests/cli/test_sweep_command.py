@@ -14,34 +14,14 @@ import psutil
 import pytest
 
 from dynamics import results
+from tests.cli.calling import dynamics, succeed
 
 pytestmark = pytest.mark.slow
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-TINY = [
-    "--preset=smoke",
-    "--task.modulus=8",
-    "--task.multipliers=[2, 3, 4]",
-    "--task.train_multipliers=2",
-    "--phases.pretrain.steps=20",
-    "--phases.x1.steps=20",
-    "--phases.x2.steps=20",
-    "--patching.x2_steps=[0, 10]",
-]
 SMALL = ["--levels", "components", "--measures", "correct_logit", "--optimizers", "fresh"]
 PER_STEP = 4 * 10
 """Aliases times components."""
-
-
-def dynamics(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dynamics.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
-
-
-def succeed(*arguments: str | Path) -> str:
-    done = dynamics(*arguments)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def alive(group: int) -> list[int]:
@@ -54,11 +34,9 @@ def alive(group: int) -> list[int]:
     return found
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("sweep") / "run"
-    succeed("fit", "--out", folder, *TINY)
-    return folder
+@pytest.fixture
+def run(tiny_runs) -> Path:
+    return tiny_runs[0]
 
 
 def test_a_dry_run_says_what_it_will_take_and_the_sweep_then_does_it_once(run, tmp_path):
