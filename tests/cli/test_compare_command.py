@@ -6,15 +6,28 @@ import numpy as np
 import pytest
 
 from dynamics import results
-from tests.cli.calling import TINY, dynamics
+from tests.cli.calling import dynamics
 
 pytestmark = pytest.mark.slow
+
+BRIEF = [
+    "--preset=smoke",
+    "--task.modulus=8",
+    "--task.multipliers=[2, 3, 4]",
+    "--task.train_multipliers=2",
+    "--phases.pretrain.steps=10",
+    "--phases.x1.steps=10",
+    "--phases.x2.steps=10",
+    "--schedule.dense=0",
+    "--patching.x2_steps=[0]",
+    "--patching.primary.x2_step=0",
+]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("compare") / "run"
-    done = dynamics("fit", "--out", folder, *TINY)
+    done = dynamics("fit", "--out", folder, *BRIEF)
     assert done.returncode == 0, done.stderr
     return folder
 
