@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from checkpoints import Checkpoint
 from dynamics.recipe import ByNorm, ByValue, Recipe
 from dynamics.steps.clipping import clipped, coefficient
-from dynamics.steps.elementwise import Moved, rule, step_into
+from dynamics.steps.elementwise_optimizers import Moved, rule, step_into
 from dynamics.steps.fallbacks import ComputePaths
 from dynamics.steps.stacks import Stack, Workspace, stack
 from dynamics.steps.states import check_optimizer_kind, restored_copy
