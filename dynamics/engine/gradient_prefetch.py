@@ -66,7 +66,7 @@ class GradientPrefetch:
         return self._taken[id(batch)]
 
     def _company(self, batch: Any) -> list[Any]:
-        """A batch that waits and those like it among the next ones, which all wait no longer; nothing of others."""
+        """The batches to take with this one: those of its shape among the next that wait, itself first."""
         place = next((i for i, b in enumerate(self._waiting) if b is batch), None)
         if place is None:
             return []

@@ -66,7 +66,7 @@ class Measuring:
         return all(isinstance(m, measures.LogitMeasure) for m in self.by_name.values())
 
     def __call__(self, models: Stack, probe: Any) -> Array:
-        """[n_models, n_measures], rows of the probe averaged."""
+        """Measure every model: [n_models, n_measures], rows of the probe averaged."""
         if self._vmap_holds is None:
             return self._both_ways(models, probe)
         if self._vmap_holds:
@@ -80,7 +80,7 @@ class Measuring:
         return self._one_by_one(models, probe)
 
     def variants_of(self, models: Stack, probe: Any, base: Array, prefixes: CachedPrefixes) -> Array:
-        """The same of all but the first, the base model, of which `base` is known: [n_models − 1, n_measures].
+        """Measure the variants of a base model whose own values `base` are known: [n_models − 1, n_measures].
 
         At once, kernels round by what is stacked: what the first model measures other than `base` is taken off the
         others, so that an exchange which changes nothing has no effect.
@@ -106,7 +106,7 @@ class Measuring:
         return exact
 
     def one_model(self, tensors: Mapping[str, Tensor], probe: Any) -> Array:
-        """One model's: [n_measures].
+        """Measure one model by itself: [n_measures].
 
         Raises:
             MeasureError: a measure gives no number for each row, or none that is a number.
@@ -134,7 +134,10 @@ class Measuring:
         self.paths.fell_back("measures", ONE_BY_ONE, why if isinstance(why, str) else reason(why))
 
     def _both_ways(self, models: Stack, probe: Any) -> Array:
-        """A later stack may have other tensors stacked, so here all parameters are."""
+        """Measure a first stack by vmap and its last model by itself: vmap holds where they agree.
+
+        A later stack may have other tensors stacked, so here all parameters are.
+        """
         alike = {n: t for n, t in models.shared.items() if n in self.checkpoint.parameters}
         apart = {n: t.expand(len(models), *t.shape) for n, t in alike.items()}
         shared = {n: t for n, t in models.shared.items() if n not in alike}

@@ -43,7 +43,7 @@ def mixed_models(runs: Runs, sites: Sequence[Site]) -> Iterator[Stack | Variants
 def _mixed(
     base: Mapping[str, Tensor], source: Mapping[str, Tensor], sites: Sequence[Site], space: Workspace
 ) -> Stack:
-    """The base model, and beside it those with the source's value on one of the sites each."""
+    """The base model, then its variants with the source's value on one of the sites each."""
     names = dict.fromkeys(name for site in sites for name in site.covers)
     stacked = {
         name: space.empty(place, base[name], 1 + len(sites), *base[name].shape)

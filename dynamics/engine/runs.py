@@ -212,7 +212,7 @@ def _sharing_batches(contrasts: Sequence[Contrast]) -> list[list[int]]:
 
 
 def reference_models_trimmed(runs: Runs) -> Iterator[Stack]:
-    """The same as `reference_models`; freed memory is trimmed around each gradient."""
+    """The models of `REFERENCE_ORDER`, with freed memory trimmed around each gradient."""
 
     def sparing() -> Iterator[StepGradient]:
         parameters = runs.checkpoint.parameters

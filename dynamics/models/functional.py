@@ -1,4 +1,4 @@
-"""Calling a model with other tensors in place of its own, leaving the model as it was."""
+"""Functional calls: a model with other parameters and buffers in place of its own, left as it was."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Falling back from a fast path to a slow one: when that is right, how results name it, out of memory."""
+"""Falling back from a fast path (vmap, a batched backward pass) to a slow one; running out of memory."""
 
 from __future__ import annotations
 

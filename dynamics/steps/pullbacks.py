@@ -1,4 +1,4 @@
-"""The base run's backward pass from inside the model, for many exchanged signals at once.
+"""Batched backward passes (vector-Jacobian products) from an activation down, for many exchanged signals at once.
 
 Backward is linear: exchanging the signal λ at an activation a on a slice μ changes the gradient by (∂a/∂θ)ᵀ of
 μ ⊙ (λ_source − λ_base). So one forward pass serves all sites, and one batched backward pass all sites of an
@@ -25,7 +25,7 @@ from dynamics.steps.taps import Cache, Taps, runs_of
 from dynamics.trees import Gradients, mask, squared_norm
 
 
-class Keeping(Taps):
+class GraphTaps(Taps):
     """Taps that keep activations with their graph, and the signals that reach them."""
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -56,7 +56,7 @@ class Pullbacks:
     """
 
     step: StepGradient
-    taps: Keeping
+    taps: GraphTaps
 
     def takes(self, site: Site, source: Cache) -> bool:
         """Whether a site is a slice of one activation that the loss depends on and both runs computed once."""
@@ -126,5 +126,5 @@ def pullbacks(
     recipe: Recipe, checkpoint: Checkpoint, batch: Any, hooks: Sequence[str], where: str = "the batch"
 ) -> Pullbacks:
     """Take the gradient of a batch and keep the graph, from the activations of the given submodules down."""
-    taps = Keeping(hooks)
+    taps = GraphTaps(hooks)
     return Pullbacks(gradient(recipe, checkpoint, batch, where, taps), taps)

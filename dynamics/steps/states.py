@@ -1,4 +1,4 @@
-"""A checkpoint brought to life: a copy of the recipe's model, its optimizer and its scheduler."""
+"""Restoring a checkpoint into a copy of the recipe's model, its optimizer and its scheduler."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dynamics.recipe import Recipe, RecipeError
 
 
 def restored_copy(recipe: Recipe, checkpoint: Checkpoint) -> tuple[nn.Module, Optimizer, LRScheduler | None]:
-    """A model, optimizer and scheduler of one's own, in the checkpoint's state; the recipe's are not touched.
+    """A copy of the recipe's model, with optimizer and scheduler, in the checkpoint's state.
 
     What the checkpoint holds nothing for begins as the recipe makes it.
 

@@ -1,4 +1,4 @@
-"""Taps: what passes through a model's submodules during one forward and backward pass, read or replaced.
+"""Hooks on submodules for one forward and backward pass: activations and backward signals, read or replaced.
 
 A backward signal dL/da is replaced inside the graph, by an autograd function that is the identity forward.
 Module backward hooks are not used: several at one place do not chain, and with a frozen input they never fire.
