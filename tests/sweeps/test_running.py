@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from dynamics.patching import (
     patch_window,
 )
 from dynamics.recipe import Contrast, Recipe
-from dynamics.sweeps import SweepError, planning, units
+from dynamics.sweeps import SweepError, planning, units, working
 from dynamics.tasks import AliasTask
 from tests.zoo.sweep_runs import (
     STEPS,
@@ -205,8 +206,25 @@ def test_other_peoples_runs_are_swept_by_their_own_task(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.fixture(scope="module")
+def two_workers():
+    with working.local(2) as client:
+        yield client
+
+
+@pytest.fixture
+def workers_at_hand(two_workers, monkeypatch):
+    """`workers=2` finds two that have started and imported everything already."""
+
+    def local(n):
+        assert n == 2
+        return nullcontext(two_workers)
+
+    monkeypatch.setattr(working, "local", local)
+
+
 @pytest.mark.slow
-@pytest.mark.usefixtures("small_units")
+@pytest.mark.usefixtures("small_units", "workers_at_hand")
 def test_serial_and_two_workers_give_identical_datasets_in_memory_and_kept(runs, tmp_path):
     states = {"stored": planning.as_stored, "fresh": Checkpoint.with_fresh_optimizer}
     serial = swept(patch_gradients, runs, state=states)
@@ -225,7 +243,7 @@ def killing(recipe, checkpoint, contrasts, sites, measure, calls: Path) -> xr.Da
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("small_units")
+@pytest.mark.usefixtures("small_units", "workers_at_hand")
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_worker_killed_in_the_middle_loses_nothing(run, tmp_path, kept):
     calls = tmp_path / "calls"
@@ -245,9 +263,10 @@ def failing(recipe, checkpoint, contrasts, sites, measure) -> xr.Dataset:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("workers_at_hand")
 def test_a_verb_that_fails_in_a_worker_says_so_here_and_where(run, tmp_path):
     with pytest.raises(ArithmeticError, match="not at this step") as caught:
-        swept(failing, run, workers=1, out=tmp_path)
+        swept(failing, run, workers=2, out=tmp_path)
     assert caught.value.__notes__ == [f"This was at step 9 of {run.path}."]
 
 
