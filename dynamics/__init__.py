@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dynamics.batch import Batch as Batch
     from dynamics.comparison import compare as compare
     from dynamics.config import StudyConfig as StudyConfig
-    from dynamics.engine.memory import max_memory as max_memory
+    from dynamics.engine.stack_memory import max_memory as max_memory
     from dynamics.models.bridges import bridge as bridge
     from dynamics.models.bridges import processed_bridge as processed_bridge
     from dynamics.patching import both_directions as both_directions
@@ -83,7 +83,7 @@ _HOMES = {
     "both_directions": "dynamics.patching",
     "interchange": "dynamics.patching",
     "interactions": "dynamics.patching",
-    "max_memory": "dynamics.engine.memory",
+    "max_memory": "dynamics.engine.stack_memory",
     "shapley_values": "dynamics.patching",
     "patch_activations": "dynamics.patching",
     "patch_gradients": "dynamics.patching",

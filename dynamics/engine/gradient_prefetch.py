@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from checkpoints import Checkpoint
-from dynamics.engine.memory import QUARTER, models_per_stack
+from dynamics.engine.stack_memory import QUARTER, models_per_stack
 from dynamics.recipe import Contrast, Recipe
 from dynamics.steps import StepGradient, gradient
 from dynamics.steps.fallbacks import ComputePaths, Fallback, in_halves

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from checkpoints import Checkpoint
 from dynamics import measures
-from dynamics.engine.memory import QUARTER, is_large, memory_budget
 from dynamics.engine.resumed_forward import CachedPrefix, cache_prefix
+from dynamics.engine.stack_memory import QUARTER, is_large, memory_budget
 from dynamics.measures import Measure
 from dynamics.models.functional import call_with, eval_mode
 from dynamics.recipe import Recipe

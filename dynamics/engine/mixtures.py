@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor
 
 from dynamics.engine.measuring import CachedPrefixes
-from dynamics.engine.memory import QUARTER, models_per_stack, trim_freed_memory
 from dynamics.engine.runs import REFERENCE_ORDER, Runs, Variants, reference_models_trimmed
+from dynamics.engine.stack_memory import QUARTER, models_per_stack, trim_freed_memory
 from dynamics.sites import Site
 from dynamics.steps.stacks import Stack, Workspace
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dynamics.engine.measure_gradients import MeasureGradients, MeasureQuery
-from dynamics.engine.memory import QUARTER, chunks, models_per_stack
+from dynamics.engine.stack_memory import QUARTER, chunks, models_per_stack
 from dynamics.measures import Measure
 
 Method = Literal["first_order", "integrated"]

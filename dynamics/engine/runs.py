@@ -16,8 +16,8 @@ from dynamics import measures, results
 from dynamics.engine.arguments import named, naming
 from dynamics.engine.gradient_prefetch import GradientPrefetch
 from dynamics.engine.measuring import CachedPrefixes, Measuring
-from dynamics.engine.memory import HALF, chunks, models_per_stack, trim_freed_memory
 from dynamics.engine.progress import progress_bar
+from dynamics.engine.stack_memory import HALF, chunks, models_per_stack, trim_freed_memory
 from dynamics.measures import Measure
 from dynamics.recipe import Contrast, Recipe
 from dynamics.results.labels import Labels

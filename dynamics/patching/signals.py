@@ -12,8 +12,8 @@ import xarray as xr
 
 from checkpoints import Checkpoint
 from dynamics.engine.arguments import check_step_arguments
-from dynamics.engine.memory import HALF, chunks, models_per_stack
 from dynamics.engine.runs import Runs, reference_models_trimmed, run_contrasts, stepped_models
+from dynamics.engine.stack_memory import HALF, chunks, models_per_stack
 from dynamics.measures import Measure
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, check_outputs, check_whole

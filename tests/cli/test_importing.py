@@ -217,7 +217,7 @@ def test_an_export_is_loaded_by_transformers(suite, tmp_path):
 
 
 def dynamics(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dynamics.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "dynamics", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 

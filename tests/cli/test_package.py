@@ -61,7 +61,7 @@ def test_a_study_called_again_computes_nothing_anew(run):
 
 
 def test_a_new_process_replays_every_stored_neighbour_bit_for_bit(run):
-    command = [sys.executable, "-m", "dynamics.cli", "verify", str(run)]
+    command = [sys.executable, "-m", "dynamics", "verify", str(run)]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     pairs = len(Trajectory.open(run).steps) - 1
     assert f"{pairs} of {pairs} stored neighbours replay bit for bit." in printed

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamics import cli
-from dynamics.cli import main
+from dynamics.cli import commands, main
 from dynamics.config.checks import did_you_mean
 
 
@@ -88,23 +87,23 @@ def test_help_has_one_line_on_each_subcommand(capsys):
         main(["--help"])
     assert left.value.code == 0
     lines = capsys.readouterr().out.splitlines()
-    for name in cli.COMMANDS:
+    for name in commands.COMMANDS:
         (line,) = [line for line in lines if line.startswith(f"  {name} ")]
         assert len(line.removeprefix(f"  {name}").split()) > 3
 
 
 def test_every_module_with_a_run_is_a_subcommand():
-    folder = Path(cli.__file__).parent
+    folder = Path(commands.__file__).parent
     runnable = {
         path.stem
         for path in folder.glob("*.py")
         for node in ast.parse(path.read_text(encoding="utf-8")).body
         if isinstance(node, ast.FunctionDef) and node.name == "run"
     }
-    assert runnable == {command.__name__.rpartition(".")[2] for command in cli.COMMANDS.values()}
+    assert runnable == {command.__name__.rpartition(".")[2] for command in commands.COMMANDS.values()}
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("name", commands.COMMANDS)
 def test_each_subcommand_explains_itself(capsys, name):
     with pytest.raises(SystemExit) as left:
         main([name, "--help"])

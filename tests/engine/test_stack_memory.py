@@ -12,7 +12,7 @@ from torch import nn
 
 import dynamics as dy
 from dynamics import sites
-from dynamics.engine import gradient_prefetch, memory, mixtures, runs
+from dynamics.engine import gradient_prefetch, mixtures, runs, stack_memory
 from dynamics.engine.measuring import Measuring
 from dynamics.patching import signals
 from dynamics.steps import update
@@ -101,17 +101,19 @@ def test_a_budget_of_nothing_is_refused(n_bytes):
 
 def test_stacks_take_half_of_what_is_free_and_of_much_memory_64_mib(monkeypatch):
     kilobyte = torch.zeros(256)
-    for available, n in ((8 * 2**10, 4), (2**10, 1), (0, 1), (2**40, memory.MAX_STACKED)):
-        memory._half_of_free_at_first.cache_clear()
+    for available, n in ((8 * 2**10, 4), (2**10, 1), (0, 1), (2**40, stack_memory.MAX_STACKED)):
+        stack_memory._half_of_free_at_first.cache_clear()
         monkeypatch.setattr(psutil, "virtual_memory", lambda a=available: SimpleNamespace(available=a))
-        assert memory.models_per_stack([kilobyte]) == n
+        assert stack_memory.models_per_stack([kilobyte]) == n
         with dy.max_memory(3 * 2**10):
-            assert memory.models_per_stack([kilobyte]) == 3
-    assert memory.models_per_stack([torch.zeros(2**18)] * 8) == 8  # 8 MiB each
-    assert memory.models_per_stack([torch.zeros(2**18)] * 8, memory.HALF) == 4
+            assert stack_memory.models_per_stack([kilobyte]) == 3
+    assert stack_memory.models_per_stack([torch.zeros(2**18)] * 8) == 8  # 8 MiB each
+    assert stack_memory.models_per_stack([torch.zeros(2**18)] * 8, stack_memory.HALF) == 4
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
-    assert memory.models_per_stack([kilobyte]) == memory.MAX_STACKED  # the same as before, in this process
-    memory._half_of_free_at_first.cache_clear()
+    assert (
+        stack_memory.models_per_stack([kilobyte]) == stack_memory.MAX_STACKED
+    )  # the same as before, in this process
+    stack_memory._half_of_free_at_first.cache_clear()
 
 
 def test_on_a_gpu_they_take_half_of_what_is_free_now_and_what_torch_keeps_counts_as_free(monkeypatch):
@@ -120,19 +122,19 @@ def test_on_a_gpu_they_take_half_of_what_is_free_now_and_what_torch_keeps_counts
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3000)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
     tensor = SimpleNamespace(nbytes=1000, device=torch.device("cuda"))
-    assert memory.models_per_stack([tensor]) == 5
+    assert stack_memory.models_per_stack([tensor]) == 5
     free[0] = 2000
-    assert memory.models_per_stack([tensor]) == 2
+    assert stack_memory.models_per_stack([tensor]) == 2
 
 
 @pytest.mark.parametrize(("numel", "given"), [(2**22, [0]), (2**22 - 1, [])])
 def test_freed_memory_is_given_back_where_the_model_is_large(numel, given, monkeypatch):
     trimmed = []
-    monkeypatch.setattr(memory, "_C_LIBRARY", SimpleNamespace(malloc_trim=trimmed.append))
-    memory.trim_freed_memory({"a": torch.empty(numel - 10), "b": torch.empty(10)})
+    monkeypatch.setattr(stack_memory, "_C_LIBRARY", SimpleNamespace(malloc_trim=trimmed.append))
+    stack_memory.trim_freed_memory({"a": torch.empty(numel - 10), "b": torch.empty(10)})
     assert trimmed == given
-    monkeypatch.setattr(memory, "_C_LIBRARY", SimpleNamespace())  # another C library
-    memory.trim_freed_memory({"a": torch.empty(2**23)})
+    monkeypatch.setattr(stack_memory, "_C_LIBRARY", SimpleNamespace())  # another C library
+    stack_memory.trim_freed_memory({"a": torch.empty(2**23)})
 
 
 class Unstackable(nn.Module):
