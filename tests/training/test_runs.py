@@ -1,7 +1,9 @@
 """A study's run: replayable, resumable, refusing, stopping where it must."""
 
+import shutil
 import signal
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -23,24 +25,33 @@ def assert_same(left: Trajectory, right: Trajectory) -> None:
         assert left.at(step).rng_differences(right.at(step)) == [], f"step {step}"
 
 
-def test_every_stored_neighbour_of_a_run_replays_bit_for_bit(config, tmp_path):
-    run = fit(config, tmp_path / "run")
+@pytest.fixture
+def run(config, made_once) -> Trajectory:
+    """The run of the config, not to be written into."""
+    return Trajectory.open(made_once("thirty-steps", partial(fit, config)))
+
+
+@pytest.fixture
+def copied(run, tmp_path) -> Trajectory:
+    """The same, to be written into."""
+    return Trajectory.open(shutil.copytree(run.path, tmp_path / "run"))
+
+
+def test_every_stored_neighbour_of_a_run_replays_bit_for_bit(run):
     verdicts = list(studies.verify(run))
     assert len(verdicts) == len(run.steps) - 1 > 10
     assert [v for v in verdicts if v.differences] == []
 
 
 @pytest.mark.slow
-def test_verification_notices_a_step_that_training_did_not_take(config, tmp_path):
-    run = fit(config, tmp_path / "run")
+def test_verification_notices_a_step_that_training_did_not_take(config, run, tmp_path):
     other = fit(replace(config, phases=replace(config.phases, weight_decay=0.0)), tmp_path / "other")
-    mixed = Trajectory.open(tmp_path / "run")
+    mixed = Trajectory.open(run.path)
     mixed.at = lambda step: (other if step == run.steps[5] else run).at(step)
     assert [v.stop for v in studies.verify(mixed) if v.differences] == list(run.steps[5:7])
 
 
-def test_training_by_lightning_equals_a_bare_loop(config, tmp_path):
-    run = fit(config, tmp_path / "run")
+def test_training_by_lightning_equals_a_bare_loop(config, run):
     task = AliasTask(config)
     recipe = task.recipe()
     model, phases = recipe.model, config.phases
@@ -57,8 +68,7 @@ def test_training_by_lightning_equals_a_bare_loop(config, tmp_path):
 
 
 @pytest.mark.parametrize("at", [17, *(pytest.param(step, marks=pytest.mark.slow) for step in (0, 5, 12, 25))])
-def test_a_run_interrupted_at_any_step_resumes_to_the_same_bits(config, tmp_path, monkeypatch, at):
-    whole = fit(config, tmp_path / "whole")
+def test_a_run_interrupted_at_any_step_resumes_to_the_same_bits(config, run, tmp_path, monkeypatch, at):
     honest = AliasTask.batch
 
     def interrupt(self, step):
@@ -75,21 +85,19 @@ def test_a_run_interrupted_at_any_step_resumes_to_the_same_bits(config, tmp_path
     assert stopped.verify() == []
     assert stopped.steps[-1] <= at
     monkeypatch.setattr(AliasTask, "batch", honest)
-    assert_same(fit(config, tmp_path / "stopped"), whole)
-    logged = [pd.read_csv(tmp_path / name / "metrics.csv") for name in ("whole", "stopped")]
+    assert_same(fit(config, tmp_path / "stopped"), run)
+    logged = [pd.read_csv(folder / "metrics.csv") for folder in (run.path, tmp_path / "stopped")]
     pd.testing.assert_frame_equal(*logged)
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_left_as_it_is(config, tmp_path):
-    run = fit(config, tmp_path / "run")
+def test_a_finished_run_is_left_as_it_is(config, run, copied, tmp_path):
     manifest = (tmp_path / "run" / "manifest.json").read_bytes()
     assert_same(fit(config, tmp_path / "run"), run)
     assert (tmp_path / "run" / "manifest.json").read_bytes() == manifest
 
 
-def test_a_folder_with_another_run_is_refused_and_untouched(config, tmp_path):
-    fit(config, tmp_path / "run")
+def test_a_folder_with_another_run_is_refused_and_untouched(config, copied, tmp_path):
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     other = replace(config, phases=replace(config.phases, weight_decay=0.5))
     with pytest.raises(RunError, match=r"phases\.weight_decay is 0\.3, here 0\.5\. Nothing was overwritten"):
@@ -169,8 +177,7 @@ def test_a_run_in_another_precision_replays_bit_for_bit_too(config, tmp_path, pr
     assert {str(p.dtype) for p in run.last.parameters.values()} == {f"torch.{dtype}"}
 
 
-def test_x2_forked_from_another_run_starts_at_its_state_and_exchanges_the_roles(config, tmp_path):
-    run = fit(config, tmp_path / "run")
+def test_x2_forked_from_another_run_starts_at_its_state_and_exchanges_the_roles(config, run, tmp_path):
     start = run.at(config.phases.starts["x2"])
     exchanged = replace(config, task=replace(config.task, x2_roles="exchanged"))
     fork = fit(exchanged, tmp_path / "fork", start=start)
@@ -180,9 +187,8 @@ def test_x2_forked_from_another_run_starts_at_its_state_and_exchanges_the_roles(
     assert [v for v in studies.verify(fork) if v.differences] == []
 
 
-def test_metrics_hold_accuracy_and_loss_of_every_set_at_every_evaluated_step(config, tmp_path):
-    run = fit(config, tmp_path / "run")
-    metrics = pd.read_csv(tmp_path / "run" / "metrics.csv").set_index("step")
+def test_metrics_hold_accuracy_and_loss_of_every_set_at_every_evaluated_step(config, run):
+    metrics = pd.read_csv(run.path / "metrics.csv").set_index("step")
     names = {f"{s}_{q}" for s in ("DtQ1", "DfQ2", "Dt3", "Df4", "heldout") for q in ("accuracy", "loss")}
     assert names <= set(metrics.columns)
     assert set(run.steps) | set(range(0, 30, 4)) == set(metrics.index)
