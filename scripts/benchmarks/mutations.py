@@ -3,10 +3,13 @@
     .venv/bin/python -m pytest --cov --cov-config=FILE --cov-context=test --junitxml=durations.xml
     .venv/bin/python scripts/benchmarks/mutations.py --coverage .coverage --durations durations.xml --out now.json
 
-FILE sets `source = dynamics, checkpoints` and `relative_files = true`. A mutation changes one place of the syntax
-tree (`changes` lists how) in a clone of the last commit; the tests that cover its lines run there, cheapest files
-first, until one fails or `--bound` is spent. Later, `--again earlier.json` finds the same places by function and
-text where files have moved, and tells which mutations were caught then and survive now.
+FILE sets `source = dynamics, checkpoints`, `relative_files = true` and, for tests that start processes,
+`parallel = true` and `context = ${PYTEST_CURRENT_TEST-}` with FILE in the variable COVERAGE_PROCESS_START.
+
+A mutation changes one place of the syntax tree (`changes` lists how) in a clone of the last commit; the tests that
+cover its lines run there, cheapest files first, until one fails or `--bound` is spent. Later, `--again then.json`
+finds the same places by function and text where files have moved, and tells which mutations were caught then and
+survive now.
 """
 
 from __future__ import annotations
@@ -258,21 +261,21 @@ class Suite:
         if not self.tests(self.data.measured_contexts()):
             raise SystemExit(f"None of the {len(tests)} tests stands in {coverage}: it is of another tree.")
         self.set_up = defaultdict[str, float](float)
-        for test in self.tests(self.data.measured_contexts(), "|setup"):
+        for test in self.tests(self.data.measured_contexts(), "setup"):
             self.set_up[file_of(test)] = max(self.set_up[file_of(test)], self.seconds[test])
 
-    def tests(self, contexts: Iterable[str], phase: str = "") -> set[str]:
-        """Of coverage's contexts, such as `tests/test_x.py::test_y|setup`."""
-        ended = (context.rpartition("|")[0] for context in contexts if context.endswith(phase))
-        return {test for test in ended if test in self.seconds}
+    def tests(self, contexts: Iterable[str], phase: str = r"\w+") -> set[str]:
+        """Of coverage's contexts: `tests/test_x.py::test_y|setup`, or `... (setup)` of a process that it starts."""
+        found = (re.fullmatch(rf"(.+)(?:\|{phase}| \({phase}\))", context) for context in contexts)
+        return {match[1] for match in found if match and match[1] in self.seconds}
 
     def covering(self, mutation: Mutation) -> list[set[str]]:
         """Those that run the mutated lines; then those that may see them: by a shared fixture, or run at import."""
         of_file, (first, last) = self.data.contexts_by_lineno(mutation.path), mutation.lines
         contexts = {context for line in range(first, last + 1) for context in of_file.get(line, ())}
-        if contexts == {""}:
+        if "" in contexts and not any(context.endswith(("|setup", "|run")) for context in contexts):
             return [self.tests(context for those in of_file.values() for context in those), set(self.seconds)]
-        shared = {file_of(test) for test in self.tests(contexts, "|setup")}
+        shared = {file_of(test) for test in self.tests(contexts, "setup")}
         return [self.tests(contexts), {test for test in self.seconds if file_of(test) in shared}]
 
     def affordable(self, groups: list[set[str]], bound: float) -> tuple[list[str], float]:

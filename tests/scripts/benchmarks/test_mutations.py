@@ -196,10 +196,11 @@ def test_a_place_that_is_gone_or_might_be_two_is_not_found():
 
 @pytest.fixture
 def suite(tmp_path):
-    """Line 2 is run at import, 3 by two tests, 4 by a set-up in a file of three tests, 5 by none."""
+    """Line 2 is run at import, 3 by two tests, 4 by a set-up of a file of three, 5 by none, 6 in a process."""
     data = CoverageData(str(tmp_path / "coverage"))
     for context, lines in {
         "": [2],
+        "tests/b.py::test_quick (call)": [2, 6],
         "tests/a.py::test_slow[x::y]|run": [3],
         "tests/b.py::test_quick|run": [3],
         "tests/c.py::test_first|setup": [4],
@@ -239,6 +240,10 @@ def test_tests_past_the_bound_are_not_run_but_one_is(suite):
 def test_what_a_shared_fixture_runs_is_seen_by_every_test_of_its_file(suite):
     chosen, _ = suite.affordable(suite.covering(at(4)), bound=1000)
     assert chosen == ["tests/c.py::test_first", "tests/c.py::test_third", "tests/c.py::Class::test_second"]
+
+
+def test_what_a_process_runs_that_a_test_starts_is_covered_by_the_test(suite):
+    assert suite.affordable(suite.covering(at(6)), bound=1000) == (["tests/b.py::test_quick"], 1)
 
 
 def test_what_is_run_at_import_may_be_seen_by_every_test_and_what_is_not_run_by_none(suite):
