@@ -190,6 +190,23 @@ def test_a_circuit_is_what_is_strong_and_leads_through():
     assert dy.circuit(-found, share * (1 - 1e-9)) == kept  # a measure that falls where the other rises
 
 
+def test_an_edge_of_exactly_the_threshold_is_part_of_the_circuit():
+    direct = xr.Dataset(
+        {
+            "attribution": (("example", "site"), [[0.5, 0.25]]),
+            "source": ("example", [1.0]),
+            "base": ("example", [0.0]),
+        },
+        coords={
+            "site": ["embed -> mlp 0", "embed -> logits"],
+            "sender": ("site", ["embed", "embed"]),
+            "receiver": ("site", ["mlp 0", "logits"]),
+        },
+    )
+    assert dy.circuit(direct, 0.25) == ["embed -> logits"]
+    assert dy.circuit(direct, 0.2500001) == []
+
+
 def test_a_circuit_of_something_else_is_refused():
     model = smooth()
     recipe = dy.Recipe(model)

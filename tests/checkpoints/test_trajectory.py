@@ -62,6 +62,14 @@ def test_steps_are_found_exactly_nearest_and_before(run):
         trajectory.at(11)
 
 
+def test_of_many_steps_the_two_on_either_side_are_named(tmp_path, small):
+    with TrajectoryWriter.create(tmp_path / "long", {}) as writer:
+        for step in range(0, 80, 10):
+            writer.append(small(step))
+    with pytest.raises(TrajectoryError, match=r"the nearest that are: 20, 30, 40, 50\. \.steps lists all 8"):
+        Trajectory.open(tmp_path / "long").at(35)
+
+
 def test_the_config_comes_back_with_its_tuples_and_is_a_copy(run):
     trajectory = Trajectory.open(run)
     assert trajectory.config == {"seed": 3, "betas": (0.9, 0.95)}

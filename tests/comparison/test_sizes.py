@@ -31,6 +31,16 @@ def warmed(recipe, optimizer, n=3):
     return model, living_optimizer, Checkpoint.capture(model, living_optimizer, step=n)
 
 
+def test_sites_that_the_model_does_not_have_or_that_share_a_label_are_refused(recipe):
+    twice = [sites.Site("it", {"embed.W_E": ...})] * 2
+    for chosen, says in (
+        (twice, "occur more than once"),
+        ([sites.Site("no", {"nothing": ...})], "covers 'nothing'"),
+    ):
+        with pytest.raises(sites.SiteError, match=says):
+            step_sizes(recipe, None, questions(1), chosen)
+
+
 @pytest.mark.parametrize(
     "optimizer", [partial(AdamW, lr=0.01), partial(Adam, lr=0.01, amsgrad=True), partial(SGD, lr=0.1)]
 )

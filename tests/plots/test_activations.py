@@ -179,6 +179,9 @@ def test_the_scatter_has_a_point_for_each_site_and_spearmans_rho():
     rho = scipy.stats.spearmanr(across, up).statistic
     assert f"Spearman ρ = {rho:.2f}" in axes.get_title()
     assert len({to_rgba(c.get_facecolor()[0]) for c in axes.collections}) == 2
+    for drawn in axes.collections:  # each label has its own component's points
+        own = dataset["component"].values == drawn.get_label()
+        np.testing.assert_allclose(np.sort(drawn.get_offsets()[:, 0]), np.sort(across[own]))
 
 
 def test_the_figures_leave_matplotlib_as_it_was():

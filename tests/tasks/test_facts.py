@@ -227,6 +227,8 @@ def test_text_prompts_for_a_tokenizer_are_read_in_one_template():
     assert tokenizer.decode(found[1].source.tokens[0]) == "In Spain the capital is"
     assert tokenizer.decode(found[1].source.targets) == "Madrid"
     assert tokenizer.decode(found[1].base.tokens[0]) == "In Italy the capital is"
+    begun = facts.prompts(tokenizer, prefix="Well")
+    assert all(tokenizer.decode(c.source.tokens[0]).startswith("Well") for c in begun)
 
 
 @pytest.mark.parametrize(
