@@ -1,5 +1,4 @@
-"""The seed's algorithm, as obvious as it gets: for every site copy the model, overwrite gradients, step,
-measure.
+"""The seed's algorithm, as obvious as it gets: for every site copy, overwrite gradients, step, measure.
 
 What `patching_speed.py` runs beside the verbs, on the same gradients. Nothing here is fast on purpose.
 """

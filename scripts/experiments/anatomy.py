@@ -1,4 +1,4 @@
-"""The anatomy of a definition's step: five questions, one table each. About 10 minutes a run.
+"""The anatomy of a definition's step: five questions, one table each. About 5 minutes a run.
 
 Over several runs: (a) at which layer and position must the backward signal come from the reliable definition,
 (b) is it what a matrix read or the signal that reached it, (c) does one component's gradient, exchanged

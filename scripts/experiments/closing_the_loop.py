@@ -1,4 +1,4 @@
-"""Is the difference gone where it was localised, and only there? About 10 minutes a run.
+"""Is the difference gone where it was localised, and only there? About 5 minutes a run.
 
 From the first steps of X2 a tenth of the matrices is chosen, those whose gradients' tags move Dt3 − Df4 most
 together (`patch_window` over recorded batches). X2 is then trained again from the same checkpoint with the

@@ -1,4 +1,4 @@
-"""Attribution patching, cell by cell (seed 000). About 2 minutes.
+"""Attribution patching, cell by cell (seed 000). About 3 minutes.
 
 Indirect objects first, then facts.
 

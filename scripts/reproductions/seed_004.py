@@ -1,4 +1,4 @@
-"""Interchange interventions on a fact (seed 004). Half a minute.
+"""Interchange interventions on a fact (seed 004). About half a minute.
 
 MLP outputs and attention inputs are exchanged, by layer and position.
 

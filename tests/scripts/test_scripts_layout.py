@@ -94,7 +94,8 @@ def test_every_mark_that_a_script_writes_between_is_in_the_readme_once():
 
 
 def test_every_script_that_is_named_is_there():
-    pages = [ROOT / "README.md", *(ROOT / ".readme").glob("*.md"), *(ROOT / name for name in PYTHON)]
+    pages = [*ROOT.glob("*.md"), *(ROOT / ".readme").glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    pages += [ROOT / name for name in PYTHON]
     pages += [path for package in ("dynamics", "checkpoints") for path in (ROOT / package).rglob("*.py")]
     named = [name for page in pages for name in re.findall(r"\bscripts/[\w/]+\.py\b", page.read_text())]
     assert len(named) > 20
