@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,23 +52,23 @@ def alias_config() -> StudyConfig:
 
 
 @pytest.fixture(scope="session")
-def alias_runs(fitted, alias_config, tmp_path_factory) -> list[Path]:
+def alias_runs(fitted, alias_config, made_once) -> list[Path]:
     """Two runs of the aliases, seeds 0 and 1."""
-    folder = tmp_path_factory.mktemp("aliases")
-    return [fitted(replace(alias_config, seed=seed), folder / f"seed-{seed}") for seed in (0, 1)]
+    configs = [replace(alias_config, seed=seed) for seed in (0, 1)]
+    return [made_once(f"seed-{c.seed}", partial(fitted, c)) for c in configs]
 
 
 @pytest.fixture(scope="session")
-def facts_runs(fitted, tmp_path_factory) -> list[Path]:
+def facts_runs(fitted, made_once) -> list[Path]:
     """Two runs of the facts, seeds 1 and 2; eleven steps and more are kept from the tenth on."""
-    folder = tmp_path_factory.mktemp("facts")
     config = FactsRun(
         task=FactsConfig(n_subjects=6, n_late=2),
         model=ToyConfig(n_layers=2, n_heads=2, d_model=16, d_head=8, d_mlp=16, n_ctx=5),
         phases=LatePhasesConfig(learn=PhaseConfig(60, warmup=10), late=PhaseConfig(20)),
         schedule=ScheduleConfig(per_decade=16, evaluate_every=1000),
     )
-    return [fitted(replace(config, seed=seed), folder / f"facts-{seed}") for seed in (1, 2)]
+    configs = [replace(config, seed=seed) for seed in (1, 2)]
+    return [made_once(f"facts-{c.seed}", partial(fitted, c)) for c in configs]
 
 
 @pytest.fixture(autouse=True)
