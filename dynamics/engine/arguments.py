@@ -16,6 +16,7 @@ from dynamics.models.functional import refuse_bridge
 from dynamics.recipe import Contrast, Recipe
 from dynamics.results.labels import check_coordinates, example_columns
 from dynamics.sites import Site
+from dynamics.sites.site import check_labels
 
 
 def check_arguments(
@@ -30,7 +31,8 @@ def check_arguments(
 
     Raises:
         TypeError: of another kind; says what was found, what was expected, what to do.
-        ValueError: no contrasts, sites or measures, or contrasts that share a label.
+        ValueError: no contrasts, sites or measures, contrasts that share a label, or coordinates that clash.
+        SiteError: sites that share a label or cover nothing.
     """
     check_recipe(verb, recipe, checkpoint)
     check_all(verb, "contrasts", contrasts, Contrast)
@@ -46,6 +48,7 @@ def check_arguments(
             )
     if len(set(example_columns(contrasts)["example"])) < len(contrasts):
         raise ValueError("contrasts share a label in coords['example']; give each its own.")
+    check_labels(sites)
     check_coordinates(contrasts, sites)
 
 
