@@ -83,8 +83,8 @@ def decode(image: bytes, origin: str = "the file") -> Checkpoint:
     Raises:
         TrajectoryError: the file is no checkpoint, of a newer schema, damaged, or points outside itself.
     """
-    with _opened(io.BytesIO(image), origin) as (file, index):
-        document = values.from_json(index, lambda reference: _read_tensor(file, reference))
+    with _opened(io.BytesIO(image), origin) as (nodes, index):
+        document = values.from_json(index, lambda reference: _read_tensor(nodes, reference))
         return _from_document(document)
 
 
@@ -99,7 +99,7 @@ def read_tensor(path: Path, name: str, kind: str) -> Tensor:
     Raises:
         TrajectoryError: as `decode`, or there is no such tensor; the message lists those that are there.
     """
-    with _opened(path, str(path)) as (file, index):
+    with _opened(path, str(path)) as (nodes, index):
         if kind in ("parameters", "buffers"):
             offered = index[kind]
         else:
@@ -110,7 +110,7 @@ def read_tensor(path: Path, name: str, kind: str) -> Tensor:
                 f"{path} has no tensor {name!r} of the kind {kind!r}; "
                 f"it has {len(offered)} of that kind: {', '.join(list(offered)[:20])}"
             )
-        return _read_tensor(file, offered[name]["$tensor"])
+        return _read_tensor(nodes, offered[name]["$tensor"])
 
 
 def _as_document(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -201,9 +201,13 @@ def _chunks(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return tuple(chunks)
 
 
+_Nodes = dict[str, Any]
+"""The groups and datasets of a file that were reached already, by path; the file itself is at ""."""
+
+
 @contextmanager
-def _opened(source: io.BytesIO | Path, origin: str) -> Iterator[tuple[h5py.File, dict[str, Any]]]:
-    """The open file and its index; whatever is wrong with the file becomes a TrajectoryError."""
+def _opened(source: io.BytesIO | Path, origin: str) -> Iterator[tuple[_Nodes, dict[str, Any]]]:
+    """The open file, as `_dataset` takes it, and its index; whatever is wrong with the file becomes a TrajectoryError."""
     try:
         with h5py.File(source, "r") as file:
             version = int(file.attrs.get("schema_version", 0))
@@ -214,12 +218,13 @@ def _opened(source: io.BytesIO | Path, origin: str) -> Iterator[tuple[h5py.File,
                     f"{origin} has schema version {version}; this version reads up to {SCHEMA_VERSION}. "
                     "Update the package to read it."
                 )
-            text = _dataset(file, "index")
+            nodes: _Nodes = {"": file}
+            text = _dataset(nodes, "index")
             if text.dtype.kind != "S" or text.shape != (1,):
                 raise TrajectoryError(
                     f"{origin} holds an index of {text.dtype} {text.shape}, expected one text"
                 )
-            yield file, json.loads(text[0])
+            yield nodes, json.loads(text[0])
     except TrajectoryError as error:
         message = str(error)
         raise TrajectoryError(message if origin in message else f"{origin}: {message}") from error
@@ -227,17 +232,22 @@ def _opened(source: io.BytesIO | Path, origin: str) -> Iterator[tuple[h5py.File,
         raise TrajectoryError(f"{origin} is not a readable checkpoint: {error}") from error
 
 
-def _dataset(file: h5py.File, path: str) -> h5py.Dataset:
+def _dataset(nodes: _Nodes, path: str) -> h5py.Dataset:
     """The dataset at a path inside this very file, its bytes stored plainly in it."""
-    node: Any = file
+    node, so_far = nodes[""], ""
     for part in path.split("/"):
         if not isinstance(node, h5py.Group) or part in ("", ".", ".."):
             raise TrajectoryError(f"{path!r} is not a path to a dataset")
-        if (link := node.get(part, getlink=True)) is None:
-            raise TrajectoryError(f"{path!r} is missing")
-        if not isinstance(link, h5py.HardLink):
-            raise TrajectoryError(f"{path!r} leads through a link to elsewhere; only hard links are followed")
-        node = node[part]
+        so_far = f"{so_far}/{part}"
+        if so_far not in nodes:
+            if (link := node.get(part, getlink=True)) is None:
+                raise TrajectoryError(f"{path!r} is missing")
+            if not isinstance(link, h5py.HardLink):
+                raise TrajectoryError(
+                    f"{path!r} leads through a link to elsewhere; only hard links are followed"
+                )
+            nodes[so_far] = node[part]
+        node = nodes[so_far]
     if not isinstance(node, h5py.Dataset):
         raise TrajectoryError(f"{path!r} is a {type(node).__name__}, expected a dataset")
     properties = node.id.get_create_plist()
@@ -251,11 +261,11 @@ def _dataset(file: h5py.File, path: str) -> h5py.Dataset:
     return node
 
 
-def _read_tensor(file: h5py.File, reference: dict[str, Any]) -> Tensor:
+def _read_tensor(nodes: _Nodes, reference: dict[str, Any]) -> Tensor:
     path, dtype, shape = reference["path"], _DTYPES[reference["dtype"]], tuple(reference["shape"])
     stored_as = _STORED_AS.get(dtype, dtype)
     expected = np.dtype(str(stored_as).removeprefix("torch."))
-    dataset = _dataset(file, path)
+    dataset = _dataset(nodes, path)
     if dataset.dtype != expected or dataset.shape != _stored_shape(shape):
         raise TrajectoryError(
             f"{path!r} is {dataset.dtype} {dataset.shape}, "

@@ -21,8 +21,9 @@ from dynamics.training import NonFiniteLoss, RunError, fit
 def assert_same(left: Trajectory, right: Trajectory) -> None:
     assert left.steps == right.steps
     for step in left.steps:
-        assert left.at(step).differences(right.at(step)) == [], f"step {step}"
-        assert left.at(step).rng_differences(right.at(step)) == [], f"step {step}"
+        mine, yours = left.at(step), right.at(step)
+        assert mine.differences(yours) == [], f"step {step}"
+        assert mine.rng_differences(yours) == [], f"step {step}"
 
 
 @pytest.fixture
