@@ -207,7 +207,7 @@ _Nodes = dict[str, Any]
 
 @contextmanager
 def _opened(source: io.BytesIO | Path, origin: str) -> Iterator[tuple[_Nodes, dict[str, Any]]]:
-    """The open file, as `_dataset` takes it, and its index; whatever is wrong with the file becomes a TrajectoryError."""
+    """The nodes of an open file and its index; whatever is wrong with the file becomes a TrajectoryError."""
     try:
         with h5py.File(source, "r") as file:
             version = int(file.attrs.get("schema_version", 0))

@@ -5,7 +5,6 @@ import logging
 import subprocess
 import warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from pathlib import Path
 
 import torch
 

@@ -16,7 +16,9 @@ from tests.zoo.cli_runs import ALIASES, BATCHES, squared_error
 def tiny_runs(made_once) -> list[Path]:
     """What `dynamics fit` makes of TINY with seeds 0 and 1; not to be written into."""
     return [
-        made_once(f"tiny-{seed}", lambda out, seed=seed: succeed("fit", "--out", out, *TINY, f"--seed={seed}"))
+        made_once(
+            f"tiny-{seed}", lambda out, seed=seed: succeed("fit", "--out", out, *TINY, f"--seed={seed}")
+        )
         for seed in (0, 1)
     ]
 

@@ -13,6 +13,7 @@ from tests.cli.calling import TINY, dynamics, succeed
 
 pytestmark = pytest.mark.slow
 
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("study") / "run"

@@ -1,4 +1,4 @@
-"""`dynamics compare` as a user meets it, each call a process of its own."""
+"""`dynamics compare` as a user meets it."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dynamics import results
-from tests.cli.calling import TINY, dynamics
+from tests.cli.calling import dynamics
 
 pytestmark = pytest.mark.slow
 
