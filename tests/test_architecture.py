@@ -192,6 +192,7 @@ def test_checkpoints_knows_the_standard_library_torch_numpy_and_h5py_alone():
     assert heavy(sources()) == []
 
 
+@pytest.mark.slow
 def test_one_module_of_checkpoints_has_guests_and_they_come_when_asked():
     seen = {
         (module, target.split(".")[0])

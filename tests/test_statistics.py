@@ -120,6 +120,7 @@ def test_sampled_p_is_near_the_exact_one_repeatable_and_never_zero() -> None:
     assert statistics.sign_flip_p(np.ones(40)) == 2 / 10_000
 
 
+@pytest.mark.slow
 def test_a_sites_p_does_not_depend_on_the_sites_beside_it() -> None:
     values = np.random.default_rng(3).normal(0.2, 1.0, (20, 600))
     values[3:, 7] = np.nan
@@ -128,6 +129,7 @@ def test_a_sites_p_does_not_depend_on_the_sites_beside_it() -> None:
         assert together[i] == statistics.sign_flip_p(values[:, i])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [8, 20])
 def test_sign_flips_reject_a_true_null_no_more_often_than_five_in_a_hundred(n: int) -> None:
     values = np.random.default_rng(4).standard_t(3, (1000, n))  # symmetric, with heavy tails
@@ -286,6 +288,7 @@ def test_what_cannot_be_summarised_is_refused_with_what_was_found() -> None:
         statistics.summarize(build().isel(example=0))
 
 
+@pytest.mark.slow
 def test_a_hundred_sites_over_all_dims_take_seconds() -> None:
     rng = np.random.default_rng(0)
     dims = {"optimizer": 2, "step": 4, "measure": 3, "example": 30}

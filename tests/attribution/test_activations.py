@@ -129,6 +129,7 @@ def test_attention_attribution_is_the_gradient_times_the_pattern(toy):
     assert chosen[-1].label == "attn.pattern L1H1 @3<-3"
 
 
+@pytest.mark.slow
 def test_contrasts_run_together_and_several_measures_are_those_alone(toy, monkeypatch):
     chosen = everywhere(toy, "blocks.*.attn.hook_q", "layer", "head", "pos")
     several = {**LOGITS, "head": head_logit}
@@ -168,6 +169,7 @@ def test_sites_of_several_hooks_overlapping_sites_and_masks_add_up(toy):
 # --- the integral -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOYS)
 def test_integrated_attributions_of_a_hook_sum_to_the_effect_of_exchanging_it_whole(name):
     model = transformer(**TOYS[name])

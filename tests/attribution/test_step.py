@@ -89,6 +89,7 @@ def test_each_site_has_what_the_slow_way_finds(optimizer, clipping, start):
             assert whole["attribution"].sel(at).item() == pytest.approx(expected, abs=3e-3 * scale)
 
 
+@pytest.mark.slow
 def test_with_many_more_places_the_slow_way_comes_as_close_as_they_allow():
     recipe = classifier_recipe()
     live = trained(recipe, BATCHES)

@@ -45,6 +45,7 @@ def mine_for(verb, optimizer="AdamW", loss=None):
     return mine
 
 
+@pytest.mark.slow
 @every_verb
 @methods
 @pytest.mark.parametrize("optimizer", ["AdamW", "RMSprop"])

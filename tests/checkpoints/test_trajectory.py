@@ -189,6 +189,7 @@ def test_a_tensor_that_is_not_there_lists_those_that_are(run):
         trajectory.tensor(10, "embed.weight", "momentum_buffer")
 
 
+@pytest.mark.slow
 def test_two_hundred_checkpoints_open_in_a_fifth_of_a_second(tmp_path, monkeypatch, small):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     with TrajectoryWriter.create(tmp_path, {}) as writer:

@@ -1,4 +1,4 @@
-"""`dynamics compare` as a user meets it, each call a process of its own."""
+"""`dynamics compare` as a user meets it."""
 
 from pathlib import Path
 

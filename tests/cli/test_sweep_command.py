@@ -1,4 +1,4 @@
-"""`dynamics sweep` as a user meets it, each call a process of its own."""
+"""`dynamics sweep` as a user meets it."""
 
 import os
 import re

@@ -35,6 +35,7 @@ def cosine(down, up, site):
     return -x @ y / np.linalg.norm(x) / np.linalg.norm(y)
 
 
+@pytest.mark.slow
 def test_alignment_is_the_cosine_of_two_ordinary_gradients(recipe, pair, contrasts):
     chosen = [sites.everything(recipe.model), *sites.heads(recipe.model)]
     found = align_gradients(recipe, pair[0], contrasts, chosen, MEASURES)
@@ -89,6 +90,7 @@ def test_groups_hold_every_pair_and_their_diagonal_is_ones_own(recipe, pair, con
     assert found["other_set"].values.tolist() == ["x", "x", "y", "y", "y"]
 
 
+@pytest.mark.slow
 def test_a_tensor_in_pieces_and_under_several_sites_adds_up_to_the_same(recipe, pair, contrasts, monkeypatch):
     chosen = [sites.everything(recipe.model), *sites.components(recipe.model)]
     whole = align_groups(recipe, pair[0], contrasts, chosen)
@@ -126,6 +128,7 @@ def test_a_gradient_that_is_zero_has_no_direction(recipe, pair, contrasts):
     assert np.isnan(align_gradients(recipe, pair[0], contrasts[:1], [site])["base"]).all()
 
 
+@pytest.mark.slow
 def test_a_sweep_calls_it_at_every_step(run):
     task = tasks.load(run.config)
     recipe = task.recipe()

@@ -175,6 +175,7 @@ def test_an_answer_that_is_not_always_there_has_the_steps_where_it_is(run, task)
     assert found["previous"].values.tolist() == [0, 2, 6, 8, 10]
 
 
+@pytest.mark.slow
 def test_checkpoints_are_read_once_and_only_the_neighbours_are_held(run, task, monkeypatch):
     recipe = task.recipe()
     seen, read = [], []

@@ -70,6 +70,7 @@ def test_under_any_budget_a_verb_finds_the_same_to_rounding(verb):
             assert float(abs(other[name] - usual[name]).max()) < 1e-12, (n_bytes, name)
 
 
+@pytest.mark.slow
 @every_verb
 def test_under_one_budget_a_verb_finds_the_same_bits(verb):
     recipe = transformer_recipe()

@@ -159,12 +159,14 @@ def assert_agrees(bench, patched, oracles, forward="base"):
 # --- gradients --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in RECIPES if n not in ("odd", "convolutions")])
 def test_at_every_module_all_three_constructions_give_the_patched_gradient(name):
     bench = Workbench(name)
     assert_agrees(bench, one_of_each(bench), [bench.linear_term, bench.cut, bench.tensor_hooks])
 
 
+@pytest.mark.slow
 def test_at_every_hook_of_a_block_every_head_position_and_mask_gives_the_patched_gradient():
     bench = Workbench("LN gelu")
     names = [n for n in bench.ran if n.startswith("blocks.1.") and "hook_" in n]

@@ -56,6 +56,7 @@ def test_a_window_of_one_step_is_patch_gradients_bitwise(optimizer, clipping):
     assert not same(one["head"], one["base"])
 
 
+@pytest.mark.slow
 def test_a_window_of_one_step_is_patch_gradients_bitwise_on_a_transformer():
     recipe = transformer_recipe(max_grad_norm=0.1)
     checkpoint = trained(recipe, [tokens(seed) for seed in range(3)]).last
@@ -141,6 +142,7 @@ def test_on_a_transformer_every_step_is_the_training_loops():
         assert gap(floats(found[site.label][1]), floats(third)) < 1e-11
 
 
+@pytest.mark.slow
 def test_a_site_at_all_positions_walks_like_the_site_itself():
     recipe = transformer_recipe(max_grad_norm=0.3)
     checkpoint = trained(recipe, [tokens(seed) for seed in range(3)]).last

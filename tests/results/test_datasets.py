@@ -271,6 +271,7 @@ def test_provenance_needs_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
     provenance_json._commit.cache_clear()
 
 
+@pytest.mark.slow
 def test_importing_results_and_statistics_imports_neither_torch_nor_matplotlib() -> None:
     code = (
         "import sys, dynamics.results, dynamics.statistics; "

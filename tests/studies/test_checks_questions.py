@@ -34,6 +34,7 @@ from tests.zoo.checked_runs import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", ["attn 0", "W_V L0H1"])
 def test_sufficiency_puts_the_site_in_and_necessity_is_what_is_lost_without_it(runs, label, signs, texts):
     run = made(runs[0], label)
@@ -50,6 +51,7 @@ def test_sufficiency_puts_the_site_in_and_necessity_is_what_is_lost_without_it(r
     )  # clipping and AdamW couple what stands beside
 
 
+@pytest.mark.slow
 def test_necessity_is_the_effect_on_reversed_contrasts_with_its_sign_turned(run, signs):
     checks._directions([run])
     turned = [c.reversed() for c in run.task.contrasts()]
@@ -231,6 +233,7 @@ def test_true_and_false_contents_are_exchanged_each_in_their_own_contrast(run, t
         assert f"{name} {value}" in check.figure
 
 
+@pytest.mark.slow
 def test_the_site_is_held_against_exchanged_updates_of_its_placebos(run):
     contrasts = run.task.contrasts()
     delta = steps.update_difference(run.recipe, run.state, contrasts)
@@ -277,6 +280,7 @@ def test_more_than_half_of_the_runs_must_exceed_their_placebos_in_size(runs, own
     assert check.figure == f"|effect| {np.mean(np.abs(own)):.3f} against 19.950 logit, 20 placebos"
 
 
+@pytest.mark.slow
 def test_the_impulse_is_one_definition_in_the_real_batch_and_the_run_goes_on_after_it(run, texts, signs):
     checks._impulse([run])
     first, last = (values for (values,) in texts.calls)
@@ -305,6 +309,7 @@ def test_the_impulse_is_one_definition_in_the_real_batch_and_the_run_goes_on_aft
     np.testing.assert_array_equal(compared, last)
 
 
+@pytest.mark.slow
 def test_the_impulse_takes_the_runs_own_optimizer_whichever_the_single_step_takes(runs, texts):
     for which in ("fresh", "stored"):
         checks._impulse([made(runs[0], optimizer=which)])

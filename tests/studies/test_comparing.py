@@ -31,6 +31,7 @@ def times(folder):
     return {path: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_pair_has_what_the_functions_say_of_its_two_steps(run, task):
     pair = studies.compare_pair(run, 3, 12)
     recipe = task.recipe()
@@ -67,6 +68,7 @@ def test_a_pairs_table_has_the_sets_and_the_aliases_most_changed_question(run, t
     assert "right: " in listed
 
 
+@pytest.mark.slow
 def test_asked_again_a_pair_is_read(run):
     pair = studies.compare_pair(run, 2, 4)
     before = times(pair.results)
@@ -76,6 +78,7 @@ def test_asked_again_a_pair_is_read(run):
     assert [path.name for path in pair.figures.iterdir()] == ["moved.png"]
 
 
+@pytest.mark.slow
 def test_every_checkpoint_has_its_curves_neighbours_and_updates(run, task, every):
     recipe = task.recipe()
     found = every.found
@@ -111,6 +114,7 @@ def test_every_checkpoint_is_drawn_and_told(every):
     assert str(fastest["site"].values) in first
 
 
+@pytest.mark.slow
 def test_other_steps_are_another_folder_and_may_be_unstored(run):
     three = studies.compare_every(run, [1, 5, 9])
     assert three.found["scores"]["step"].values.tolist() == [1, 5, 9]
@@ -126,6 +130,7 @@ def test_what_cannot_be_compared_says_why(run, tmp_path):
         studies.compare_pair(imported, 1, 1)
 
 
+@pytest.mark.slow
 def test_a_comparison_that_was_cut_off_is_made_whole(run, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(run.path, folder, ignore=shutil.ignore_patterns("results", "figures"))

@@ -75,6 +75,7 @@ def test_lists_of_contrasts_and_sites_do_as_well_as_functions(run):
     xr.testing.assert_identical(listed, swept(patch_gradients, run))
 
 
+@pytest.mark.slow
 def test_a_single_step_makes_no_dim_and_a_verbs_own_dim_step_then_stays(run):
     assert "step" not in swept(patch_gradients, run, 8).dims
     window = dy.sweep(
@@ -106,6 +107,7 @@ def test_contrasts_may_depend_on_the_step(run):
     assert found["in_batch"].broadcast_like(found["base"]).transpose("step", ...).values.tolist() == expected
 
 
+@pytest.mark.slow
 def test_several_states_make_a_dim_optimizer_and_one_makes_none(run):
     states = {"stored": planning.as_stored, "fresh": Checkpoint.with_fresh_optimizer}
     both = swept(patch_gradients, run, state=states)
@@ -117,6 +119,7 @@ def test_several_states_make_a_dim_optimizer_and_one_makes_none(run):
     assert not both["effect"].sel(optimizer="stored").equals(both["effect"].sel(optimizer="fresh"))
 
 
+@pytest.mark.slow
 def test_runs_make_a_dim_seed_and_examples_keep_their_own_names_as_labels(runs):
     found = swept(patch_gradients, runs)
     assert found["effect"].dims == ("seed", "step", "example", "site")
@@ -160,6 +163,7 @@ class Watched(AliasTask):
         return super().batch(step)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_units")
 def test_a_checkpoint_is_reached_once_for_all_its_units_and_states(run, tmp_path):
     states = {"stored": planning.as_stored, "fresh": Checkpoint.with_fresh_optimizer}
@@ -365,6 +369,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
         swept(patch_gradients, run)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_units")
 def test_an_estimate_counts_what_is_left_and_keeps_nothing(run, tmp_path):
     asked = sweeps.plan(patch_gradients, run, STEPS, alone, sites.heads, measures.correct_logit)

@@ -38,6 +38,7 @@ from tests.zoo.sweep_runs import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_units")
 def test_what_is_there_is_read_and_what_is_missing_alone_is_computed(run, tmp_path):
     calls, out = tmp_path / "calls", tmp_path / "kept"
@@ -60,6 +61,7 @@ def interrupted(recipe, checkpoint, contrasts, sites, measure, calls: Path) -> x
     return counted(recipe, checkpoint, contrasts, sites, measure, calls)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_units")
 def test_a_sweep_that_is_stopped_in_the_middle_goes_on_from_there(run, tmp_path):
     calls, out = tmp_path / "calls", tmp_path / "kept"
@@ -70,6 +72,7 @@ def test_a_sweep_that_is_stopped_in_the_middle_goes_on_from_there(run, tmp_path)
     assert lines(calls) == 12
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_units")
 def test_further_steps_states_and_runs_use_what_is_there(runs, tmp_path):
     calls, out = tmp_path / "calls", tmp_path / "kept"
@@ -85,6 +88,7 @@ def test_further_steps_states_and_runs_use_what_is_there(runs, tmp_path):
     assert lines(calls) == 20
 
 
+@pytest.mark.slow
 def test_a_run_that_was_moved_or_trained_on_keeps_its_shards(tmp_path):
     verb = partial(counted, calls=tmp_path / "calls")
     run = trained(tmp_path / "run", 0)
@@ -113,6 +117,7 @@ def test_beside_the_shards_stands_what_they_are(runs, tmp_path):
     assert {(shard["run"], shard["step"]) for shard in written["shards"].values()} == {("0", 8), ("1", 8)}
 
 
+@pytest.mark.slow
 def test_a_sweeps_dataset_says_where_it_comes_from_and_not_when(runs):
     facts = json.loads(swept(patch_gradients, runs).attrs["provenance"])
     assert facts["verb"] == "patch_gradients"
@@ -199,6 +204,7 @@ def test_no_two_questions_share_a_shard_and_the_same_question_has_the_same(runs)
     assert len(set.union(*asked)) == sum(map(len, asked))
 
 
+@pytest.mark.slow
 def test_the_same_question_has_the_same_shards_in_a_new_process(run):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from tests.sweeps import test_shards as t\n"

@@ -144,6 +144,7 @@ def test_a_task_loaded_from_its_configs_plain_data_gives_the_same_batches(alias_
     assert all(rows_of(again.batch(step)) == rows_of(task.batch(step)) for step in (0, 41, 95))
 
 
+@pytest.mark.slow
 def test_the_recipes_optimizer_takes_the_configs_learning_rate_at_every_step(alias_task):
     recipe = alias_task().recipe()
     optimizer = recipe.build_optimizer(recipe.model.parameters())

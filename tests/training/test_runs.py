@@ -68,6 +68,7 @@ def test_training_by_lightning_equals_a_bare_loop(config, run):
         assert torch.equal(tensor, model.get_parameter(name)), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [17, *(pytest.param(step, marks=pytest.mark.slow) for step in (0, 5, 12, 25))])
 def test_a_run_interrupted_at_any_step_resumes_to_the_same_bits(config, run, tmp_path, monkeypatch, at):
     honest = AliasTask.batch
@@ -153,6 +154,7 @@ def test_two_runs_of_one_config_are_the_same_whatever_the_callers_random_numbers
     assert_same(fit(config, tmp_path / "two"), one)
 
 
+@pytest.mark.slow
 def test_pretraining_stops_once_the_heldout_loss_is_low_enough(config, tmp_path):
     # Every loss is below 100 nats, so pretraining stops after the first evaluated step.
     config = replace(config, phases=replace(config.phases, stop_pretrain_at=100.0))
@@ -164,6 +166,7 @@ def test_pretraining_stops_once_the_heldout_loss_is_low_enough(config, tmp_path)
     assert_same(fit(config, tmp_path / "run"), run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "dtype"), [("bf16-mixed", "float32"), ("32-true", "float64"), ("32-true", "bfloat16")]
 )
@@ -178,6 +181,7 @@ def test_a_run_in_another_precision_replays_bit_for_bit_too(config, tmp_path, pr
     assert {str(p.dtype) for p in run.last.parameters.values()} == {f"torch.{dtype}"}
 
 
+@pytest.mark.slow
 def test_x2_forked_from_another_run_starts_at_its_state_and_exchanges_the_roles(config, run, tmp_path):
     start = run.at(config.phases.starts["x2"])
     exchanged = replace(config, task=replace(config.task, x2_roles="exchanged"))

@@ -84,6 +84,7 @@ def test_checkpoints_whose_manifest_was_lost_are_not_written_over(short, tmp_pat
     assert not (tmp_path / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_accelerator_logger_and_threads(short, tmp_path, monkeypatch):
     whole = fit(short, tmp_path / "whole")
     out = tmp_path / "run"

@@ -60,6 +60,7 @@ def test_a_run_is_recorded_and_its_task_rebuilt_from_its_own_config(name, tiny):
     assert {f"{batch}_accuracy" for batch in task.evaluation} < set(metrics.columns)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_every_stored_neighbour_replays_bit_for_bit(name, tiny):
     verdicts = list(studies.verify(tiny(name)))
@@ -75,6 +76,7 @@ def test_one_optimizer_goes_through_both_phases_of_facts(tiny):
     assert entering == 8
 
 
+@pytest.mark.slow
 def test_a_run_interrupted_in_its_late_phase_resumes_to_the_same_bits(tiny, tmp_path, monkeypatch):
     whole = tiny("facts")
     honest = FactsTask.batch
