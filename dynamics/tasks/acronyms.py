@@ -77,6 +77,11 @@ class AcronymsTask(Task):
         """Three rows for each trained triple."""
         return self._batch(self.triples["trained"])
 
+    def sources(self, batch: Batch) -> list[str]:
+        """Which letter each row asks for: "letter 1" to "letter 3"."""
+        first = len(self.vocabulary.encode(f"The {' '.join(self.triples['trained'][0])} (")) - 1
+        return [f"letter {place - first + 1}" for place in batch.target_pos.tolist()]
+
     @cached_property
     def evaluation(self) -> dict[str, Batch]:
         """256 held-out triples, and as many trained ones."""

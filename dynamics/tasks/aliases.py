@@ -311,6 +311,29 @@ class AliasTask(Task):
             for contrast in self.contrasts_at(step, sets)
         ]
 
+    def sources(self, batch: Batch, by: Literal["set", "integer"] = "set") -> list[str]:
+        """Where each row comes from: "definitions of Dt3" and of the other sets, "questions", "table".
+
+        Args:
+            batch: training rows, such as `task.batch(step)`.
+            by: "integer" tells definitions apart by their alias: "definition of alias 17".
+        """
+        if by not in ("set", "integer"):
+            raise ValueError(f"by={by!r}; definitions are told apart by 'set' or by 'integer'.")
+        names = {
+            self.alias(i): f"definitions of {name}" if by == "set" else f"definition of alias {i}"
+            for name, members in self.sets.items()
+            for i in members
+        }
+        column = 2 if self.config.task.swap_defs else 1
+
+        def source(row: list[int]) -> str:
+            if row[0] in (self.reliable, self.unreliable):
+                return names[row[column]]
+            return "questions" if names.keys() & set(row[:2]) else "table"
+
+        return [source(row) for row in batch.tokens.tolist()]
+
     @cached_property
     def evaluation(self) -> dict[str, Batch]:
         """What training is watched on: untrained questions of each set, and held-out table rows."""

@@ -110,6 +110,18 @@ class FactsTask(Task):
             stated += late * self.config.task.late_copies
         return self._batch(stated)
 
+    def sources(self, batch: Batch) -> list[str]:
+        """The fact that each row states: "capital of Spain"."""
+        return [self._stated_by[tuple(row)] for row in batch.tokens.tolist()]
+
+    @cached_property
+    def _stated_by(self) -> dict[tuple[int, ...], str]:
+        """The fact of every statement, by its tokens."""
+        facts = [fact for fact in (*self.known, *self.late) for _ in TEMPLATES]
+        said = [fact.asked(t) for fact in (*self.known, *self.late) for t in range(len(TEMPLATES))]
+        rows = map(tuple, self._batch(said).tokens.tolist())
+        return {row: f"{fact.relation} of {fact.subject}" for row, fact in zip(rows, facts, strict=True)}
+
     @cached_property
     def evaluation(self) -> dict[str, Batch]:
         """Known facts in the templates they are never trained in; late ones as stated, and in the others."""

@@ -117,6 +117,19 @@ class IoiTask(Task):
         """The training prompts, of trained pairs."""
         return self._batch(self.sentences("trained", self.config.task.n_prompts, "prompts"))
 
+    def sources(self, batch: Batch) -> list[str]:
+        """The order of names and the template of each trained prompt: "ABBA, template 2"."""
+        return [self._kinds[tuple(row)] for row in batch.tokens.tolist()]
+
+    @cached_property
+    def _kinds(self) -> dict[tuple[int, ...], str]:
+        """Order and template of every trained prompt, by its tokens."""
+        sentences = self.sentences("trained", self.config.task.n_prompts, "prompts")
+        rows = map(tuple, self.rows("train").tokens.tolist())
+        return {
+            row: f"{said.order}, template {said.template}" for row, said in zip(rows, sentences, strict=True)
+        }
+
     @cached_property
     def evaluation(self) -> dict[str, Batch]:
         """256 prompts each of held-out and of trained pairs."""

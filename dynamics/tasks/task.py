@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,6 +50,10 @@ class Task(ABC):
     def contrasts(self) -> Sequence[Contrast]:
         """The task's pairs of batches, and what they are measured on."""
 
+    @abstractmethod
+    def sources(self, batch: Batch) -> list[str]:
+        """Where each row of a training batch comes from, for `attribute_training`: labels, one for each row."""
+
     @lru_cache(maxsize=8)  # noqa: B019 - a task lives as long as its run
     def _order(self, phase: str, epoch: int) -> NDArray[np.int64]:
         return generator(self.config.order_seed, f"order {phase}", epoch).permutation(len(self.rows(phase)))
@@ -65,6 +70,10 @@ class Task(ABC):
         epochs, within = np.divmod(places, len(rows))
         index = np.concatenate([self._order(phase, int(e))[within[epochs == e]] for e in np.unique(epochs)])
         return rows[torch.from_numpy(index)]
+
+    def batches(self, first: int, last: int) -> Sequence[Batch]:
+        """The training batches of steps first to last − 1, each made when it is asked for."""
+        return _Batches(self, range(first, last))
 
     def model(self) -> ToyTransformer:
         """The run's toy transformer, with the weights it starts from."""
@@ -86,3 +95,19 @@ class Task(ABC):
             scheduler=partial(LambdaLR, lr_lambda=phases.learning_rate),
             max_grad_norm=phases.max_grad_norm,
         )
+
+
+@dataclass(frozen=True)
+class _Batches(Sequence[Batch]):
+    """A task's batches of some steps, in order."""
+
+    task: Task
+    steps: range
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return replace(self, steps=self.steps[place])
+        return self.task.batch(self.steps[place])

@@ -197,3 +197,11 @@ def test_an_impossible_config_is_refused(values, message):
 def test_a_model_too_short_for_the_prompts_is_refused():
     with pytest.raises(ConfigError, match=r"n_ctx is 6; the prompts of this task have 7 tokens"):
         replace(AcronymsRun(), model=ToyConfig(n_ctx=6))
+
+
+def test_the_source_of_a_row_is_the_letter_it_asks_for():
+    task = acronyms_task()
+    rows = task.rows("train")
+    assert task.sources(rows) == ["letter 1", "letter 2", "letter 3"] * (len(rows) // 3)
+    for source, text, target in zip(task.sources(rows), words_of(task, rows), rows.targets, strict=True):
+        assert task.vocabulary.decode([target]) == text.split()[int(source[-1])][0]

@@ -155,3 +155,15 @@ def test_the_recipes_optimizer_takes_the_configs_learning_rate_at_every_step(ali
     for _ in range(3):
         assert [group["lr"] for group in optimizer.param_groups] == [1e-3]
         scheduler.step()
+
+
+def test_the_batches_of_a_stretch_are_made_when_they_are_asked_for(alias_task):
+    task = alias_task()
+    batches = task.batches(40, 50)
+    assert len(batches) == 10
+    assert [torch.equal(b.tokens, task.batch(40 + i).tokens) for i, b in enumerate(batches)] == [True] * 10
+    later = batches[7:]
+    assert len(later) == 3
+    assert torch.equal(later[0].tokens, task.batch(47).tokens)
+    with pytest.raises(IndexError):
+        later[3]

@@ -218,3 +218,26 @@ def test_exchanged_roles_exchange_dt3_and_df4_and_nothing_else(alias_task):
 def test_exchanged_roles_train_on_the_same_batches_up_to_x2(alias_task):
     drawn, exchanged = alias_task(), alias_task(x2_roles="exchanged")
     assert all(rows_of(drawn.batch(step)) == rows_of(exchanged.batch(step)) for step in range(90))
+
+
+def test_every_training_row_has_its_source(alias_task):
+    task = alias_task(modulus=8, multipliers=(2, 4))
+    batch = task.rows("x2")
+    by_set, by_integer = task.sources(batch), task.sources(batch, by="integer")
+    for row, coarse, fine in zip(rows_of(batch), by_set, by_integer, strict=True):
+        sort = kind(task, row)
+        if sort != "definition":
+            assert coarse == fine == {"question": "questions", "table": "table"}[sort]
+            continue
+        integer = row[1] - task.modulus
+        assert coarse == f"definitions of {task.set_of(integer)}"
+        assert fine == f"definition of alias {integer}"
+    assert {"definitions of Dt3", "definitions of Df4", "questions", "table"} <= set(by_set)
+    assert len(set(by_integer)) == task.modulus + 2
+
+
+def test_the_source_of_a_definition_that_ends_in_its_alias_is_found_too(alias_task):
+    task = alias_task(modulus=8, multipliers=(2, 4), swap_defs=True)
+    assert task.sources(task.trained_definition(5), by="integer") == ["definition of alias 5"]
+    with pytest.raises(ValueError, match="'set' or by 'integer'"):
+        task.sources(task.rows("x2"), by="tag")

@@ -264,3 +264,16 @@ def test_an_impossible_config_is_refused(values, message):
 def test_a_model_too_short_for_the_prompts_is_refused():
     with pytest.raises(ConfigError, match=r"n_ctx is 4; the prompts of this task have 5 tokens"):
         FactsRun(model=ToyConfig(n_ctx=4))
+
+
+def test_the_source_of_a_row_is_the_fact_that_it_states():
+    task = facts_task()
+    rows = task.rows("late")
+    answers = {f"{fact.relation} of {fact.subject}": fact.answer for fact in (*task.known, *task.late)}
+    sources = task.sources(rows)
+    assert set(sources) == set(answers)
+    for source, text, target in zip(sources, words_of(task, rows), rows.targets, strict=True):
+        relation, _, subject = source.partition(" of ")
+        assert relation in text
+        assert subject in text
+        assert task.vocabulary.decode([target]) == answers[source]

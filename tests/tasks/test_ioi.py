@@ -241,3 +241,11 @@ def test_an_impossible_config_is_refused(values, message):
 def test_a_model_too_short_for_the_prompts_is_refused():
     with pytest.raises(ConfigError, match=r"n_ctx is 13; the prompts of this task have 14 tokens"):
         IoiRun(model=ToyConfig(n_ctx=13))
+
+
+def test_the_source_of_a_row_is_its_order_of_names_and_its_template():
+    task = ioi_task()
+    rows = task.rows("train")
+    sentences = task.sentences("trained", 400, "prompts")
+    assert task.sources(rows) == [f"{s.order}, template {s.template}" for s in sentences]
+    assert task.sources(rows[5:7]) == task.sources(rows)[5:7]
