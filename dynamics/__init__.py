@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dynamics.attribution import attribute_examples as attribute_examples
     from dynamics.attribution import attribute_paths as attribute_paths
     from dynamics.attribution import attribute_step as attribute_step
+    from dynamics.attribution import attribute_training as attribute_training
     from dynamics.attribution import circuit as circuit
     from dynamics.batch import Batch as Batch
     from dynamics.comparison import compare as compare
@@ -74,6 +75,7 @@ _HOMES = {
     "attribute_examples": "dynamics.attribution",
     "attribute_paths": "dynamics.attribution",
     "attribute_step": "dynamics.attribution",
+    "attribute_training": "dynamics.attribution",
     "circuit": "dynamics.attribution",
     "Batch": "dynamics.batch",
     "compare": "dynamics.comparison",

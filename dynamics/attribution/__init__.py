@@ -5,3 +5,4 @@ from dynamics.attribution.circuits import circuit as circuit
 from dynamics.attribution.examples import attribute_examples as attribute_examples
 from dynamics.attribution.paths import attribute_paths as attribute_paths
 from dynamics.attribution.step import attribute_step as attribute_step
+from dynamics.attribution.training import attribute_training as attribute_training

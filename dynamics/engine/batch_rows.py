@@ -21,6 +21,12 @@ from dynamics.trees import Gradients, squared_norm
 MOST_DISAGREEMENT = 1e-3
 """‖Σ g_i − g‖ / Σ ‖g_i‖ above which a loss is no mean over rows. Rounding leaves 5e-7 in fp32."""
 
+NO_MEAN = (
+    "Contributions of rows and sources need a loss that is the mean over the batch's rows of what each row loses "
+    "by itself: no sum, no weights between rows, no batch normalisation in training mode, no dropout."
+)
+"""What is said where it is not."""
+
 
 def split_rows(batch: Any) -> list[Any]:
     """Each row of a batch as a batch of its own.
@@ -66,7 +72,7 @@ def row_gradients(runs: Runs, rows: Sequence[Any]) -> list[dict[str, Tensor | No
         try:
             alone = prefetch.gradient(row, f"row {i} of the batch").gradients
         except Exception as error:
-            error.add_note(f"This was row {i} of the batch by itself. {_NO_MEAN}")
+            error.add_note(f"This was row {i} of the batch by itself. {NO_MEAN}")
             raise
         shares.append({name: None if g is None else g / len(rows) for name, g in alone.items()})
     whole = runs.base.gradients
@@ -78,15 +84,9 @@ def row_gradients(runs: Runs, rows: Sequence[Any]) -> list[dict[str, Tensor | No
     if missed > MOST_DISAGREEMENT * lengths:
         raise ValueError(
             f"the gradients of the batch's {len(rows)} rows miss the batch's own gradient by {missed:.2g}, "
-            f"with {lengths:.2g} the sum of their lengths. {_NO_MEAN}"
+            f"with {lengths:.2g} the sum of their lengths. {NO_MEAN}"
         )
     return shares
-
-
-_NO_MEAN = (
-    "Contributions of rows need a loss that is the mean over the batch's rows of what each row loses by itself: "
-    "no sum, no weights between rows, no batch normalisation in training mode, no dropout."
-)
 
 
 def row_updates(

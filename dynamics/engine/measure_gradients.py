@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from checkpoints import Checkpoint
 from dynamics import measures
+from dynamics.engine.stack_memory import QUARTER, chunks, models_per_stack
 from dynamics.measures import LogitMeasure, Measure
 from dynamics.models.functional import call_with, eval_mode
 from dynamics.recipe import Recipe
 from dynamics.steps import NonFiniteGradient
 from dynamics.steps.fallbacks import ComputePaths, Fallback, out_of_memory, reason
+from dynamics.steps.per_example import signature, stacked_batches
 from dynamics.steps.pullbacks import alike
 from dynamics.trees import copied, not_finite
 
@@ -83,7 +86,7 @@ class MeasureGradients:
         """
 
         def alone(i: int) -> dict[str, Tensor | None]:
-            return self._alone(query, {n: leaf[i] for n, leaf in leaves.items()}, weights[i])
+            return self._alone(query, {n: leaf[i] for n, leaf in leaves.items()}, weights[i])[1]
 
         if len(weights) == 1:
             return {n: g for n, g in alone(0).items() if g is not None}
@@ -115,6 +118,100 @@ class MeasureGradients:
                     total[n] = total[n].add_(g) if n in total else g.double()
         return total
 
+    def of_probes(
+        self, queries: Sequence[MeasureQuery], leaves: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """A measure on several probes, [n_probes] in fp64, and ∇M of each by trained parameter, [n_probes, *shape].
+
+        Three probes or more of one shape are taken at once, by vmap, where that holds as in `summed`. A parameter
+        that the measure does not depend on has gradient zero.
+
+        Args:
+            queries: of one measure and one model, a probe each.
+            leaves: θ, the trained parameters, [*shape].
+
+        Raises: as `summed`.
+        """
+        gradients = {n: leaf.new_zeros(len(queries), *leaf.shape) for n, leaf in leaves.items()}
+        values = next(iter(leaves.values())).new_zeros(len(queries), dtype=torch.float64)
+        by_shape: dict[Any, list[int]] = {}
+        for i, query in enumerate(queries):
+            by_shape.setdefault(signature(query.probe), []).append(i)
+        for numbers in by_shape.values():
+            for chunk in chunks(numbers, models_per_stack(leaves.values(), QUARTER)):
+                for i, (value, found) in zip(
+                    chunk, self._of_alike([queries[i] for i in chunk], leaves), strict=True
+                ):
+                    values[i] = value
+                    for n, g in found.items():
+                        if g is not None:
+                            gradients[n][i] = g
+        return values, gradients
+
+    def _of_alike(
+        self, queries: Sequence[MeasureQuery], leaves: Mapping[str, Tensor]
+    ) -> list[tuple[Tensor, Mapping[str, Tensor | None]]]:
+        """Measure and gradient on each of several probes of one shape."""
+        name = f"{queries[0].name} over probes"
+        alone: list[tuple[Tensor, Mapping[str, Tensor | None]]] = []
+        if not isinstance(queries[0].measure, LogitMeasure):
+            self.paths.took(PART, f"{ONE_BY_ONE}: a function of (model, batch) may keep what it sees")
+        elif len(queries) > 2 and self._vmap_holds.get(name, True):
+            try:
+                values, together = self._over_probes(queries, leaves)
+                if name not in self._vmap_holds:
+                    alone = [self._alone(queries[0], leaves, 1.0)]
+                    read = {
+                        n: torch.zeros_like(leaves[n]) if g is None else g for n, g in alone[0][1].items()
+                    }
+                    if not alike({n: g[0] for n, g in together.items()}, read):
+                        raise Fallback("vmap found another gradient than a backward pass of one probe")
+                    self._vmap_holds[name] = True
+                self.paths.took(PART, "vmap over probes")
+                return [(v, {n: g[i] for n, g in together.items()}) for i, v in enumerate(values)]
+            except Fallback as error:
+                self._vmap_holds.setdefault(name, False)
+                self.paths.fell_back(PART, ONE_BY_ONE, str(error))
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                self.paths.fell_back(PART, "fewer models at a time", reason(error))
+                middle = len(queries) // 2
+                return self._of_alike(queries[:middle], leaves) + self._of_alike(queries[middle:], leaves)
+        return alone + [self._alone(query, leaves, 1.0) for query in queries[len(alone) :]]
+
+    def _over_probes(
+        self, queries: Sequence[MeasureQuery], leaves: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Measure [n_probes] and gradients [n_probes, *shape], by vmap.
+
+        Raises:
+            Fallback: vmap cannot take it, or a gradient is not finite.
+        """
+        tensors, probe_of = stacked_batches([query.probe for query in queries])
+        shared = copied(queries[0].others, self.checkpoint.buffers)  # a forward pass may write into them
+        detached = {n: leaf.detach() for n, leaf in leaves.items()}
+
+        def of_one(own: dict[str, Tensor], probe: dict[int, Tensor]) -> Tensor:
+            return replace(queries[0], probe=probe_of(probe)).value(self.recipe.model, {**shared, **own})
+
+        try:
+            with (
+                warnings.catch_warnings(),
+                self.checkpoint.random_state(),
+                eval_mode(self.recipe.model),
+            ):
+                warnings.simplefilter("error")
+                of_each = torch.func.grad_and_value(of_one)
+                found, values = torch.vmap(of_each, in_dims=(None, 0), randomness="same")(detached, tensors)
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            raise Fallback(reason(error)) from error  # an error of the user's own comes back one by one
+        if culprit := not_finite(found):
+            raise Fallback(f"vmap found the gradient of {culprit} not finite")
+        return values, found
+
     def _in_halves(
         self, query: MeasureQuery, leaves: Mapping[str, Tensor], weights: Sequence[float]
     ) -> dict[str, Tensor]:
@@ -129,8 +226,8 @@ class MeasureGradients:
 
     def _alone(
         self, query: MeasureQuery, leaves: Mapping[str, Tensor], weight: float
-    ) -> dict[str, Tensor | None]:
-        """One model's gradient times its weight."""
+    ) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """One model's measure, and the gradient times its weight."""
         inputs = {n: leaf.detach().requires_grad_() for n, leaf in leaves.items()}
         tensors = {**query.others, **inputs}
         own = self.checkpoint.buffers if isinstance(query.measure, LogitMeasure) else tensors
@@ -147,7 +244,7 @@ class MeasureGradients:
             raise NonFiniteGradient(
                 f"The gradient of measure {query.name!r} of {query.where} at {culprit} is not finite."
             )
-        return found
+        return value.detach(), found
 
     def _together(
         self, query: MeasureQuery, leaves: Mapping[str, Tensor], weights: Sequence[float]

@@ -113,6 +113,41 @@ class StraightPath:
                 break
         return mean, n_nodes
 
+    def refined(
+        self,
+        name: str,
+        measure: Measure,
+        trapezoid: Mapping[str, Tensor],
+        change_of_measure: float,
+        tolerance: float,
+        max_nodes: int,
+    ) -> tuple[dict[str, Tensor], int]:
+        """The measure's mean gradient by Simpson's rule on halved and halved intervals, and the number of nodes.
+
+        Args:
+            name, measure: of the measure.
+            trapezoid: half the sum of the gradients at both ends, by trained parameter.
+            change_of_measure, tolerance: where to stop, as `mean_gradient`.
+            max_nodes: at most so many, both ends among them; fewer than three leave the trapezoid.
+        """
+        others = {n: t for n, t in self.start.items() if n not in self.change}
+        query = MeasureQuery(name, measure, self.probe, others, self.name)
+        coarse, mean, n_nodes, intervals = dict(trapezoid), dict(trapezoid), 2, 1
+        while 2 * intervals + 1 <= max_nodes:
+            inside = [((i + 0.5) / intervals, 1 / intervals) for i in range(intervals)]
+            fine = {n: g / 2 for n, g in coarse.items()}
+            for chunk in chunks(inside, models_per_stack((self.start[n] for n in self.change), QUARTER)):
+                nodes, weights = zip(*chunk, strict=True)
+                for n, g in self.gradients.summed(query, self._at(nodes), weights).items():
+                    fine[n] = fine[n] + g.to(fine[n].dtype) / 2
+            mean = {n: (4 * fine[n] - g) / 3 for n, g in coarse.items()}
+            coarse, intervals = fine, 2 * intervals
+            n_nodes = intervals + 1
+            parts = [float((mean[n].double() * delta).sum()) for n, delta in self.change.items()]
+            if abs(sum(parts) - change_of_measure) <= tolerance * sum(map(abs, parts)):
+                break
+        return mean, n_nodes
+
     def _at(self, nodes: Sequence[float]) -> dict[str, Tensor]:
         """Trained parameters at start + node · change: [n_nodes, *shape]."""
         found = {}

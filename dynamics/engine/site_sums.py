@@ -53,20 +53,44 @@ class SiteSums:
         Args:
             elements: {name: [*shape]}.
         """
-        arrays = {name: tensor.detach().double().cpu().numpy() for name, tensor in elements.items()}
+        totals: Array = self.of_each({name: tensor[None] for name, tensor in elements.items()})[0]
+        return totals
+
+    def of_each(self, elements: Mapping[str, Tensor]) -> Array:
+        """[n, n_sites], in fp64.
+
+        Args:
+            elements: {name: [n, *shape]}, n numbers for each element; tensors left out count as zero.
+        """
+        arrays = {name: _array(tensor.detach()) for name, tensor in elements.items()}
         known: dict[_Key, Array] = {}
 
         def reduced(key: _Key) -> Array:
+            """[*axes left, n]: with n last, whatever an index does to the other axes."""
             if key not in known:
-                known[key] = np.sum(arrays[key[0]], axis=key[1])
+                name, whole_axes = key
+                found: Array = np.sum(arrays[name], axis=tuple(a + 1 for a in whole_axes), dtype=np.float64)
+                known[key] = np.moveaxis(found, 0, -1)
             return known[key]
 
-        totals = np.zeros(self._n_sites)
+        n = max((len(array) for array in arrays.values()), default=1)
+        totals = np.zeros((n, self._n_sites))
         for key, (numbers, *places) in self._elements.items():
-            totals[numbers] += reduced(key)[tuple(places)]  # of a tensor each site covers one part
+            if key[0] not in arrays:
+                continue
+            totals[:, numbers] += (
+                reduced(key)[tuple(places)].reshape(-1, n).T
+            )  # of a tensor each site covers one part
         for number, key, index in self._slices:
-            totals[number] += reduced(key)[index].sum()
+            if key[0] not in arrays:
+                continue
+            totals[:, number] += reduced(key)[index].reshape(-1, n).sum(0)
         return totals
+
+
+def _array(tensor: Tensor) -> npt.NDArray[Any]:
+    """As NumPy has it: in fp64 where NumPy lacks the dtype."""
+    return (tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.double()).cpu().numpy()
 
 
 def _left(index: Index, shape: torch.Size) -> tuple[tuple[int, ...], Any]:

@@ -4,6 +4,7 @@ from dynamics.results.datasets import DIMS as DIMS
 from dynamics.results.datasets import PLACEBO as PLACEBO
 from dynamics.results.datasets import REFERENCES as REFERENCES
 from dynamics.results.datasets import SITE_COORDS as SITE_COORDS
+from dynamics.results.datasets import account as account
 from dynamics.results.datasets import attributions as attributions
 from dynamics.results.datasets import concat as concat
 from dynamics.results.datasets import coordinates as coordinates

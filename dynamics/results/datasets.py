@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,19 @@ from dynamics.results.provenance_json import common, parse, paths_taken
 from dynamics.site_coordinates import PLACEBO as PLACEBO
 from dynamics.site_coordinates import SITE_COORDS as SITE_COORDS
 
-DIMS = ("example", "site", "row", "other", "step", "seed", "measure", "factor", "direction", "optimizer")
+DIMS = (
+    "example",
+    "site",
+    "row",
+    "other",
+    "step",
+    "source",
+    "seed",
+    "measure",
+    "factor",
+    "direction",
+    "optimizer",
+)
 """Every dim a result of this toolkit may have."""
 
 REFERENCES = {
@@ -28,7 +40,7 @@ REFERENCES = {
 }
 """The references beside every patched measure, and what they are."""
 
-VARIABLES = ("effect", "patched", "attribution", "residual", "nodes", *REFERENCES, "units")
+VARIABLES = ("effect", "patched", "attribution", "value", "residual", "nodes", *REFERENCES, "units")
 """What the result of a verb holds by name, its units among it."""
 
 _MISSING: dict[str, tuple[type, Any]] = {
@@ -135,6 +147,65 @@ def attributions(
         described = {"long_name": "sum of all attributions − change attributed", **frame.attrs}
         variables["residual"] = few, frame.expect("residual", residual, few), described
     return xr.Dataset(variables, coords=frame.coords, attrs={"provenance": provenance})
+
+
+def account(
+    attribution: npt.ArrayLike,
+    value: npt.ArrayLike,
+    residual: npt.ArrayLike,
+    nodes: npt.ArrayLike,
+    steps: Sequence[int],
+    sources: Sequence[str] | None,
+    example_coords: Mapping[str, Sequence[Any]],
+    site_coords: Mapping[str, Sequence[Any]],
+    measure_names: Sequence[str] | None,
+    units: str | Sequence[str],
+    partition: bool,
+    provenance: str,
+) -> xr.Dataset:
+    """Label the numbers of an account of training.
+
+    Args:
+        attribution: [(n_measures,) n_steps, (n_sources,) n_sites, n_examples].
+        value, residual, nodes: [(n_measures,) n_steps, n_examples].
+        steps: of the entries, the first where the stretch begins.
+        sources: labels; None without that dim.
+        partition: whether the sites are a partition of the trained parameters.
+        example_coords, site_coords, measure_names, units, provenance: as `effects`.
+
+    Returns:
+        `attribution`, `value`, `residual`, `nodes`.
+
+    Raises:
+        ValueError: as `effects`.
+    """
+    frame = _Frame.of("site", example_coords, site_coords, measure_names, units)
+    parse(provenance)
+    sizes = {**frame.sizes, "step": len(steps)}
+    coords = {**frame.coords, **_columns({"step": list(steps)}, "step")}
+    measure = tuple(dim for dim in frame.dims if dim == "measure")
+    few, many = (*measure, "step", "example"), (*measure, "step", "site", "example")
+    if sources is not None:
+        many = (*measure, "step", "source", "site", "example")
+        sizes["source"], coords = len(sources), {**coords, **_columns({"source": list(sources)}, "source")}
+    whole = replace(frame, sizes=sizes)
+    described = {
+        "value": (value, "measure along the way", frame.attrs),
+        "residual": (residual, "sum over all parameters − change of the measure", frame.attrs),
+        "nodes": (nodes, "gradients of the measure averaged in a step, at most", {"units": "1"}),
+    }
+    variables = {
+        "attribution": (
+            many,
+            whole.expect("attribution", attribution, many),
+            {"long_name": "change of the measure since the entry before", **frame.attrs},
+        ),
+        **{
+            name: (few, whole.expect(name, values, few), {"long_name": words, **attrs})
+            for name, (values, words, attrs) in described.items()
+        },
+    }
+    return xr.Dataset(variables, coords=coords, attrs={"provenance": provenance, "partition": int(partition)})
 
 
 _Variable = tuple[tuple[str, ...], npt.NDArray[Any], dict[str, str]]

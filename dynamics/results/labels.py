@@ -67,6 +67,31 @@ class Labels:
             **self._shared,
         )
 
+    def account(
+        self,
+        attribution: Numbers,
+        value: Numbers,
+        residual: Numbers,
+        nodes: Numbers,
+        steps: Sequence[int],
+        sources: Sequence[str] | None,
+        sites: Sequence[Site],
+        partition: bool,
+    ) -> xr.Dataset:
+        """Of `attribute_training`: `attribution` [n_measures, n_steps, n_sources, n_sites, n_examples], the rest
+        [n_measures, n_steps, n_examples]; without sources n_sources is 1."""
+        return results.account(
+            attribution=self._shown(attribution if sources is not None else attribution[:, :, 0]),
+            value=self._shown(value),
+            residual=self._shown(residual),
+            nodes=self._shown(nodes),
+            steps=steps,
+            sources=sources,
+            site_coords=site_columns(sites),
+            partition=partition,
+            **self._shared,
+        )
+
     def _shown(self, values: Numbers) -> Numbers:
         return values if isinstance(self.measure, Mapping) else values[0]
 

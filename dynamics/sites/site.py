@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dynamics.site_coordinates import SITE_COORDS
 from dynamics.sites.families import other_names
-from dynamics.trees import Index
+from dynamics.trees import Index, mask
 
 
 class SiteError(ValueError):
@@ -87,6 +87,21 @@ def check_whole(sites: Sequence[Site], verb: str, instead: str) -> None:
     for site in sites:
         if site.positions is not None:
             raise SiteError(f"Site {site.label!r} has positions, which {verb} cannot exchange: {instead}.")
+
+
+def is_partition(sites: Sequence[Site], model: nn.Module) -> bool:
+    """Whether every element of every trained parameter is in exactly one of the sites."""
+    covered = {
+        n: torch.zeros_like(p, dtype=torch.int8) for n, p in model.named_parameters() if p.requires_grad
+    }
+    for site in sites:
+        for name, index in site.covers.items():
+            if name in covered:
+                reached = mask(index, covered[name].shape, covered[name].device)
+                if bool(covered[name][reached].any()):
+                    return False
+                covered[name][reached] = 1
+    return all(bool(count.all()) for count in covered.values())
 
 
 def check_index(label: str, name: str, index: Index, tensor: Tensor) -> None:

@@ -49,10 +49,11 @@ def rule(
         return f"the recorded state of {kind.__name__} is sparse"
     if kind is SGD:
         return _sgd(group, state, parameter.detach().reshape(-1))
-    return _adam(group, state, parameter.detach().reshape(-1), decoupled=_decoupled(kind, group))
+    return _adam(group, state, parameter.detach().reshape(-1), decoupled=is_decoupled(kind, group))
 
 
-def _decoupled(kind: type[Optimizer], group: Mapping[str, Any]) -> bool:
+def is_decoupled(kind: type[Optimizer], group: Mapping[str, Any]) -> bool:
+    """Whether weight decay moves the parameters by itself (AdamW) or joins the gradient (L2)."""
     return bool(group.get("decoupled_weight_decay", kind is AdamW))
 
 

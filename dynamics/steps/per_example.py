@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,20 @@ def _kind(leaf: Any) -> tuple[Any, ...]:
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.dtype, leaf.device
     return type(leaf), leaf if isinstance(leaf, str | int | float | None) else id(leaf)
+
+
+def stacked_batches(
+    batches: Sequence[Any],
+) -> tuple[dict[int, Tensor], Callable[[Mapping[int, Tensor]], Any]]:
+    """The tensors of batches of one `signature`, stacked, and what makes a batch of those of one."""
+    leaves, structure = _pytree.tree_flatten(batches[0])
+    columns = zip(*(_pytree.tree_leaves(batch) for batch in batches), strict=True)
+    tensors = {i: torch.stack(c) for i, c in enumerate(columns) if isinstance(c[0], Tensor)}
+
+    def batch_of(own: Mapping[int, Tensor]) -> Any:
+        return _pytree.tree_unflatten([own.get(i, leaf) for i, leaf in enumerate(leaves)], structure)
+
+    return tensors, batch_of
 
 
 def vmapped_gradients(
@@ -73,9 +87,7 @@ def _together(
 ) -> tuple[Tensor, dict[str, Tensor | None], list[Tensors], RngState]:
     """Losses [n], gradients [n, *shape], each batch's buffers, and the random number generators after it."""
     loss_of, n = recipe.require_loss(), len(batches)
-    leaves, structure = _pytree.tree_flatten(batches[0])
-    columns = zip(*(_pytree.tree_leaves(batch) for batch in batches), strict=True)
-    tensors = {i: torch.stack(c) for i, c in enumerate(columns) if isinstance(c[0], Tensor)}
+    tensors, batch_of = stacked_batches(batches)
     parameters = {name: p.detach() for name, p in checkpoint.parameters.items()}
     trained = {name: parameters[name] for name, g in first.gradients.items() if g is not None}
     kept, moving = {}, {}
@@ -88,14 +100,13 @@ def _together(
     def loss(
         own: Tensors, moving: Tensors, tensors: dict[int, Tensor]
     ) -> tuple[Tensor, tuple[Tensor, Tensors]]:
-        batch = _pytree.tree_unflatten([tensors.get(i, leaf) for i, leaf in enumerate(leaves)], structure)
         buffers = {name: buffer.clone() for name, buffer in moving.items()}
 
         def passes(model: nn.Module, batch: Any) -> tuple[Tensor, tuple[Tensor, Tensors]]:
             found = loss_of(model, batch)
             return found, (found.detach(), {name: b for name, b in model.named_buffers() if name in moving})
 
-        return call_with(passes, recipe.model, {**parameters, **own, **kept, **buffers}, batch)
+        return call_with(passes, recipe.model, {**parameters, **own, **kept, **buffers}, batch_of(tensors))
 
     with warnings.catch_warnings(), checkpoint.random_state(), attributes_restored(recipe.model):
         warnings.simplefilter("error")  # of loops that vmap falls back to

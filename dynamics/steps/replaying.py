@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from checkpoints import Checkpoint, Trajectory
 from dynamics.recipe import ByNorm, ByValue, Recipe
+from dynamics.steps.clipping import coefficient
 from dynamics.steps.states import restored_copy
 
 
@@ -42,21 +47,66 @@ def advance(recipe: Recipe, checkpoint: Checkpoint, step: int, batch_of: Callabl
         raise ValueError(
             f"step {step} lies before checkpoint {checkpoint.step}; replaying only goes forward."
         )
-    loss_of = recipe.require_loss()
-    model, optimizer, scheduler = restored_copy(recipe, checkpoint)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    with checkpoint.random_state(), _deterministic(checkpoint), torch.enable_grad():
-        for current in range(checkpoint.step, step):
-            optimizer.zero_grad()
-            loss_of(model, batch_of(current)).backward()  # type: ignore[no-untyped-call]
-            if isinstance(recipe.clip, ByNorm):
-                torch.nn.utils.clip_grad_norm_(parameters, recipe.clip.max_norm)
-            elif isinstance(recipe.clip, ByValue):
-                torch.nn.utils.clip_grad_value_(parameters, recipe.clip.limit)
-            optimizer.step()
-            if scheduler is not None:
-                scheduler.step()
-        return Checkpoint.capture(model, optimizer, scheduler, step)
+    with resumed(recipe, checkpoint) as loop:
+        while loop.step < step:
+            loop.take(batch_of(loop.step))
+        return Checkpoint.capture(loop.model, loop.optimizer, loop.scheduler, loop.step)
+
+
+@dataclass
+class TrainingLoop:
+    """An ordinary training loop on a copy of the model: loss, backward, torch's own clipping, optimizer, scheduler.
+
+    Attributes:
+        recipe: how a step is taken.
+        model, optimizer, scheduler: the loop's own.
+        step: steps taken since the run began.
+        clipped_to: what clipping by norm multiplied the last step's gradient by; 1 where it did nothing.
+    """
+
+    recipe: Recipe
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: LRScheduler | None
+    step: int
+    clipped_to: float = 1.0
+
+    def take(
+        self,
+        batch: Any,
+        before_optimizer: Callable[[], None] = lambda: None,
+        after_optimizer: Callable[[], None] = lambda: None,
+    ) -> None:
+        """One step of training.
+
+        Args:
+            batch: what the loss eats.
+            before_optimizer: called when gradients are clipped, before the optimizer's step.
+            after_optimizer: called after it, when groups have their learning rates still.
+        """
+        loss_of, clip = self.recipe.require_loss(), self.recipe.clip
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        with torch.enable_grad():
+            self.optimizer.zero_grad()
+            loss_of(self.model, batch).backward()  # type: ignore[no-untyped-call]
+            if isinstance(clip, ByNorm):
+                norm = torch.nn.utils.clip_grad_norm_(parameters, clip.max_norm)
+                self.clipped_to = coefficient(float(norm) ** 2, clip.max_norm)
+            elif isinstance(clip, ByValue):
+                torch.nn.utils.clip_grad_value_(parameters, clip.limit)
+            before_optimizer()
+            self.optimizer.step()
+            after_optimizer()
+            if self.scheduler is not None:
+                self.scheduler.step()
+        self.step += 1
+
+
+@contextmanager
+def resumed(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[TrainingLoop]:
+    """Training resumed at a checkpoint, with its random numbers and kernels; the caller's come back afterwards."""
+    with checkpoint.random_state(), _deterministic(checkpoint):
+        yield TrainingLoop(recipe, *restored_copy(recipe, checkpoint), checkpoint.step)
 
 
 @contextmanager

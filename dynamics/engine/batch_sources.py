@@ -1,0 +1,97 @@
+"""Sources of a training batch: the part of its gradient that each group of rows contributes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree
+
+from checkpoints import Checkpoint
+from dynamics.engine.batch_rows import MOST_DISAGREEMENT, NO_MEAN, split_rows
+from dynamics.engine.gradient_prefetch import GradientPrefetch
+from dynamics.recipe import Contrast, Recipe
+from dynamics.steps.fallbacks import ComputePaths
+from dynamics.steps.updates_by_source import BEFORE, DECAY
+from dynamics.trees import Gradients, squared_norm
+
+
+def rows_of_sources(batch: Any, labels: Sequence[Any]) -> dict[str, list[int]]:
+    """The rows of a batch that come from each source, in the order of their first rows.
+
+    Args:
+        batch: as `split_rows`.
+        labels: of each row.
+
+    Raises:
+        ValueError: not one label for each row, or a label that is kept for momentum and decay.
+    """
+    n_rows = len(split_rows(batch))
+    if len(labels) != n_rows:
+        raise ValueError(
+            f"sources(batch) gave {len(labels)} labels for {n_rows} rows; expected one for each row."
+        )
+    rows: dict[str, list[int]] = {}
+    for i, label in enumerate(labels):
+        rows.setdefault(str(label), []).append(i)
+    if taken := sorted({BEFORE, DECAY} & set(rows)):
+        raise ValueError(
+            f"a source is called {taken[0]!r}, which names what the optimizer adds; call it otherwise."
+        )
+    return rows
+
+
+def some_rows(batch: Any, rows: Sequence[int]) -> Any:
+    """A batch of some rows of another."""
+
+    def chosen(leaf: Any) -> Any:
+        return leaf[list(rows)] if isinstance(leaf, Tensor) and leaf.ndim > 0 else leaf
+
+    return _pytree.tree_map(chosen, batch)
+
+
+def source_gradients(
+    recipe: Recipe,
+    state: Checkpoint,
+    batch: Any,
+    labels: Sequence[Any],
+    whole: Gradients,
+    paths: ComputePaths,
+) -> Iterator[tuple[str, Gradients]]:
+    """Each source's part of a batch's gradient, one after another: g^(j) = (n_j / n) ∇L(its rows), before clipping.
+
+    Args:
+        recipe, state: as `gradient`.
+        batch, labels: as `rows_of_sources`.
+        whole: the batch's own gradient, before clipping.
+        paths: where it is noted which way gradients were taken.
+
+    Raises:
+        ValueError: the parts do not add up to the whole: the loss is no mean over rows.
+    """
+    rows = rows_of_sources(batch, labels)
+    n_rows = sum(map(len, rows.values()))
+    parts = {label: some_rows(batch, numbers) for label, numbers in rows.items()}
+    prefetch = GradientPrefetch(recipe, state, [Contrast(part, part) for part in parts.values()], paths)
+    rest = {n: None if g is None else g.detach().clone() for n, g in whole.items()}
+    lengths = 0.0
+    for label, part in parts.items():
+        found = prefetch.gradient(part, f"source {label!r} of the batch").gradients
+        weight = len(rows[label]) / n_rows
+        share = {
+            n: None if g is None else (g.to_dense() if g.is_sparse else g) * weight for n, g in found.items()
+        }
+        for n, g in share.items():
+            if g is not None:
+                known = rest[n]
+                rest[n] = -g if known is None else known.sub_(g)
+        lengths += math.sqrt(sum(map(squared_norm, share.values())))
+        yield label, share
+    missed = math.sqrt(sum(map(squared_norm, rest.values())))
+    if missed > MOST_DISAGREEMENT * lengths:
+        raise ValueError(
+            f"the gradients of the batch's {len(parts)} sources miss the batch's own by {missed:.2g}, with "
+            f"{lengths:.2g} the sum of their lengths. {NO_MEAN}"
+        )
