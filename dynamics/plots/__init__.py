@@ -2,6 +2,7 @@
 
 from matplotlib.figure import Figure
 
+from dynamics.plots.accounts import account, account_map
 from dynamics.plots.activations import attribution_against_patching, bars, signed_heads, tiles
 from dynamics.plots.curves import accuracies
 from dynamics.plots.events import Figures, Panel, event_curves, map_under_accuracies, moved
@@ -13,6 +14,8 @@ __all__ = [
     "Figure",
     "Figures",
     "Panel",
+    "account",
+    "account_map",
     "accuracies",
     "attribution_against_patching",
     "bars",

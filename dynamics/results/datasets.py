@@ -6,6 +6,7 @@ import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -263,6 +264,58 @@ class _Frame:
             for name, described in REFERENCES.items()
             if name in references
         }
+
+
+def difference(dataset: xr.Dataset, one: str, other: str) -> xr.Dataset:
+    """One example less another, as an example called "one − other": attributions are linear in the measure.
+
+    Args:
+        dataset: a result with the dim `example`.
+        one, other: labels of that dim.
+
+    Returns:
+        All variables with the dim `example` as differences, without that dim; `nodes` as the larger of the two.
+    """
+    with xr.set_options(keep_attrs=True):
+        found = dataset.sel(example=one, drop=True) - dataset.sel(example=other, drop=True)
+    if "nodes" in dataset:
+        found["nodes"] = dataset["nodes"].sel(example=[one, other]).max("example", keep_attrs=True)
+    return found.assign_coords(example=f"{one} − {other}").assign_attrs(dataset.attrs)
+
+
+def joined(accounts: Sequence[xr.Dataset]) -> xr.Dataset:
+    """Accounts of stretches that meet as the account of all of them.
+
+    A source that one of them did not meet wrote nothing there. Each stretch counts momentum from its own beginning
+    as `before`.
+
+    Args:
+        accounts: of `attribute_training`, in order; each begins at the step where the one before it ends.
+
+    Raises:
+        ValueError: two of them do not meet, or their values there differ.
+    """
+    for one, other in pairwise(accounts):
+        last, first = int(one["step"][-1]), int(other["step"][0])
+        if last != first or not one["value"].isel(step=-1, drop=True).equals(other["value"].isel(step=0, drop=True)):
+            raise ValueError(
+                f"a stretch that ends at step {last} is followed by one that begins at step {first}; expected "
+                "stretches of one run that meet, with equal values where they do."
+            )
+    parts = [one if i == 0 else one.isel(step=slice(1, None)) for i, one in enumerate(accounts)]
+    if "source" in accounts[0].dims:
+        met = dict.fromkeys(str(label) for one in accounts for label in one["source"].values[:-2])
+        labels = [*met, *accounts[0]["source"].values[-2:]]
+        parts = [part.reindex(source=labels, fill_value=0.0) for part in parts]
+    return xr.concat(
+        parts,
+        "step",
+        data_vars="minimal",
+        coords="minimal",
+        compat="equals",
+        join="exact",
+        combine_attrs="override",
+    )
 
 
 def folded(dataset: xr.Dataset, dim: str, values: Sequence[str], site_labels: Sequence[str]) -> xr.Dataset:
