@@ -159,13 +159,13 @@ class Contrast:
 
     Attributes:
         base: the batch whose step is taken, except where a site is exchanged.
-        source: the batch the exchanged quantity comes from.
+        source: the batch the exchanged quantity comes from; may be absent where two checkpoints are compared.
         probe: what the measure is evaluated on.
         coords: labels of this contrast along the `example` dim (alias, set, integer, ...).
     """
 
     base: Any
-    source: Any
+    source: Any = None
     probe: Any = None
     coords: Mapping[str, str | int | float] = field(default_factory=dict)
 
