@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dynamics import training as training
     from dynamics.attribution import attribute_activations as attribute_activations
     from dynamics.attribution import attribute_examples as attribute_examples
+    from dynamics.attribution import attribute_parameters as attribute_parameters
     from dynamics.attribution import attribute_paths as attribute_paths
     from dynamics.attribution import attribute_step as attribute_step
     from dynamics.attribution import circuit as circuit
@@ -75,6 +76,7 @@ _HOMES = {
     "TrajectoryWriter": "checkpoints",
     "attribute_activations": "dynamics.attribution",
     "attribute_examples": "dynamics.attribution",
+    "attribute_parameters": "dynamics.attribution",
     "attribute_paths": "dynamics.attribution",
     "attribute_step": "dynamics.attribution",
     "circuit": "dynamics.attribution",

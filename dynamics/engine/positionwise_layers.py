@@ -86,8 +86,8 @@ def layers_of(model: nn.Module, covered: Iterable[str]) -> list[Layer]:
     if homeless := wanted - {name for layer in found for name in layer.names.values()}:
         raise SiteError(
             f"{min(homeless)!r} belongs to no projection, so it cannot act at some positions alone: its module "
-            "holds parameters beside submodules of its own. Let the module declare them in a method projections() (see "
-            "dynamics.models.projections), or exchange it whole."
+            "holds parameters beside submodules of its own. Let it declare them in a method projections() (see "
+            "dynamics.models.projections), or exchange the site whole."
         )
     return found
 
