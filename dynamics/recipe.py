@@ -173,8 +173,8 @@ class Contrast:
         return described(self)
 
     def reversed(self) -> Contrast:
-        """Base and source exchanged: necessity where the contrast asked for sufficiency."""
-        return replace(self, base=self.source, source=self.base)
+        """Base and source exchanged: necessity where the contrast asked for sufficiency; a base alone stays."""
+        return self if self.source is None else replace(self, base=self.source, source=self.base)
 
     def to(self, device: torch.device | str) -> Contrast:
         """The same contrast with all tensors of its batches on another device: that of the recipe's model."""
