@@ -17,7 +17,19 @@ from dynamics.results.provenance_json import common, parse, paths_taken
 from dynamics.site_coordinates import PLACEBO as PLACEBO
 from dynamics.site_coordinates import SITE_COORDS as SITE_COORDS
 
-DIMS = ("example", "site", "row", "other", "step", "seed", "measure", "factor", "direction", "optimizer")
+DIMS = (
+    "example",
+    "site",
+    "row",
+    "other",
+    "step",
+    "source_step",
+    "seed",
+    "measure",
+    "factor",
+    "direction",
+    "optimizer",
+)
 """Every dim a result of this toolkit may have."""
 
 REFERENCES = {

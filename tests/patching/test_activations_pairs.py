@@ -166,7 +166,9 @@ def test_a_pair_that_does_not_fit_or_is_not_taken_is_refused():
     recipe, rest = dy.Recipe(model), ([dy.Contrast(tokens(1))], sites_of("mixer", model), right_logit)
     with pytest.raises(RecipeError, match="does not fit the recipe's model"):
         dy.patch_activations(recipe, pair_of(transformer()), *rest)
-    with pytest.raises(TypeError, match=r"attribute_activations takes a checkpoint .* given a CheckpointPair"):
+    with pytest.raises(
+        TypeError, match=r"attribute_activations takes a checkpoint .* given a CheckpointPair"
+    ):
         dy.attribute_activations(recipe, pair_of(model), *rest)
 
 
