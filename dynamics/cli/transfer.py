@@ -45,8 +45,8 @@ def _parser() -> Parser:
         "         [--measures NAME ...] [--out FOLDER] [--workers N]",
         description="What does a run have at one step that it lacks at another, and where? Each site of the "
         "checkpoint at every step of --from is put into that at every step of --into; what this changes is "
-        "measured on every contrast of the run's task, and drawn. Later into earlier asks what suffices, earlier into later "
-        "what is necessary. What is done is kept; the same command goes on from there.",
+        "measured on every contrast of the run's task, and drawn. Later into earlier asks what suffices, earlier "
+        "into later what is necessary. What is done is kept; the same command goes on from there.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     for name, which in (("from", "gives"), ("into", "receives")):

@@ -109,13 +109,13 @@ def test_the_example_of_two_checkpoints_of_a_run_runs(tmp_path):
         "parts": dy.sites.components(recipe.model),
         "places": dy.sites.activations(recipe.model, "blocks.*.hook_resid_pre"),
         "measure": dy.measures.correct_logit,
-        "shown": (shown := []),
     }
     for stored, step in zip(("3000", "4000", "4500", "5000"), (0, 2, 4, 6), strict=True):
         example = example.replace(stored, str(step))
-    exec(re.sub(r"^(dy\..*?)(  #.*)?$", r"shown.append(\1)", example, flags=re.MULTILINE), names)
-    assert [found.sizes.get("source_step", 1) for found in shown] == [1, 1, 2]
-    assert all(found["effect"].notnull().all() for found in shown)
+    exec(example, names)
+    assert names["grid"].sizes["source_step"] == 2
+    assert all(names[name]["effect"].notnull().all() for name in ("carried", "flowing", "grid"))
+    assert names["divided"]["attribution"].notnull().all()
 
 
 def test_the_example_of_a_task_of_ones_own_runs_on_a_hugging_face_model(tmp_path, capsys):
