@@ -19,7 +19,7 @@ from dynamics.engine.runs import Variants
 from dynamics.models.functional import call_with
 from dynamics.models.projections import ITSELF, Projection, first_tensor, projections
 from dynamics.sites import Site, SiteError
-from dynamics.steps.factors import MIXES, MIXING
+from dynamics.steps.factors import MIXING
 from dynamics.steps.stacks import Stack
 from dynamics.steps.taps import first_changed
 from dynamics.trees import exchanged
@@ -35,6 +35,11 @@ POSITIONS = "which positions"
 
 _NONE = 2**62
 """A position that no sequence has."""
+
+_MIXES = (
+    "{!r} mixes positions, so it cannot act at some of them alone. Leave out positions, or let the module declare "
+    "projections() that work on each position by itself."
+)
 
 
 @dataclass(frozen=True)
@@ -118,9 +123,7 @@ class PositionwiseCall:
         if not others:
             return call_with(function, model, tensors, batch)
         own = {n: t for n, t in tensors.items() if not n.startswith(AT) and n != POSITIONS}
-        base = {
-            n: torch.zeros_like(t) + own[n] for n, t in others.items()
-        }  # stacked alike: kernels round alike
+        base = {n: torch.zeros_like(t) + own[n] for n, t in others.items()}  # in stacks alike, to round alike
         change = partial(self._exchanged, others, base, tensors.get(POSITIONS))
         with _tapped(model, layers_of(model, others), change):
             return call_with(function, model, own, batch)
@@ -156,10 +159,8 @@ class PositionwiseCall:
         for site in once.values():
             mixed: Mapping[str, Any] = exchanged(base, source, site.covers)
             there = {AT + name: mixed[name] for name in site.covers}
-            whole, everywhere = (
-                measuring.one_model(mixed, probe),
-                measuring.one_model({**base, **there}, probe),
-            )
+            whole = measuring.one_model(mixed, probe)
+            everywhere = measuring.one_model({**base, **there}, probe)
             if not np.allclose(whole, everywhere, *measuring.tolerance, equal_nan=True):
                 raise SiteError(
                     f"Site {site.label!r}: {', '.join(site.covers)} is used where its module is not called, so it "
@@ -191,7 +192,7 @@ def located(
 def _expect_no_mixing(layer: Layer, inputs: Inputs, written: Tensor) -> Tensor:
     """What was written, unless a position of it depends on what the layer read at others."""
     if isinstance(layer.module, MIXING):
-        raise SiteError(MIXES.format(layer.owner))
+        raise SiteError(_MIXES.format(layer.owner))
     leaves: list[Tensor] = []
 
     def leaf(tensor: Tensor) -> Tensor:
@@ -207,7 +208,7 @@ def _expect_no_mixing(layer: Layer, inputs: Inputs, written: Tensor) -> Tensor:
         signal[:, position] = drawn.to(signal)
         for read in torch.autograd.grad(again, leaves, signal, retain_graph=True, allow_unused=True):
             if read is not None and (read.ndim < 2 or bool(_without(read, position).any())):
-                raise SiteError(MIXES.format(layer.owner))
+                raise SiteError(_MIXES.format(layer.owner))
     return written
 
 

@@ -82,11 +82,12 @@ def _patch(
     call = PositionwiseCall([site for site in sites if site.positions is not None])
     measuring = Measuring(recipe, state, by_name, paths, call)
     values = np.full((len(contrasts), 2 + len(sites), len(by_name)), np.nan)
+    if call.sites:
+        with naming(named(contrasts, 0)):
+            call.check(measuring, base, source, probe_of(contrasts[0]))
     with progress_bar("patch_parameters", values[..., 0].size, "model") as bar:
         for i, contrast in enumerate(contrasts):
             with naming(named(contrasts, i)):
-                if call.sites and i == 0:
-                    call.check(measuring, base, source, probe_of(contrast))
                 models = _models(base, source, sites, space)
                 fill([values[i]], [probe_of(contrast)], measuring, models, 0, bar)
     settings = {"source_step": other.step, "paths": paths.facts()}

@@ -33,8 +33,8 @@ DIMS = (
 """Every dim a result of this toolkit may have."""
 
 REFERENCES = {
-    "base": "measure after the full base step",
-    "source": "measure after the full source step",
+    "base": "measure of the whole base run: after its step, or of its checkpoint",
+    "source": "measure of the whole source run: after its step, or of its checkpoint",
     "untouched": "measure without any step",
     "coasted": "measure after a step with a zero gradient: momentum and decay alone",
 }

@@ -145,7 +145,7 @@ def _local(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of one run of a projection: what is written, pulled back to the parameters."""
     if positions is not None and isinstance(module, MIXING):
-        raise SiteError(MIXES.format(owner))
+        raise SiteError(_MIXES.format(owner))
     arguments, keywords = call.arguments, call.keywords
     inputs: list[Tensor] = []
     if positions is not None:
@@ -162,12 +162,12 @@ def _local(
     found = torch.autograd.grad(written, [*parameters.values(), *inputs], kept, allow_unused=True)
     for read in found[len(parameters) :]:
         if read is not None and (read.ndim < 2 or bool(_without(read, positions or ()).any())):
-            raise SiteError(MIXES.format(owner))
+            raise SiteError(_MIXES.format(owner))
     return found[: len(parameters)]
 
 
 MIXING = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
-MIXES = (
+_MIXES = (
     "{!r} mixes positions, so its parameters' gradient is no sum over them. Leave out positions, or let the module "
     "declare projections() that work on each position by itself."
 )
