@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from checkpoints.checkpoint import Checkpoint
     from checkpoints.errors import TrajectoryError
     from checkpoints.optimizer import OptimizerState
+    from checkpoints.pair import CheckpointPair
     from checkpoints.rng import RngState
     from checkpoints.schedule import every, log_spaced, union, window
     from checkpoints.trajectory import Trajectory
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Checkpoint",
+    "CheckpointPair",
     "OptimizerState",
     "RngState",
     "Trajectory",
@@ -27,6 +29,7 @@ __all__ = [
 
 _HOMES = {
     "Checkpoint": "checkpoint",
+    "CheckpointPair": "pair",
     "OptimizerState": "optimizer",
     "RngState": "rng",
     "Trajectory": "trajectory",

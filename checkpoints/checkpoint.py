@@ -214,21 +214,25 @@ def _some(names: list[str]) -> str:
 
 
 def _check_fit(owner: str, kind: str, recorded: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
-    problems = []
-    if missing := [name for name in present if name not in recorded]:
-        problems.append(f"the model has {_some(missing)}, {owner} does not")
-    if unexpected := [name for name in recorded if name not in present]:
-        problems.append(f"{owner} has {_some(unexpected)}, the model does not")
-    differing = [
-        f"{name} is {tuple(ours.shape)} {ours.dtype} in {owner}, {tuple(theirs.shape)} {theirs.dtype} in the model"
-        for name, theirs in present.items()
-        if (ours := recorded.get(name)) is not None
-        and (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype)
-    ]
-    if differing:
-        problems.append(differing[0] + (f", and {len(differing) - 1} more" if differing[1:] else ""))
-    if problems:
+    if problems := misfits(owner, recorded, "the model", present):
         raise ValueError(
             f"The model's {kind} are not the recorded ones: {'; '.join(problems)}. "
             "Build the model from the run's own config (and convert its dtype after restoring)."
         )
+
+
+def misfits(owner: str, ours: Mapping[str, Tensor], other: str, theirs: Mapping[str, Tensor]) -> list[str]:
+    """How two sets of tensors differ in names, shapes and dtypes: a few words for each kind of difference."""
+    problems = []
+    if missing := [name for name in theirs if name not in ours]:
+        problems.append(f"{other} has {_some(missing)}, {owner} does not")
+    if unexpected := [name for name in ours if name not in theirs]:
+        problems.append(f"{owner} has {_some(unexpected)}, {other} does not")
+    differing = [
+        f"{name} is {tuple(mine.shape)} {mine.dtype} in {owner}, {tuple(yours.shape)} {yours.dtype} in {other}"
+        for name, yours in theirs.items()
+        if (mine := ours.get(name)) is not None and (mine.shape, mine.dtype) != (yours.shape, yours.dtype)
+    ]
+    if differing:
+        problems.append(differing[0] + (f", and {len(differing) - 1} more" if differing[1:] else ""))
+    return problems

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from checkpoints import Checkpoint as Checkpoint
+    from checkpoints import CheckpointPair as CheckpointPair
     from checkpoints import Trajectory as Trajectory
     from checkpoints import TrajectoryWriter as TrajectoryWriter
     from dynamics import comparison as comparison
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from dynamics import training as training
     from dynamics.attribution import attribute_activations as attribute_activations
     from dynamics.attribution import attribute_examples as attribute_examples
+    from dynamics.attribution import attribute_parameters as attribute_parameters
     from dynamics.attribution import attribute_paths as attribute_paths
     from dynamics.attribution import attribute_step as attribute_step
     from dynamics.attribution import attribute_training as attribute_training
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from dynamics.patching import patch_activations as patch_activations
     from dynamics.patching import patch_factors as patch_factors
     from dynamics.patching import patch_gradients as patch_gradients
+    from dynamics.patching import patch_parameters as patch_parameters
     from dynamics.patching import patch_paths as patch_paths
     from dynamics.patching import patch_signals as patch_signals
     from dynamics.patching import patch_updates as patch_updates
@@ -69,10 +72,12 @@ _MODULES = (
 )
 _HOMES = {
     "Checkpoint": "checkpoints",
+    "CheckpointPair": "checkpoints",
     "Trajectory": "checkpoints",
     "TrajectoryWriter": "checkpoints",
     "attribute_activations": "dynamics.attribution",
     "attribute_examples": "dynamics.attribution",
+    "attribute_parameters": "dynamics.attribution",
     "attribute_paths": "dynamics.attribution",
     "attribute_step": "dynamics.attribution",
     "attribute_training": "dynamics.attribution",
@@ -90,6 +95,7 @@ _HOMES = {
     "patch_activations": "dynamics.patching",
     "patch_gradients": "dynamics.patching",
     "patch_window": "dynamics.patching",
+    "patch_parameters": "dynamics.patching",
     "patch_paths": "dynamics.patching",
     "patch_signals": "dynamics.patching",
     "patch_factors": "dynamics.patching",

@@ -159,13 +159,13 @@ class Contrast:
 
     Attributes:
         base: the batch whose step is taken, except where a site is exchanged.
-        source: the batch the exchanged quantity comes from.
+        source: the batch the exchanged quantity comes from; may be absent where two checkpoints are compared.
         probe: what the measure is evaluated on.
         coords: labels of this contrast along the `example` dim (alias, set, integer, ...).
     """
 
     base: Any
-    source: Any
+    source: Any = None
     probe: Any = None
     coords: Mapping[str, str | int | float] = field(default_factory=dict)
 
@@ -173,8 +173,8 @@ class Contrast:
         return described(self)
 
     def reversed(self) -> Contrast:
-        """Base and source exchanged: necessity where the contrast asked for sufficiency."""
-        return replace(self, base=self.source, source=self.base)
+        """Base and source exchanged: necessity where the contrast asked for sufficiency; a base alone stays."""
+        return self if self.source is None else replace(self, base=self.source, source=self.base)
 
     def to(self, device: torch.device | str) -> Contrast:
         """The same contrast with all tensors of its batches on another device: that of the recipe's model."""

@@ -94,12 +94,13 @@ def attribute_examples(
     table = AttributionTable(measure, len(probes), len(rows), list(models))
     measuring = Measuring(recipe, state, table.by_name, paths)
     gradients = MeasureGradients(recipe, state, paths)
+    trained = [name for name, p in recipe.model.named_parameters() if p.requires_grad]
     with progress_bar("attribute_examples", len(probes), "probe") as bar:
         for i, probe in enumerate(probes):
             name = named(probes, i)
             with naming(name):
-                table.evaluate(measuring, i, probe, models)
-                path = StraightPath(gradients, base, coasted, probe.probe, name)
+                table.evaluate(measuring, i, probe.probe, models)
+                path = StraightPath(gradients, base, coasted, trained, probe.probe, name)
                 for m, (measure_name, function) in enumerate(table.by_name.items()):
                     change = table.references["coasted"][m, i] - table.references["base"][m, i]
                     mean, table.nodes[m, i] = path.mean_gradient(measure_name, function, change, quadrature)

@@ -9,7 +9,7 @@ import torch
 import xarray as xr
 
 from checkpoints import Checkpoint
-from dynamics.engine.arguments import check_step_arguments, named, naming
+from dynamics.engine.arguments import check_sources, check_step_arguments, named, naming
 from dynamics.engine.attribution_table import AttributionTable
 from dynamics.engine.gradient_prefetch import GradientPrefetch
 from dynamics.engine.measure_gradients import MeasureGradients
@@ -81,6 +81,7 @@ def attribute_step(
     Source: integrated gradients (Sundararajan et al. 2017) in the space of parameters.
     """
     check_step_arguments("attribute_step", recipe, checkpoint, contrasts, sites, measure)
+    check_sources("attribute_step", contrasts)
     quadrature = Quadrature(method, tolerance, max_nodes)
     check(sites, recipe.model)
     if located := [site.label for site in sites if site.positions is not None]:
@@ -89,7 +90,8 @@ def attribute_step(
             "Attribute the site without positions, or use patch_gradients."
         )
     state = starting_point(recipe, checkpoint)
-    sums = SiteSums(sites, {n: p.shape for n, p in recipe.model.named_parameters() if p.requires_grad})
+    trained = {n: p.shape for n, p in recipe.model.named_parameters() if p.requires_grad}
+    sums = SiteSums(sites, trained)
     table = AttributionTable(measure, len(contrasts), len(sites), REFERENCE_ORDER)
     paths = ComputePaths("attribute_step")
     steps, measuring = Steps(recipe, state, paths), Measuring(recipe, state, table.by_name, paths)
@@ -100,20 +102,14 @@ def attribute_step(
             runs = Runs(steps, contrast, named(contrasts, i), prefetch)
             with naming(runs.name):
                 models = dict(zip(REFERENCE_ORDER, chain.from_iterable(reference_models(runs)), strict=True))
-                table.evaluate(measuring, i, contrast, models)
+                table.evaluate(measuring, i, contrast.probe, models)
                 base, source, buffers = models["base"], models["source"], runs.base.buffers
                 models.clear()
                 runs.release()
-                path = StraightPath(gradients, base, source, contrast.probe, runs.name)
+                path = StraightPath(gradients, base, source, trained, contrast.probe, runs.name)
                 end = table.references["source"][:, i]
                 if any(not torch.equal(source[n], buffer) for n, buffer in buffers.items()):
                     end = measuring.one_model({**source, **buffers}, contrast.probe)
-                for m, (name, function) in enumerate(table.by_name.items()):
-                    start = table.references["base"][m, i]
-                    mean, table.nodes[m, i] = path.mean_gradient(name, function, end[m] - start, quadrature)
-                    elements = {n: g * path.change[n] for n, g in mean.items()}
-                    table.attribution[m, i] = sums(elements)
-                    total = sum(float(part.sum()) for part in elements.values())
-                    table.residual[m, i] = total - (table.references["source"][m, i] - start)
+                table.integrate(i, path, end, quadrature, sums)
             bar.update()
     return table.labelled("attribute_step", state, contrasts, "site", site_columns(sites), paths)

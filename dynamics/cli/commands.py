@@ -21,6 +21,7 @@ from dynamics.cli import (
     show,
     study,
     sweep,
+    transfer,
     verify,
 )
 from dynamics.cli.parsing import CommandError, HelpFormatter, Parser
@@ -46,6 +47,7 @@ COMMANDS: dict[str, Command] = {
     "believe": believe,
     "compare": compare,
     "sweep": sweep,
+    "transfer": transfer,
     "import": importing,
     "export": export,
 }

@@ -36,7 +36,8 @@ def run(words: Sequence[str]) -> None:
         prog="dynamics plot",
         usage="dynamics plot FILE.h5 [--out FILE.png] [--at NAME=VALUE ...] [--overwrite]",
         description="The figure follows from what the file holds and --at leaves of it: of patched or attributed "
-        "sites tiles where they have positions, sites by steps where there are several steps, stored against fresh "
+        "sites tiles where they have positions, sites by steps where there are several steps, sites by pairs "
+        "of checkpoints, stored against fresh "
         "optimizer states, a map of heads, or each site with its interval; of a comparison the map or the curves "
         "that dynamics compare draws.",
     )
@@ -93,9 +94,13 @@ def _of_effects(dataset: xr.Dataset, value: str) -> tuple[Figure, list[str]]:
         return _tiles(dataset, value)
     one, level = _one_level(dataset)
     several = [dim for dim in ("step", "optimizer") if one.sizes.get(dim, 1) > 1][:1]
+    if {"step", "source_step"} <= set(one.dims):
+        several = ["step", "source_step"]
     one, words = datasets.first_of_others(one, ("site", "example", "seed", *several))
     summary = one if datasets.is_summary(one) else statistics.summarize(one)
     words = [*level, *words]
+    if several == ["step", "source_step"]:
+        return plots.transfer(summary), words
     if several == ["step"]:
         return plots.site_by_step(summary), words
     if several and {"stored", "fresh"} <= set(summary["optimizer"].values.tolist()):

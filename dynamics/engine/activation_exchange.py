@@ -13,7 +13,7 @@ from torch import Tensor
 
 from checkpoints import Checkpoint
 from dynamics import measures
-from dynamics.engine.arguments import check_arguments, naming
+from dynamics.engine.arguments import check_arguments, check_sources, naming
 from dynamics.engine.forward_passes import (
     Activations,
     ContrastBatch,
@@ -52,6 +52,7 @@ class ActivationExchange:
 
 def activation_exchanges(
     frozen: FrozenModel,
+    source_model: FrozenModel,
     one_pass: MeasurePass,
     contrasts: Sequence[Contrast],
     sites: Sequence[Site],
@@ -60,11 +61,11 @@ def activation_exchanges(
     """The two runs of all contrasts, batch by batch, checked against the sites."""
     names = list(dict.fromkeys(name for site in sites for name in site.covers))
     all_joined = list(contrast_batches(contrasts, sites, one_pass))
-    means = _means(frozen, one_pass, all_joined, names) if values == "mean" else {}
+    means = _means(source_model, one_pass, all_joined, names) if values == "mean" else {}
     for joined in all_joined:
         with naming(joined.name):
             base_values, base = read_activations(frozen, one_pass, joined.base, names)
-            source_values, source = read_activations(frozen, one_pass, joined.source, names)
+            source_values, source = read_activations(source_model, one_pass, joined.source, names)
         new = _replacements(values, base, source, means)
         whose = "the source run" if values == "source" else f"the {values} activations"
         for site in sites:
@@ -137,8 +138,9 @@ class ActivationTable:
 
     Args:
         verb: its name.
-        frozen: the model.
+        frozen: the model that runs the base batches and receives.
         contrasts, measure: as the verb was called.
+        source: the model that runs the source batches; by default the same.
 
     Attributes:
         by_name: the measures.
@@ -153,7 +155,9 @@ class ActivationTable:
         frozen: FrozenModel,
         contrasts: Sequence[Contrast],
         measure: Measure | Mapping[str, Measure],
+        source: FrozenModel | None = None,
     ) -> None:
+        self._source = source or frozen
         self._verb, self._frozen, self._contrasts, self._measure = verb, frozen, contrasts, measure
         self.by_name = measures.named(measure)
         self.passes = measure_passes(self.by_name)
@@ -173,7 +177,8 @@ class ActivationTable:
                 self.paths.took("measures", "one forward pass for all measures of the logits")
             else:
                 self.paths.took("measures", "a forward pass for each function of (model, batch)")
-            for exchange in activation_exchanges(self._frozen, one_pass, self._contrasts, sites, values):
+            both = self._frozen, self._source
+            for exchange in activation_exchanges(*both, one_pass, self._contrasts, sites, values):
                 joined = exchange.joined
                 several = "contrasts of one shape as one batch" if len(joined.members) > 1 else "by itself"
                 self.paths.took("contrasts", several)
@@ -183,7 +188,8 @@ class ActivationTable:
 
     def labels(self, **settings: str) -> Labels:
         """Labels of the Dataset, with the settings and the paths taken in its provenance."""
-        facts = {**settings, "paths": self.paths.facts()}
+        other = {} if self._source is self._frozen else {"source_step": self._source.step}
+        facts = {**settings, **other, "paths": self.paths.facts()}
         return Labels(self._measure, self._contrasts, self._verb, self._frozen.step, facts)
 
 
@@ -213,6 +219,7 @@ def check_activation_arguments(
 ) -> None:
     """What all verbs of activations check of their arguments at their door."""
     check_arguments(verb, recipe, checkpoint, contrasts, sites, measure)
+    check_sources(verb, contrasts)
     if values not in get_args(Values):
         raise ValueError(f"values={values!r}: what is put in is one of {get_args(Values)}.")
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from checkpoints import Checkpoint, Trajectory
+from checkpoints import Checkpoint, CheckpointPair, Trajectory
 from dynamics import measures
 from dynamics.measures import LogitMeasure, Measure
 from dynamics.models.functional import refuse_bridge
@@ -67,6 +67,42 @@ def check_step_arguments(
         check_probe(verb, named(contrasts, i), contrast.probe, measure)
 
 
+def check_pair_arguments(
+    verb: str,
+    recipe: Any,
+    pair: Any,
+    contrasts: Any,
+    sites: Any,
+    measure: Measure | Mapping[str, Measure],
+) -> None:
+    """The same of a verb that exchanges between two checkpoints: the measures can read each contrast's batch."""
+    check_recipe(verb, recipe, None)
+    if not isinstance(pair, CheckpointPair):
+        raise TypeError(
+            f"{verb} takes a pair of checkpoints second and was given {_shown(pair)}; give "
+            "checkpoints.CheckpointPair(base, source), such as CheckpointPair(run.at(0), run.at(100))."
+        )
+    check_arguments(verb, recipe, None, contrasts, sites, measure)
+    refuse_bridge(recipe.model)
+    for i, contrast in enumerate(contrasts):
+        check_probe(verb, named(contrasts, i), probe_of(contrast), measure)
+
+
+def probe_of(contrast: Contrast) -> Any:
+    """What two checkpoints are measured on: a contrast's probe, or its base batch where it has none."""
+    return contrast.base if contrast.probe is None else contrast.probe
+
+
+def check_sources(verb: str, contrasts: Sequence[Contrast]) -> None:
+    """Raise a ValueError where a contrast has no source batch, which a verb of one checkpoint needs."""
+    for i, contrast in enumerate(contrasts):
+        if contrast.source is None:
+            raise ValueError(
+                f"{verb} exchanges between two batches, and {named(contrasts, i)} has no source: give "
+                "Contrast(base, source). A base alone serves where two checkpoints are compared."
+            )
+
+
 def check_probe(verb: str, name: str, probe: Any, measure: Measure | Mapping[str, Measure]) -> None:
     """Raise an error where a measure of the logits cannot read a contrast's probe; functions may do without."""
     for measure_name, function in measures.named(measure).items():
@@ -96,6 +132,10 @@ def check_recipe(verb: str, recipe: Any, checkpoint: Any) -> None:
         return
     if isinstance(checkpoint, Trajectory):
         give = f"one of its checkpoints, such as run.at({checkpoint.steps[0] if checkpoint.steps else 0})"
+    elif isinstance(checkpoint, CheckpointPair):
+        give = (
+            "its base or its source; patch_parameters, attribute_parameters and patch_activations take pairs"
+        )
     elif isinstance(checkpoint, int):
         give = f"run.at({checkpoint}), or dynamics.steps.reach(recipe, run, {checkpoint}, batch_of)"
     elif isinstance(checkpoint, nn.Module | Optimizer):

@@ -13,6 +13,8 @@ from torch import Tensor
 from checkpoints import Checkpoint
 from dynamics import measures
 from dynamics.engine.measuring import Measuring
+from dynamics.engine.path_integral import Quadrature, StraightPath
+from dynamics.engine.site_sums import SiteSums
 from dynamics.measures import Measure
 from dynamics.recipe import Contrast
 from dynamics.results.labels import Labels
@@ -55,12 +57,30 @@ class AttributionTable:
         self,
         measuring: Measuring,
         example: int,
-        contrast: Contrast,
+        probe: Any,
         models: Mapping[str, Mapping[str, Tensor]],
     ) -> None:
-        """Fill in the references of one example."""
+        """Fill in the references of one example, measured on its probe."""
         for name, tensors in models.items():
-            self.references[name][:, example] = measuring.one_model(tensors, contrast.probe)
+            self.references[name][:, example] = measuring.one_model(tensors, probe)
+
+    def integrate(
+        self, example: int, path: StraightPath, end: Array, quadrature: Quadrature, sums: SiteSums
+    ) -> None:
+        """Fill in attributions, residuals and nodes of one example, whose `base` and `source` are known.
+
+        Args:
+            path: from the base model to the source model.
+            end: what the measures give where the path ends, [n_measures]: the source, but for what is not moved.
+            quadrature: at which nodes gradients are taken.
+            sums: over the parts.
+        """
+        for m, (name, function) in enumerate(self.by_name.items()):
+            start, stop = (self.references[which][m, example] for which in ("base", "source"))
+            mean, self.nodes[m, example] = path.mean_gradient(name, function, end[m] - start, quadrature)
+            elements = {n: g * path.change[n] for n, g in mean.items()}
+            self.attribution[m, example] = sums(elements)
+            self.residual[m, example] = sum(float(e.sum()) for e in elements.values()) - (stop - start)
 
     def labelled(
         self,
@@ -70,8 +90,10 @@ class AttributionTable:
         along: str,
         coords: Mapping[str, Sequence[Any]],
         paths: ComputePaths,
+        **settings: Any,
     ) -> xr.Dataset:
         """The Dataset, with a dim `measure` where several were asked for."""
-        return Labels(self._measure, contrasts, verb, state.step, {"paths": paths.facts()}).attributions(
+        facts = {**settings, "paths": paths.facts()}
+        return Labels(self._measure, contrasts, verb, state.step, facts).attributions(
             self.attribution, self.residual, self.nodes, self.references, along, coords
         )

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import EllipsisType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from checkpoints import Checkpoint
+from checkpoints import Checkpoint, CheckpointPair
 from checkpoints.rng import RngState, replayed
 from dynamics.batch import Batch, concatenate
 from dynamics.engine.arguments import named
 from dynamics.measures import LogitMeasure, Measure, at_target_pos, one_for_each_row
 from dynamics.models.functional import call_with, eval_mode, is_bridge
-from dynamics.recipe import Contrast, Recipe
+from dynamics.recipe import Contrast, Recipe, RecipeError
 from dynamics.sites import Site
 from dynamics.steps.states import check_bridge, starting_point
 from dynamics.steps.taps import Taps
@@ -34,7 +35,7 @@ class FrozenModel:
     """A model with the parameters and buffers that it is measured with, which stay as they are.
 
     Attributes:
-        model: the recipe's; never changed.
+        model: the recipe's, or a copy of a bridge; never changed.
         step: of the checkpoint.
         parameters, buffers: those it is called with; None for a bridge, which is called as it stands.
         rng: what a measure draws from, anew each time.
@@ -59,12 +60,43 @@ class FrozenModel:
         check_bridge(recipe.model, checkpoint)
         return cls(recipe.model, 0, None, {}, RngState.capture())
 
+    @classmethod
+    def of_pair(cls, recipe: Recipe, pair: CheckpointPair) -> tuple[FrozenModel, FrozenModel]:
+        """The base and the source checkpoint's model; both draw the base's random numbers.
+
+        Of a bridge, whose tensors cannot be replaced during a call, each is a copy that holds the checkpoint's.
+
+        Raises:
+            RecipeError: the checkpoints are of another model.
+        """
+        if not is_bridge(recipe.model):
+            base, source = cls.of(recipe, pair.base), cls.of(recipe, pair.source)
+            return base, replace(source, rng=base.rng)
+        base, source = (
+            cls(_bridge_with(recipe.model, c), c.step, None, {}, pair.base.rng)
+            for c in (pair.base, pair.source)
+        )
+        return base, source
+
     def run(self, function: Callable[[nn.Module, Any], T], batch: Any) -> T:
         """function(model, batch) in eval mode."""
         with replayed(self.rng), eval_mode(self.model):
             if self.parameters is None:
                 return function(self.model, batch)
             return call_with(function, self.model, {**self.parameters, **_own(self.buffers)}, batch)
+
+
+def _bridge_with(bridge: nn.Module, checkpoint: Checkpoint) -> nn.Module:
+    """A copy of a bridge with a checkpoint's tensors."""
+    twin = copy.deepcopy(bridge)
+    try:
+        checkpoint.restore(twin)
+    except ValueError as error:
+        raise RecipeError(
+            f"checkpoint {checkpoint.step} does not fit the recipe's bridge, which names tensors in its own way. "
+            "Capture it of a bridge to the model of that step: Checkpoint.capture(dy.bridge(model, tokenizer))."
+        ) from error
+    return twin
 
 
 @dataclass(frozen=True)

@@ -47,12 +47,14 @@ class Measuring:
         checkpoint: whose random numbers a measure draws.
         by_name: the measures.
         paths: where it is noted which way models were measured.
+        call: calls a function of (model, batch) with a model's tensors, as `call_with` does.
     """
 
     recipe: Recipe
     checkpoint: Checkpoint
     by_name: Mapping[str, Measure]
     paths: ComputePaths = field(default_factory=ComputePaths)
+    call: Callable[..., Any] = call_with
     _vmap_holds: bool | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -79,7 +81,7 @@ class Measuring:
                 return found
         return self._one_by_one(models, probe)
 
-    def variants_of(self, models: Stack, probe: Any, base: Array, prefixes: CachedPrefixes) -> Array:
+    def variants_of(self, models: Stack, probe: Any, base: Array, prefixes: CachedPrefixes | None) -> Array:
         """Measure the variants of a base model whose own values `base` are known: [n_models − 1, n_measures].
 
         At once, kernels round by what is stacked: what the first model measures other than `base` is taken off the
@@ -87,16 +89,17 @@ class Measuring:
 
         Args:
             prefixes: of the same base model; filled here for large models, whose forward passes are resumed from
-                what came before the first change.
+                what came before the first change. None takes whole passes.
         """
         if self._vmap_holds is False:
             return self._one_by_one(models, probe, first=1)
+        prefixes = {id(probe): None} if prefixes is None else prefixes
         if id(probe) not in prefixes:
             prefixes[id(probe)] = self._prefix(models[0], probe)
         known, found = prefixes[id(probe)], None
         if known is not None:
             found = self._resumed(known, models, probe)
-        if found is None or not np.allclose(found[0], base, *self._tolerance, equal_nan=True):
+        if found is None or not np.allclose(found[0], base, *self.tolerance, equal_nan=True):
             if found is not None:
                 self.paths.fell_back("forward passes", "whole", "resumed passes measured something else")
             prefixes[id(probe)] = None
@@ -118,7 +121,7 @@ class Measuring:
     def _call(self, function: Callable[[Any, Any], T], tensors: Mapping[str, Tensor], probe: Any) -> T:
         own = copied(tensors, self.checkpoint.buffers if self._of_logits else tensors)
         with torch.no_grad(), eval_mode(self.recipe.model), self.checkpoint.random_state():
-            return call_with(function, self.recipe.model, own, probe)
+            return self.call(function, self.recipe.model, own, probe)  # type: ignore[no-any-return]
 
     def _refuse_all_nan(
         self, found: Array, models: Sequence[Mapping[str, Tensor]] | Stack, probe: Any
@@ -149,7 +152,7 @@ class Measuring:
             self._one_by_one_from_now_on(error)
         else:
             last = self.one_model(models[len(models) - 1], probe)
-            if np.allclose(together[-1], last, *self._tolerance, equal_nan=True):
+            if np.allclose(together[-1], last, *self.tolerance, equal_nan=True):
                 self._refuse_all_nan(together, models, probe)
                 self._vmap_holds = True
                 self.paths.took("measures", "vmap over models")
@@ -158,7 +161,7 @@ class Measuring:
         return self._one_by_one(models, probe)
 
     @property
-    def _tolerance(self) -> tuple[float, float]:
+    def tolerance(self) -> tuple[float, float]:
         """Relative and absolute: what kernels may round differently."""
         dtypes = {p.dtype for p in self.checkpoint.parameters.values() if p.is_floating_point()}
         eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=1e-7)
@@ -181,7 +184,7 @@ class Measuring:
         shared, stacked = copied(models.shared, buffers), copied(models.stacked, buffers)
 
         def of_one(own: dict[str, Tensor]) -> Tensor:
-            return call_with(self._evaluate, self.recipe.model, {**shared, **own}, probe)
+            return self.call(self._evaluate, self.recipe.model, {**shared, **own}, probe)  # type: ignore[no-any-return]
 
         with torch.no_grad(), eval_mode(self.recipe.model), self.checkpoint.random_state():
             if not models.stacked:

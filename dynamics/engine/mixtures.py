@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from torch import Tensor
+import xarray as xr
+from torch import Tensor, nn
 
 from dynamics.engine.measuring import CachedPrefixes
 from dynamics.engine.runs import REFERENCE_ORDER, Runs, Variants, reference_models_trimmed
@@ -27,17 +28,44 @@ def mixed_models(runs: Runs, sites: Sequence[Site]) -> Iterator[Stack | Variants
         del models  # before the next ones are made
         runs.release(kept)
     trim_freed_memory(runs.checkpoint.parameters)
-    base, source = kept["base"], kept["source"]
+    yield from mixtures(kept["base"], kept["source"], sites, runs.space)
+
+
+def mixtures(
+    base: Mapping[str, Tensor], source: Mapping[str, Tensor], sites: Sequence[Site], space: Workspace
+) -> Iterator[Variants]:
+    """The base model with the source model's elements on one site at a time, as many at once as memory allows.
+
+    Each holds until the next one is asked for.
+    """
     prefixes: CachedPrefixes = {}
     covered: dict[str, Tensor] = {}
     pending: list[Site] = []
     for site in sites:
         wider = covered | {name: base[name] for name in site.covers}
         if len(pending) + 2 > models_per_stack(wider.values(), QUARTER) and pending:
-            yield Variants(_mixed(base, source, pending, runs.space), prefixes)
+            yield Variants(_mixed(base, source, pending, space), prefixes)
             pending, wider = [], {name: base[name] for name in site.covers}
         pending, covered = [*pending, site], wider
-    yield Variants(_mixed(base, source, pending, runs.space), prefixes)
+    if pending:
+        yield Variants(_mixed(base, source, pending, space), prefixes)
+
+
+def in_model_order(
+    model: nn.Module, sites: Sequence[Site], run: Callable[[Sequence[Site]], xr.Dataset]
+) -> xr.Dataset:
+    """What `run` gives for the sites, which it gets in the order in which the model holds what they cover.
+
+    Neighbours then share a stack, and what comes before the first change of all. Sites with positions come last.
+    """
+    places = {n: i for i, n in enumerate([*dict(model.named_parameters()), *dict(model.named_buffers())])}
+
+    def place(i: int) -> tuple[bool, int]:
+        return sites[i].positions is not None, min(places[name] for name in sites[i].covers)
+
+    order = sorted(range(len(sites)), key=place)
+    found = run([sites[i] for i in order])
+    return found.isel(site=sorted(range(len(sites)), key=order.__getitem__))
 
 
 def _mixed(

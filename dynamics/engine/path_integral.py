@@ -5,7 +5,7 @@ Only the measure is ever differentiated; where the path leads is the optimizer's
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
@@ -63,12 +63,13 @@ class Quadrature:
 
 @dataclass(frozen=True)
 class StraightPath:
-    """A straight integration path between two models that differ in trained parameters alone.
+    """A straight integration path between two models along some of their parameters.
 
     Attributes:
         gradients: how gradients are taken; shared by the paths of one call.
         start: all tensors where the path begins.
-        stop: parameters where it ends. Buffers are those of `start` throughout.
+        stop: parameters where it ends.
+        moved: names of those that are moved; all else is that of `start` throughout, buffers too.
         probe: what the measure is evaluated on.
         name: how errors name it.
     """
@@ -76,19 +77,19 @@ class StraightPath:
     gradients: MeasureGradients
     start: Mapping[str, Tensor]
     stop: Mapping[str, Tensor]
+    moved: Collection[str]
     probe: object
     name: str
 
     @cached_property
     def change(self) -> dict[str, Tensor]:
-        """Stop − start of every trained parameter, in fp64."""
-        trained = [name for name, p in self.gradients.recipe.model.named_parameters() if p.requires_grad]
-        return {name: self.stop[name].double() - self.start[name].double() for name in trained}
+        """Stop − start of every parameter that is moved, in fp64."""
+        return {name: self.stop[name].double() - self.start[name].double() for name in self.moved}
 
     def mean_gradient(
         self, name: str, measure: Measure, change_of_measure: float, quadrature: Quadrature
     ) -> tuple[dict[str, Tensor], int]:
-        """The measure's gradient averaged over the path, by trained parameter in fp64, and the number of nodes.
+        """The measure's gradient averaged over the path, by moved parameter in fp64, and the number of nodes.
 
         Nodes are doubled until the gradient times the change of the parameters is the change of the measure
         to within the tolerance, or there are no more. A parameter the measure does not read has gradient zero.
@@ -149,7 +150,7 @@ class StraightPath:
         return mean, n_nodes
 
     def _at(self, nodes: Sequence[float]) -> dict[str, Tensor]:
-        """Trained parameters at start + node · change: [n_nodes, *shape]."""
+        """Moved parameters at start + node · change: [n_nodes, *shape]."""
         found = {}
         for n, delta in self.change.items():
             start = self.start[n].detach()

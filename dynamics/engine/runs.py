@@ -6,14 +6,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import xarray as xr
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from checkpoints import Checkpoint
 from dynamics import measures, results
-from dynamics.engine.arguments import named, naming
+from dynamics.engine.arguments import check_sources, named, naming
 from dynamics.engine.gradient_prefetch import GradientPrefetch
 from dynamics.engine.measuring import CachedPrefixes, Measuring
 from dynamics.engine.progress import progress_bar
@@ -32,6 +35,8 @@ from dynamics.steps.update import Steps
 REFERENCE_ORDER = ("untouched", "coasted", "base", "source")
 """What every patched step is compared with, in the order in which the models are made: where they are large, no
 more than two of them are held, and two gradients."""
+
+_BASE = REFERENCE_ORDER.index("base")
 
 
 @dataclass(frozen=True)
@@ -125,11 +130,11 @@ class Variants:
 
     Attributes:
         models: the base model and its variants.
-        prefixes: cached prefixes of the base model's forward pass on each probe.
+        prefixes: cached prefixes of the base model's forward pass on each probe; None where passes are not resumed.
     """
 
     models: Stack
-    prefixes: CachedPrefixes
+    prefixes: CachedPrefixes | None
 
 
 PatchedModels = Callable[[Runs, Sequence[Site]], Iterable[Stack | Variants]]
@@ -161,6 +166,7 @@ def run_contrasts(
         `patched`, `effect` [example, site]; `base`, `source`, `untouched`, `coasted` [example]; with a dim
         `measure` where several were asked for.
     """
+    check_sources(verb, contrasts)
     state = starting_point(recipe, checkpoint)
     by_name = measures.named(measure)
     n_times = 1 if measured_after is None else len(measured_after)
@@ -173,22 +179,10 @@ def run_contrasts(
     with progress_bar(verb, values[..., 0].size, "step") as bar:
         for members in groups:
             runs = Runs(steps, contrasts[members[0]], named(contrasts, members[0]), prefetch, space)
-            filled = 0
             with naming(runs.name):
-                for models in patched_models(runs, patched_sites):
-                    for i in members:
-                        cells, probe = values[i].reshape(-1, len(by_name)), contrasts[i].probe
-                        if isinstance(models, Variants):
-                            base = cells[REFERENCE_ORDER.index("base") * n_times]
-                            found = measuring.variants_of(models.models, probe, base, models.prefixes)
-                        else:
-                            found = measuring(models, probe)
-                        cells[filled : filled + len(found)] = found
-                        bar.update(len(found))
-                    filled += len(found)
-                    del models  # before the next ones are made
-            if filled != values[0, ..., 0].size:
-                raise AssertionError(f"{verb} measured {filled} models of {values[0, ..., 0].size}")
+                cells = [values[i].reshape(-1, len(by_name)) for i in members]
+                probes = [contrasts[i].probe for i in members]
+                fill(cells, probes, measuring, patched_models(runs, patched_sites), _BASE * n_times, bar)
     labels = Labels(measure, contrasts, verb, state.step, {"paths": paths.facts()})
     labelled = [
         labels.effects(
@@ -201,6 +195,39 @@ def run_contrasts(
     if measured_after is None:
         return labelled[0]
     return results.concat(labelled, "step", [state.step + n for n in measured_after])
+
+
+def fill(
+    cells: Sequence[npt.NDArray[np.float64]],
+    probes: Sequence[Any],
+    measuring: Measuring,
+    models: Iterable[Stack | Variants],
+    base: int,
+    bar: tqdm[Any],
+) -> None:
+    """Measure models on each of the probes, and write what is found in their order.
+
+    Args:
+        cells: of each probe, [n_models, n_measures]; filled in here.
+        probes: as many.
+        measuring: how models are measured.
+        models: in stacks, each of which is let go before the next one is made.
+        base: the number of the model that `Variants` are variants of.
+        bar: moved by one for each model and probe.
+    """
+    filled = 0
+    for some in models:
+        for rows, probe in zip(cells, probes, strict=True):
+            if isinstance(some, Variants):
+                found = measuring.variants_of(some.models, probe, rows[base], some.prefixes)
+            else:
+                found = measuring(some, probe)
+            rows[filled : filled + len(found)] = found
+            bar.update(len(found))
+        filled += len(found)
+        del some  # before the next ones are made
+    if any(filled != len(rows) for rows in cells):
+        raise AssertionError(f"measured {filled} models of {[len(rows) for rows in cells]}")
 
 
 def _sharing_batches(contrasts: Sequence[Contrast]) -> list[list[int]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from checkpoints import Checkpoint
+from checkpoints import Checkpoint, CheckpointPair
 from dynamics.batch import Batch
 from dynamics.engine.activation_exchange import (
     ActivationExchange,
@@ -19,7 +20,7 @@ from dynamics.engine.activation_exchange import (
     exchange_taps,
     fill,
 )
-from dynamics.engine.arguments import naming
+from dynamics.engine.arguments import check_all, naming
 from dynamics.engine.forward_passes import FrozenModel, MeasurePass, measure_with_taps
 from dynamics.engine.progress import progress_bar
 from dynamics.measures import Measure
@@ -32,7 +33,7 @@ from dynamics.trees import Index
 
 def patch_activations(
     recipe: Recipe,
-    checkpoint: Checkpoint | None,
+    checkpoint: Checkpoint | CheckpointPair | None,
     contrasts: Sequence[Contrast],
     sites: Sequence[Site],
     measure: Measure | Mapping[str, Measure],
@@ -50,9 +51,13 @@ def patch_activations(
     Args:
         recipe: its model, which is not changed; loss and optimizer play no part. A Hugging Face model is taken as
             any module; as a `TransformerBridge` it has TransformerLens's hooks (`dynamics.models.bridges`).
-        checkpoint: whose parameters are measured; None takes the model as it stands, a bridge always.
-        contrasts: pairs of batches of one shape, length n_examples. Those that are a `Batch` are run many at a time
-            where the measures are of the logits; the others one by one.
+        checkpoint: whose parameters are measured; None takes the model as it stands, a bridge always. Of a
+            `CheckpointPair` the source checkpoint runs the source batches and the base checkpoint receives what it
+            computes: activations of another moment of training, or of another run. Those of a bridge are captured
+            of one: `Checkpoint.capture(dy.bridge(model, tokenizer))`.
+        contrasts: pairs of batches of one shape, length n_examples; with a pair of checkpoints a base alone will
+            do, which then runs through both. Those that are a `Batch` are run many at a time where the measures are
+            of the logits; the others one by one.
         sites: outputs of submodules (`sites.activations`), length n_sites, each exchanged alone.
         measure: (model, batch) -> scalar or [rows], rows are averaged; or a dict of those, which becomes the dim
             `measure`. Measures of the logits share one pass for each site.
@@ -71,10 +76,15 @@ def patch_activations(
     Source: activation patching (Meng et al. 2022; Wang et al. 2022); at TransformerLens's hook points the work is
         done by its `patching.generic_activation_patch`, elsewhere by forward hooks.
     """
-    check_activation_arguments("patch_activations", recipe, checkpoint, contrasts, sites, measure, values)
+    pair = checkpoint if isinstance(checkpoint, CheckpointPair) else None
+    one = None if isinstance(checkpoint, CheckpointPair) else checkpoint
+    if pair:
+        check_all("patch_activations", "contrasts", contrasts, Contrast)
+        contrasts = [replace(c, source=c.base) if c.source is None else c for c in contrasts]
+    check_activation_arguments("patch_activations", recipe, one, contrasts, sites, measure, values)
     check_activation_sites("patch_activations", sites, recipe)
-    frozen = FrozenModel.of(recipe, checkpoint)
-    table = ActivationTable("patch_activations", frozen, contrasts, measure)
+    frozen, source = FrozenModel.of_pair(recipe, pair) if pair else [FrozenModel.of(recipe, one)] * 2
+    table = ActivationTable("patch_activations", frozen, contrasts, measure, source)
     patched = table.empty(len(sites))
     with progress_bar("patch_activations", len(contrasts) * len(sites) * len(table.passes), "patch") as bar:
         for one_pass, exchange in table.exchanges(sites, values):

@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 import xarray as xr
 
-from checkpoints import Checkpoint
+from checkpoints import Checkpoint, CheckpointPair
 from dynamics.measures import Measure
 from dynamics.patching.gradients import patch_gradients
 from dynamics.recipe import Contrast, Recipe
@@ -19,7 +19,7 @@ Verb = Callable[..., xr.Dataset]
 
 def interactions(
     recipe: Recipe,
-    checkpoint: Checkpoint | None,
+    checkpoint: Checkpoint | CheckpointPair | None,
     contrasts: Sequence[Contrast],
     sites: Sequence[Site],
     measure: Measure | Mapping[str, Measure],
@@ -30,7 +30,7 @@ def interactions(
     Args:
         recipe, checkpoint, contrasts, sites, measure: as `patch_gradients`; n_sites (n_sites + 1) / 2 steps
             are taken for each contrast.
-        verb: `patch_gradients` or `patch_updates`.
+        verb: `patch_gradients` or `patch_updates`; of a pair of checkpoints `patch_parameters`.
 
     Returns:
         What the verb returns for the sites, and `interaction` [example, site, other], symmetric, zero on the

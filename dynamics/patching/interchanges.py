@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import xarray as xr
 
-from checkpoints import Checkpoint
+from checkpoints import Checkpoint, CheckpointPair
 from dynamics import measures
 from dynamics.patching.activations import patch_activations
 from dynamics.recipe import Contrast, Recipe
@@ -15,7 +15,7 @@ from dynamics.sites import Site
 
 def interchange(
     recipe: Recipe,
-    checkpoint: Checkpoint | None,
+    checkpoint: Checkpoint | CheckpointPair | None,
     contrasts: Sequence[Contrast],
     sites: Sequence[Site],
     tokens: Mapping[str, int],

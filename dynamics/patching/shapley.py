@@ -9,7 +9,7 @@ from math import comb
 import numpy as np
 import xarray as xr
 
-from checkpoints import Checkpoint
+from checkpoints import Checkpoint, CheckpointPair
 from dynamics.measures import Measure
 from dynamics.patching.gradients import patch_gradients
 from dynamics.recipe import Contrast, Recipe
@@ -23,7 +23,7 @@ MOST_GROUPS = 8
 
 def shapley_values(
     recipe: Recipe,
-    checkpoint: Checkpoint | None,
+    checkpoint: Checkpoint | CheckpointPair | None,
     contrasts: Sequence[Contrast],
     sites: Sequence[Site],
     measure: Measure | Mapping[str, Measure],
@@ -36,7 +36,7 @@ def shapley_values(
     Args:
         recipe, checkpoint, contrasts, measure: as `patch_gradients`.
         sites: 1 to 8 groups; 2^n − 1 steps are taken for each contrast.
-        verb: `patch_gradients` or `patch_updates`.
+        verb: `patch_gradients` or `patch_updates`; of a pair of checkpoints `patch_parameters`.
 
     Returns:
         What the verb returns for the sites, `shapley` [example, site], and `together` [example], the effect of

@@ -8,7 +8,7 @@ import xarray as xr
 
 from checkpoints import Checkpoint
 from dynamics.engine.arguments import check_step_arguments
-from dynamics.engine.mixtures import mixed_models
+from dynamics.engine.mixtures import in_model_order, mixed_models
 from dynamics.engine.runs import run_contrasts
 from dynamics.measures import Measure
 from dynamics.recipe import Contrast, Recipe
@@ -33,14 +33,10 @@ def patch_updates(
     check_step_arguments("patch_updates", recipe, checkpoint, contrasts, sites, measure)
     check(sites, recipe.model)
     check_whole(sites, "patch_updates", "a finished update has none; use patch_gradients")
-    places = {
-        name: place
-        for place, name in enumerate(
-            [*dict(recipe.model.named_parameters()), *dict(recipe.model.named_buffers())]
-        )
-    }
-    order = sorted(range(len(sites)), key=lambda i: min(places[name] for name in sites[i].covers))
-    found = run_contrasts(
-        "patch_updates", recipe, checkpoint, contrasts, [sites[i] for i in order], measure, mixed_models
+    return in_model_order(
+        recipe.model,
+        sites,
+        lambda ordered: run_contrasts(
+            "patch_updates", recipe, checkpoint, contrasts, ordered, measure, mixed_models
+        ),
     )
-    return found.isel(site=sorted(range(len(sites)), key=order.__getitem__))

@@ -8,7 +8,7 @@ from dynamics.plots.curves import accuracies
 from dynamics.plots.events import Figures, Panel, event_curves, map_under_accuracies, moved
 from dynamics.plots.figures import save
 from dynamics.plots.intervals import recoveries, stored_and_fresh
-from dynamics.plots.maps import heatmap, site_by_step
+from dynamics.plots.maps import heatmap, site_by_step, transfer
 
 __all__ = [
     "Figure",
@@ -29,4 +29,5 @@ __all__ = [
     "site_by_step",
     "stored_and_fresh",
     "tiles",
+    "transfer",
 ]

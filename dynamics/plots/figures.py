@@ -95,10 +95,12 @@ def described(dataset: xr.Dataset) -> str:
     ]
     if "unit" in dataset.attrs:
         words[0] += f" (unit: {dataset.attrs['unit']})"
-    for name in ("measure", "step", "seed", "optimizer"):
+    for name in ("measure", "step", "source_step", "seed", "optimizer"):
         if name in dataset.coords and dataset[name].ndim == 0:
             value = dataset[name].item()
-            words.append(f"{value} optimizer state" if name == "optimizer" else f"{name} {value}")
+            words.append(
+                f"{value} optimizer state" if name == "optimizer" else f"{name.replace('_', ' ')} {value}"
+            )
     return ", ".join(words)
 
 

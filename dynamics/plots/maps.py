@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from dynamics.plots import figures
 
+_PAIRS = "training step, from → into"
 _NUMBERED = 400  # cells; more are too small to hold a number
 
 
@@ -70,6 +71,30 @@ def site_by_step(summary: xr.Dataset, value: str = "effect") -> Figure:
     if "step" not in summary.dims:
         raise ValueError(f"the summary has dims {sorted(map(str, summary.dims))}; expected site and step")
     return heatmap(summary, x="step", y="site", value=value)
+
+
+def transfer(summary: xr.Dataset, value: str = "effect") -> Figure:
+    """One row per site and one column for each source checkpoint put into each base checkpoint: from → into.
+
+    Columns stand by the checkpoint that they go into, then by the one that they come from.
+
+    Args:
+        summary: of a sweep over pairs, with dims `site`, `step` and `source_step`, and no other of which several
+            values are left.
+        value: a variable of the summary.
+
+    Raises:
+        ValueError: no dims `step` and `source_step`, or another dim is not selected.
+    """
+    if absent := {"step", "source_step"} - set(summary.dims):
+        raise ValueError(
+            f"the summary has dims {sorted(map(str, summary.dims))}; expected site, step and source_step, and "
+            f"{sorted(absent)} is missing."
+        )
+    stacked = summary.stack({_PAIRS: ("step", "source_step")}, create_index=False)
+    steps = zip(stacked["source_step"].values.tolist(), stacked["step"].values.tolist(), strict=True)
+    labels = [f"{source} → {base}" for source, base in steps]
+    return heatmap(stacked.assign_coords({_PAIRS: labels}), x=_PAIRS, y="site", value=value)
 
 
 def _places(values: npt.NDArray[Any], coord: xr.DataArray) -> tuple[list[str], npt.NDArray[np.int64]]:

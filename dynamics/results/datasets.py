@@ -25,6 +25,7 @@ DIMS = (
     "other",
     "step",
     "source",
+    "source_step",
     "seed",
     "measure",
     "factor",
@@ -34,8 +35,8 @@ DIMS = (
 """Every dim a result of this toolkit may have."""
 
 REFERENCES = {
-    "base": "measure after the full base step",
-    "source": "measure after the full source step",
+    "base": "measure of the whole base run: after its step, or of its checkpoint",
+    "source": "measure of the whole source run: after its step, or of its checkpoint",
     "untouched": "measure without any step",
     "coasted": "measure after a step with a zero gradient: momentum and decay alone",
 }

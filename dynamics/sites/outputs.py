@@ -156,6 +156,8 @@ def attach(
 def at_positions(sites: Sequence[Site], positions: Mapping[str, SupportsIndex | Sequence[int]]) -> list[Site]:
     """Every site once per named position: what that position contributes to the gradient of its parameters.
 
+    For `patch_parameters` it is where another checkpoint's parameters act.
+
     Args:
         sites: parameter sites.
         positions: name -> position or positions, such as {"tag": 0, "alias": 1, "integer": 2}.

@@ -29,7 +29,8 @@ class Site:
         covers: name of a parameter or buffer, or for `patch_signals` of a submodule whose output is meant,
             -> index: `...`, a tuple of ints, slices and at most one integer tensor, or a boolean mask.
         coords: labels along the `site` dim: `level`, `component`, and `layer`, `head`, `pos` where they exist.
-        positions: sequence positions whose contributions to a parameter's gradient are meant; None for all.
+        positions: sequence positions whose contributions to a parameter's gradient are meant, or at which another
+            checkpoint's parameter acts (`patch_parameters`); None for all.
     """
 
     label: str

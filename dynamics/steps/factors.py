@@ -144,7 +144,7 @@ def _local(
     positions: Sequence[int] | None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of one run of a projection: what is written, pulled back to the parameters."""
-    if positions is not None and isinstance(module, _MIXING):
+    if positions is not None and isinstance(module, MIXING):
         raise SiteError(_MIXES.format(owner))
     arguments, keywords = call.arguments, call.keywords
     inputs: list[Tensor] = []
@@ -166,7 +166,7 @@ def _local(
     return found[: len(parameters)]
 
 
-_MIXING = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
+MIXING = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 _MIXES = (
     "{!r} mixes positions, so its parameters' gradient is no sum over them. Leave out positions, or let the module "
     "declare projections() that work on each position by itself."

@@ -90,10 +90,10 @@ class Taps:
         number = self._runs[name]
         self._runs[name] += 1
         key = f"{name}[{number}]" if number else name
-        return _first_changed(output, lambda tensor: self.change(name, key, tensor))
+        return first_changed(output, lambda tensor: self.change(name, key, tensor))
 
 
-def _first_changed(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def first_changed(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """A module's output with its first floating-point tensor changed; an LSTM's is its hidden states."""
     leaves, structure = tree_flatten(output)
     for place, leaf in enumerate(leaves):

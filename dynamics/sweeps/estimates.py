@@ -16,7 +16,7 @@ from typing import TypeVar
 from dynamics import results
 from dynamics.sweeps import shards
 from dynamics.sweeps.planning import Plan
-from dynamics.sweeps.units import Question, Unit, reached
+from dynamics.sweeps.units import Question, Unit, forget, reached
 
 T = TypeVar("T")
 
@@ -67,7 +67,7 @@ def estimate(asked: Plan, out: str | os.PathLike[str] | None = None, workers: in
             if units := [unit for unit in todo if unit.question == question]:
                 seconds += _seconds(question, units)
     finally:
-        reached.cache_clear()
+        forget()
     if workers and todo:
         seconds = seconds / workers + _seconds_to_start()
     if kept:
@@ -94,8 +94,11 @@ def peak_megabytes() -> float:
 def _seconds(question: Question, units: Sequence[Unit]) -> float:
     """All units of one run, one after another in this process."""
     stored = question.run.steps
-    behind = {unit.step: unit.step - max(s for s in stored if s <= unit.step) for unit in units}
-    near = min(behind, key=lambda step: (behind[step] == 0, behind[step]))
+    reaches = [*dict.fromkeys(unit.step for unit in units)]
+    pairs = dict.fromkeys((unit.step, unit.source_step) for unit in units)
+    reaches += [source for _, source in pairs if source is not None]
+    behind = {step: step - max(s for s in stored if s <= step) for step in reaches}
+    near = min((unit.step for unit in units), key=lambda step: (behind[step] == 0, behind[step]))
     start = near - behind[near]
     _seconds_to_reach(question, start)  # warms up
     load, reach = _seconds_to_reach(question, start), _seconds_to_reach(question, near)
@@ -107,7 +110,7 @@ def _seconds(question: Question, units: Sequence[Unit]) -> float:
         path = Path(folder) / "shard.h5"
         keeping, _ = _timed(lambda: shards.keep(found, path))
     return (
-        sum(load + train * n for n in behind.values())
+        sum(load + train * behind[step] for step in reaches)
         + computing / len(trial.contrasts) * sum(len(unit.contrasts) for unit in units)
         + keeping * len(units)
     )

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ UNIT_REPLAYS = 256
 since what is kept of a sweep is kept by unit."""
 
 Seed = int | str
+Cell = tuple[Seed, int, int | None, str]
 Runs = Trajectory | Sequence[Trajectory] | Mapping[int, Trajectory] | Mapping[str, Trajectory]
 Contrasts = Sequence[Contrast] | Callable[[Any, int], Sequence[Contrast]]
 Sites = Sequence[Site] | Callable[[nn.Module], Sequence[Site]]
@@ -56,16 +58,18 @@ class Plan:
 
     Attributes:
         questions: what is asked of each run, by seed.
-        steps, states: at which steps and in which optimizer states (by name) it is asked.
-        cells: the units of work of each (seed, step, state): its contrasts in order.
-        dims: which of "seed", "optimizer" and "step" the Dataset has.
+        steps, source_steps, states: at which steps, from which others (None where of one checkpoint) and in which
+            optimizer states (by name) it is asked.
+        cells: the units of work of each (seed, step, source step, state): its contrasts in order.
+        dims: which of "seed", "optimizer", "step" and "source_step" the Dataset has.
         labels: of the examples where the runs' or steps' own differ; empty where they agree.
     """
 
     questions: Mapping[Seed, Question]
     steps: tuple[int, ...]
+    source_steps: tuple[int | None, ...]
     states: Mapping[str, State]
-    cells: Mapping[tuple[Seed, int, str], tuple[Unit, ...]]
+    cells: Mapping[Cell, tuple[Unit, ...]]
     dims: frozenset[str]
     labels: tuple[str, ...]
 
@@ -98,6 +102,7 @@ class Plan:
             "verb": self.verb,
             "runs": {str(seed): str(question.run.path) for seed, question in self.questions.items()},
             "steps": list(self.steps),
+            **({} if None in self.source_steps else {"source_steps": list(self.source_steps)}),
             "optimizers": [name or in_words(state) for name, state in self.states.items()],
             "measures": list(measures.named(self._question.measure)),
             "sites": [site.label for site in self._question.sites],
@@ -126,8 +131,11 @@ class Plan:
             datasets = [part_of(value) for value in values]
             return results.concat(datasets, dim, values) if dim in self.dims else datasets[0]
 
+        def of_step(seed: Seed, state: str, step: int) -> xr.Dataset:
+            return along("source_step", self.source_steps, lambda source: cells[seed, step, source, state])
+
         def of_state(seed: Seed, state: str) -> xr.Dataset:
-            return along("step", self.steps, lambda step: cells[seed, step, state])
+            return along("step", self.steps, lambda step: of_step(seed, state, step))
 
         def of_run(seed: Seed) -> xr.Dataset:
             return along("optimizer", list(self.states), lambda state: of_state(seed, state))
@@ -162,28 +170,32 @@ def plan(
     measure: Measure | Mapping[str, Measure],
     state: State | Mapping[str, State] = as_stored,
     task_of: Callable[[Trajectory], Task] = of_config,
+    source_steps: int | Sequence[int] | None = None,
 ) -> Plan:
     """What a sweep would do; nothing is computed yet.
 
     Args, Raises: as `sweep`.
     """
     by_seed = _by_seed(runs)
-    chosen = (int(steps),) if isinstance(steps, int | np.integer) else tuple(int(step) for step in steps)
+    chosen = _as_steps(steps)
+    sources: tuple[int | None, ...] = (None,) if source_steps is None else _as_steps(source_steps)
     states: dict[str, State] = dict(state) if isinstance(state, Mapping) else {"": state}
-    _expect_some(runs=by_seed, steps=chosen, states=states)
+    _expect_some(runs=by_seed, steps=chosen, source_steps=sources, states=states)
     _expect_different("step", chosen)
+    _expect_different("source step", sources)
     several = {
         "seed": not isinstance(runs, Trajectory),
         "step": not isinstance(steps, int | np.integer),
+        "source_step": source_steps is not None and not isinstance(source_steps, int | np.integer),
         "optimizer": isinstance(state, Mapping),
     }
     dims = frozenset(dim for dim, is_dim in several.items() if is_dim)
     threads = torch.get_num_threads()
     questions: dict[Seed, Question] = {}
-    cells: dict[tuple[Seed, int, str], tuple[Unit, ...]] = {}
+    cells: dict[Cell, tuple[Unit, ...]] = {}
     with replayed(None):
         for seed, run in by_seed.items():
-            _expect_steps(run, chosen)
+            _expect_steps(run, [*chosen, *(source for source in sources if source is not None)])
             task = task_of(run)
             of_run = tuple(sites(task.recipe().model) if callable(sites) else sites)
             _expect_some(sites=of_run)
@@ -193,11 +205,15 @@ def plan(
             for step in chosen:
                 given = _labelled(contrasts(task, step) if callable(contrasts) else contrasts)
                 groups = _groups(given, len(of_run))
-                for name, function in states.items():
-                    units = (Unit(question, step, function, group) for group in groups)
-                    cells[seed, step, name] = tuple(units)
+                for source, (name, function) in product(sources, states.items()):
+                    units = (Unit(question, step, function, group, source) for group in groups)
+                    cells[seed, step, source, name] = tuple(units)
     _expect_alike([(seed, [(s.label, s.coords) for s in q.sites]) for seed, q in questions.items()])
-    return Plan(questions, chosen, states, cells, dims, _common_labels(cells))
+    return Plan(questions, chosen, sources, states, cells, dims, _common_labels(cells))
+
+
+def _as_steps(steps: int | Sequence[int]) -> tuple[int, ...]:
+    return (int(steps),) if isinstance(steps, int | np.integer) else tuple(int(step) for step in steps)
 
 
 def _by_seed(runs: Runs) -> dict[Seed, Trajectory]:
@@ -267,7 +283,7 @@ def _groups(contrasts: Sequence[Contrast], n_sites: int) -> list[tuple[Contrast,
     return [tuple(contrasts[i] for i in part) for part in np.array_split(np.arange(len(contrasts)), n_groups)]
 
 
-def _common_labels(cells: Mapping[tuple[Seed, int, str], Sequence[Unit]]) -> tuple[str, ...]:
+def _common_labels(cells: Mapping[Cell, Sequence[Unit]]) -> tuple[str, ...]:
     """Empty if all cells have the same examples; otherwise labels by their place in the list.
 
     Raises:

@@ -18,7 +18,7 @@ from dynamics.measures import Measure
 from dynamics.sweeps import shards, working
 from dynamics.sweeps.errors import SweepError
 from dynamics.sweeps.planning import Contrasts, Plan, Runs, Sites, as_stored, of_config, plan
-from dynamics.sweeps.units import State, Task, Verb, reached
+from dynamics.sweeps.units import State, Task, Verb, forget
 
 
 def sweep(
@@ -29,6 +29,7 @@ def sweep(
     sites: Sites,
     measure: Measure | Mapping[str, Measure],
     *,
+    source_steps: int | Sequence[int] | None = None,
     state: State | Mapping[str, State] = as_stored,
     task_of: Callable[[Trajectory], Task] = of_config,
     out: str | os.PathLike[str] | None = None,
@@ -51,6 +52,9 @@ def sweep(
             `lambda task, step: task.contrasts()` or `AliasTask.contrasts_at`.
         sites: a list; or a function model -> list, such as `dy.sites.heads`. All runs must have the same.
         measure: as the verb takes it.
+        source_steps: steps of source checkpoints of the same run; several make a dim `source_step`. The verb is
+            then given a `CheckpointPair` for each step, its base, and each source step: the result is that grid.
+            For `patch_parameters`, `attribute_parameters`, `patch_activations`. None gives it one checkpoint.
         state: what is made of each checkpoint first, such as `Checkpoint.with_fresh_optimizer`; or a dict of those
             by name, which makes a dim `optimizer`.
         task_of: run -> task, by default the run's own, from its config. For other runs any class or function whose
@@ -64,7 +68,8 @@ def sweep(
             `out` a folder that its workers see too.
 
     Returns:
-        What the verb returns, with dims `seed`, `optimizer`, `step` in front, as far as several were given. Where
+        What the verb returns, with dims `seed`, `optimizer`, `step`, `source_step` in front, as far as several were
+        given. Where
         runs or steps have examples of different names (other seeds draw other aliases), `example` says "example 0",
         "example 1", ... by their place in the list, and their own names are a coordinate `label`.
 
@@ -73,7 +78,8 @@ def sweep(
         TrajectoryError: a checkpoint cannot be read.
         KeyboardInterrupt: what was kept in `out` stays, and the same call goes on from there.
     """
-    return run(plan(verb, runs, steps, contrasts, sites, measure, state, task_of), out, workers, scheduler)
+    asked = plan(verb, runs, steps, contrasts, sites, measure, state, task_of, source_steps)
+    return run(asked, out, workers, scheduler)
 
 
 def run(
@@ -105,7 +111,7 @@ def run(
                     found[number] = dataset
                 bar.update(asked.units[number].replays)
     finally:
-        reached.cache_clear()
+        forget()
     return asked.joined([results.load(path) if path and n not in found else found[n] for n, _, path in jobs])
 
 

@@ -51,9 +51,10 @@ def _contents(plan: Plan, folder: Path) -> dict[str, Any]:
         shard(folder, unit).name: {
             "run": str(seed),
             "step": step,
+            **({} if source is None else {"source_step": source}),
             **({"optimizer": state} if state else {}),
             "examples": [contrast.coords["example"] for contrast in unit.contrasts],
         }
-        for (seed, step, state), units in plan.cells.items()
+        for (seed, step, source, state), units in plan.cells.items()
         for unit in units
     }

@@ -1,4 +1,4 @@
-"""Units of work: one run, one step, one optimizer state, a group of contrasts."""
+"""Units of work: one run, one step or two, one optimizer state, a group of contrasts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from checkpoints import Checkpoint, Trajectory, store
+from checkpoints import Checkpoint, CheckpointPair, Trajectory, store
 from checkpoints.rng import replayed
 from dynamics import steps
 from dynamics.measures import Measure
@@ -109,20 +109,28 @@ class Unit:
         step: where.
         state: what is made of the checkpoint before the verb is called.
         contrasts: which.
+        source_step: of the source checkpoint, where the verb is asked of a pair; None where of one checkpoint.
     """
 
     question: Question
     step: int
     state: State
     contrasts: tuple[Contrast, ...]
+    source_step: int | None = None
 
     @cached_property
     def identity(self) -> str:
         """A hash of everything the unit's numbers depend on."""
-        start = max(step for step in self.question.files if step <= self.step)
-        return digest(
-            self.question.identity, self.question.files[start], self.step, self.state, self.contrasts
-        )
+        stretches = [(self._start_of(step), step) for step in self._steps]
+        return digest(self.question.identity, stretches, self.state, self.contrasts)
+
+    def _start_of(self, step: int) -> str:
+        """The checksum of the stored checkpoint that a step is reached from."""
+        return self.question.files[max(stored for stored in self.question.files if stored <= step)]
+
+    @property
+    def _steps(self) -> list[int]:
+        return [self.step] if self.source_step is None else [self.step, self.source_step]
 
     @property
     def replays(self) -> int:
@@ -137,23 +145,45 @@ class Unit:
         with _ALONE:
             try:
                 recipe, checkpoint = reached(self.question, self.step)
+                base = self.state(checkpoint)
+                given: Checkpoint | CheckpointPair = base
+                if self.source_step is not None:
+                    source = reached_source(self.question, self.source_step)
+                    given = CheckpointPair(base, self.state(source))
                 with _threads(self.question, checkpoint):
                     found = self.question.verb(
                         recipe,
-                        self.state(checkpoint),
+                        given,
                         list(self.contrasts),
                         list(self.question.sites),
                         self.question.measure,
                     )
                 return self.question.expect(found)
             except Exception as error:
-                error.add_note(f"This was at step {self.step} of {self.question.run.path}.")
+                into = "" if self.source_step is None else f" {self.source_step} into"
+                error.add_note(f"This was at step{into} {self.step} of {self.question.run.path}.")
                 raise
 
 
 @lru_cache(maxsize=1)
 def reached(question: Question, step: int) -> tuple[Recipe, Checkpoint]:
     """The run's recipe and its checkpoint at a step, kept until another is asked for."""
+    return _reach(question, step)
+
+
+@lru_cache(maxsize=1)
+def reached_source(question: Question, step: int) -> Checkpoint:
+    """The source checkpoint of a pair, kept beside its base until another is asked for."""
+    return _reach(question, step)[1]
+
+
+def forget() -> None:
+    """Let go of the checkpoints that are kept."""
+    reached.cache_clear()
+    reached_source.cache_clear()
+
+
+def _reach(question: Question, step: int) -> tuple[Recipe, Checkpoint]:
     start = question.run.before(step)
     with start.random_state(), _threads(question, start):
         task = question.task_of(question.run)

@@ -57,6 +57,10 @@ def curves(value: str, dims=("step", "example")) -> xr.Dataset:
 
 CASES = {
     "site_by_step": (along(PARTS, "step", [0, 10]), []),
+    "transfer": (
+        results.concat([along(PARTS, "step", [0, 10]), along(PARTS, "step", [0, 10])], "source_step", [3, 7]),
+        [],
+    ),
     "stored_and_fresh": (along(PARTS, "optimizer", ["stored", "fresh"]), []),
     "heatmap": (effects(HEADS), []),
     "recoveries": (effects(PARTS), []),

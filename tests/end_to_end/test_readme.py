@@ -15,6 +15,7 @@ import dynamics as dy
 from checkpoints import Checkpoint, TrajectoryWriter, log_spaced
 from dynamics.config import ToyConfig
 from dynamics.models.toy import ToyTransformer
+from tests.zoo.comparison_models import short_run
 from tests.zoo.word_level import save_gpt2
 
 README = Path(__file__).parents[2] / "README.md"
@@ -92,6 +93,29 @@ def test_the_example_on_a_users_own_model_runs():
     for result in shown:
         assert result["site"].values.tolist() in (["encoder", "head"], ["encoder"])
         assert all(result[name].notnull().all() for name in ("effect", "attribution") if name in result)
+
+
+def test_the_example_of_two_checkpoints_of_a_run_runs(tmp_path):
+    (example,) = [block for block in blocks() if "CheckpointPair" in block]
+    run = short_run(tmp_path / "run")
+    task = dy.tasks.load(run.config)
+    recipe, contrasts = task.recipe(), task.contrasts()
+    names = {
+        "dy": dy,
+        "run": run,
+        "recipe": recipe,
+        "contrasts": contrasts,
+        "questions": contrasts[0].probe,
+        "parts": dy.sites.components(recipe.model),
+        "places": dy.sites.activations(recipe.model, "blocks.*.hook_resid_pre"),
+        "measure": dy.measures.correct_logit,
+    }
+    for stored, step in zip(("3000", "4000", "4500", "5000"), (0, 2, 4, 6), strict=True):
+        example = example.replace(stored, str(step))
+    exec(example, names)
+    assert names["grid"].sizes["source_step"] == 2
+    assert all(names[name]["effect"].notnull().all() for name in ("carried", "flowing", "grid"))
+    assert names["divided"]["attribution"].notnull().all()
 
 
 def test_the_example_of_a_task_of_ones_own_runs_on_a_hugging_face_model(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The verbs of activations on Hugging Face's GPT-2, as a module and as a bridge, beside its forward by hand."""
 
+import copy
 import math
 
 import numpy as np
@@ -12,13 +13,13 @@ from transformer_lens.tools.analysis.attribution_patching import attribution_pat
 from transformer_lens.tools.analysis.interchange import SubspaceInterchange, run_with_intervention
 
 import dynamics as dy
-from checkpoints import Checkpoint
+from checkpoints import Checkpoint, CheckpointPair
 from dynamics import measures, sites
 from dynamics.recipe import RecipeError
 from dynamics.sites import Site
 from tests.patching.test_activations import ALL, head_logit, pairs
 from tests.zoo.hugging_face import gpt2
-from tests.zoo.small_models import D_VOCAB, tokens
+from tests.zoo.small_models import D_VOCAB, perturbed, tokens
 
 CHOSEN = {"a": 3, "b": 7}
 BY = ("layer", "pos")
@@ -299,6 +300,47 @@ def test_integrated_attributions_on_a_bridge_sum_to_the_exchange_of_the_hook(bri
         missed = found["attribution"].groupby("layer").sum() - effect.values
         assert abs(missed).max() < 1e-5
         assert abs(effect).max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def later(model):
+    """The same model, some training later."""
+    return perturbed(copy.deepcopy(model), seed=7, scale=0.2)
+
+
+@pytest.mark.parametrize("place", ["f", "a"])
+def test_a_bridge_receives_what_the_bridge_of_another_checkpoint_computes(
+    model, later, tokenizer, bridge, place
+):
+    pair = CheckpointPair(Checkpoint.capture(bridge), Checkpoint.capture(dy.bridge(later, tokenizer), step=9))
+    (contrast,) = pairs(1)
+    glob = {"f": "blocks.*.hook_mlp_out", "a": "blocks.*.ln1.hook_out"}[place]
+    chosen = sites.activations(bridge, glob, by=BY, like=contrast.base)
+    found = dy.interchange(dy.Recipe(bridge), pair, [contrast], chosen, CHOSEN)
+    source = ByHand(later)
+    source(contrast.source.tokens)
+    for site in chosen:
+        name = f"{place}{site.coords['layer']}"
+        logits = ByHand(model, {name: ((ALL, site.coords["pos"]), source.kept[name])})(contrast.base.tokens)
+        distribution = measures.at_target_pos(logits, contrast.base).softmax(-1).mean(0)
+        for token, number in CHOSEN.items():
+            cell = found["patched"].sel(measure=token, site=site.label).item()
+            assert cell == pytest.approx(float(distribution[number]), abs=1e-6)  # its softmax is in fp32
+    assert abs(found["effect"]).max() > 1e-3
+    assert Checkpoint.capture(bridge).equals(pair.base)
+
+
+def test_a_pair_of_one_bridge_changes_nothing_and_one_of_the_module_is_refused(model, bridge):
+    state = Checkpoint.capture(bridge)
+    contrasts = [dy.Contrast(tokens(1))]
+    chosen = sites.activations(bridge, "blocks.*.attn.hook_z", ("layer", "head"), contrasts[0].base)
+    found = dy.patch_activations(
+        dy.Recipe(bridge), CheckpointPair(state, state), contrasts, chosen, measures.correct_logit
+    )
+    assert (found["effect"] == 0).all()
+    of_module = CheckpointPair(Checkpoint.capture(model), Checkpoint.capture(model))
+    with pytest.raises(RecipeError, match=r"Capture it of a bridge .* Checkpoint\.capture\(dy\.bridge"):
+        dy.patch_activations(dy.Recipe(bridge), of_module, contrasts, chosen, measures.correct_logit)
 
 
 def test_a_checkpoint_for_a_bridge_is_refused(model, bridge):
