@@ -176,6 +176,7 @@ def patched(recipe, checkpoint):
     return dy.patch_gradients(recipe, checkpoint, [a_pair()], dy.sites.heads(recipe.model), next_token)
 
 
+@pytest.mark.slow
 def test_heads_are_patched_at_revisions_of_a_suite(suite, tmp_path):
     load = transformers.AutoModelForCausalLM.from_pretrained
     run = Trajectory.from_huggingface(suite, ["step0", "step1000"], tmp_path / "run", load=load)

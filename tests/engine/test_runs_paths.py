@@ -106,6 +106,7 @@ def failing_above(monkeypatch, owner, name, most, size_of):
     return tried
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [1, 3])
 @pytest.mark.parametrize(
     ("verb", "owner", "name", "size_of", "part"),

@@ -57,6 +57,7 @@ def counted(recipe, function):
         handle.remove()
 
 
+@pytest.mark.slow
 @every_verb
 def test_under_any_budget_a_verb_finds_the_same_to_rounding(verb):
     recipe = transformer_recipe()
@@ -152,6 +153,7 @@ class Unstackable(nn.Module):
         return self.inner(ids) + float(torch._C._functorch.is_batchedtensor(weight))
 
 
+@pytest.mark.slow
 @every_verb
 @pytest.mark.parametrize("how", ["branches on a value", "does otherwise under vmap"])
 @pytest.mark.parametrize("n_bytes", [2**27, 40_000], ids=["all stacked", "references alone"])

@@ -193,6 +193,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["bridge", "processed"])
 @pytest.mark.parametrize("measure", [measures.correct_logit, head_logit])

@@ -141,6 +141,7 @@ FORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_configure_optimizers_replays_bitwise_within_an_epoch(form, tmp_path):
     def step(self, batch):

@@ -437,6 +437,7 @@ def called(name, contrast, recipe, checkpoint, both=False, measure=dy.measures.c
     return verb(recipe, checkpoint, [contrast], patched, measure)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VERBS)
 def test_both_directions_are_two_calls_side_by_side(name):
     recipe, checkpoint, contrast = language(name)
@@ -477,6 +478,7 @@ def test_directions_keep_the_measures_and_the_facts_they_share():
 # --- kept -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "both"), [*((name, False) for name in VERBS), ("factors", True), ("window", True)]
 )

@@ -70,6 +70,7 @@ def test_on_a_transformer_in_double_precision(level, start, max_grad_norm):
     assert abs(result["effect"]).max() > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["heads", "matrices"])
 @fresh_and_stored
 @clipped_and_not
@@ -94,6 +95,7 @@ def pieces(model):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [*OPTIMIZERS, *LOOPED])
 @fresh_and_stored
 @clipped_and_not

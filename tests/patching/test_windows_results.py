@@ -234,6 +234,7 @@ def long_window(mine):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "start"),
     [

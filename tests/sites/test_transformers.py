@@ -150,6 +150,7 @@ one ulp of a double before them may become one of a float behind."""
 TOLERANCES = {"gpt2": 1e-10, "neox": SINGLE_INSIDE, "llama": SINGLE_INSIDE, "qwen2": SINGLE_INSIDE}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["heads", "components"])
 @pytest.mark.parametrize("verb", [dy.patch_gradients, dy.patch_updates])
 @pytest.mark.parametrize("name", TOLERANCES)

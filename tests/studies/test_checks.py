@@ -163,6 +163,7 @@ OF_LEVEL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_site_of_any_level_is_found_by_its_label(runs, level, texts):
     run = made(runs[0], OF_LEVEL[level])

@@ -260,6 +260,7 @@ def test_a_site_of_more_than_half_of_all_change_has_no_placebo_and_stays_open(ru
     assert (check.verdict, check.figure) == ("open", "no placebo: the site holds over half of ‖Δ‖², or none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("own", "verdict"),
     [([19.96], "holds"), ([19.94], "fails"), ([30.0, 30.0], "holds"), ([30.0, 0.5], "fails"),
@@ -345,6 +346,7 @@ def test_exactly_those_rows_carry_all_of_their_own_effect(runs):
     assert checks._unseen_rows([run]).figure.startswith("carry 100% of the site's effect; ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", ["W_E", "+ block 0"])
 def test_what_those_rows_carry_of_a_sites_effect_is_the_ratio_of_mean_effects(runs, label):
     run = made(runs[0], label)

@@ -45,6 +45,7 @@ from tests.zoo.sweep_runs import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_units")
 @pytest.mark.parametrize(
     "verb",
