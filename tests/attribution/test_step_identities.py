@@ -38,6 +38,7 @@ methods = pytest.mark.parametrize("method", ["first_order", "integrated"])
 both_states = pytest.mark.parametrize("fresh", [False, True], ids=["stored", "fresh"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["matrices", "components"])
 @both_states
 def test_over_a_partition_integrated_attributions_add_up_to_the_effect_within_the_residual(

@@ -99,6 +99,7 @@ def trained(module, folder) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Regression, NamedGroups])
 def test_a_step_replayed_from_lightnings_file_is_the_next_file_bit_for_bit(tmp_path, kind):
     files = trained(kind(), tmp_path / "files")

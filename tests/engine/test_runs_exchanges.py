@@ -47,6 +47,7 @@ def nothing(model):
     return [Site("nothing", empty)]
 
 
+@pytest.mark.slow
 @every_verb
 @every_optimizer
 @fresh_and_warm

@@ -188,6 +188,7 @@ class Counting(nn.Module):
         return self.inner(ids) * self.passes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["patch_gradients", "patch_updates", "attribute_step"])
 def test_a_buffer_that_a_measure_writes_into_begins_anew_for_every_stack(verb):
     recipe = transformer_recipe(model=Counting())

@@ -111,6 +111,7 @@ def test_it_is_what_transformer_lens_finds(toy, family):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)  # theirs is stored in fp32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", STACKED)
 def test_it_is_what_transformer_lens_finds_for_several_activations_at_once(toy, family):
     expected = theirs(toy, pairs(), family)

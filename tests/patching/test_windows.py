@@ -41,6 +41,7 @@ from tests.zoo.small_models import (
 )
 
 
+@pytest.mark.slow
 @some_optimizers_and_clips
 def test_a_window_of_one_step_is_patch_gradients_bitwise(optimizer, clipping):
     """Warm, and fresh where the gradient is clipped by value."""

@@ -46,6 +46,7 @@ def as_given(verb, n):
     return [dy.Contrast(contrast.base, contrast.source, points(30 + i), {"alias": i}) for i in range(n)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", [dy.patch_gradients, dy.patch_updates, dy.patch_window])
 def test_contrasts_with_the_same_batches_are_run_once_and_each_is_measured_on_its_own_probe(verb):
     recipe, live = normed()

@@ -76,6 +76,7 @@ def group(model, head):
     return set(range(head // n * n, head // n * n + n))
 
 
+@pytest.mark.slow
 @every_model_with_a_head
 def test_a_heads_matrix_moves_what_the_model_makes_of_it_and_nothing_else(name):
     model, batch = model_of(name), tokens(0)

@@ -68,6 +68,7 @@ def test_every_step_is_what_the_verb_itself_gives_there(run, verb):
         xr.testing.assert_equal(found.sel(step=step).drop_vars("step"), by_hand)
 
 
+@pytest.mark.slow
 def test_lists_of_contrasts_and_sites_do_as_well_as_functions(run):
     task = tasks.load(run.config)
     listed = dy.sweep(
@@ -297,6 +298,7 @@ def test_a_running_cluster_is_used_by_its_scheduler_file(run, tmp_path):
     xr.testing.assert_identical(found, swept(patch_gradients, run))
 
 
+@pytest.mark.slow
 def test_the_callers_random_numbers_threads_and_runs_are_left_alone(run, tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -46,6 +46,7 @@ def interrupted_at(step: int, config: StudyConfig, out: Path, monkeypatch: pytes
             fit(config, out)
 
 
+@pytest.mark.slow
 def test_a_run_without_a_checkpoint_gives_way_to_another(short, tmp_path, monkeypatch):
     def fails(self):
         raise MemoryError("the model is too large")

@@ -47,6 +47,7 @@ def tiny(made_once):
     return lambda name: Trajectory.open(made_once(f"tiny-{name}", partial(fit, TINY[name])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_a_run_is_recorded_and_its_task_rebuilt_from_its_own_config(name, tiny):
     config = TINY[name]
