@@ -23,6 +23,8 @@ from tests.zoo.small_models import (
     transformer_recipe,
 )
 
+pytestmark = pytest.mark.slow
+
 BATCHES = [points(seed) for seed in range(3)]
 PAIR = dy.Contrast(points(10), points(11), points(12))
 
@@ -38,7 +40,6 @@ methods = pytest.mark.parametrize("method", ["first_order", "integrated"])
 both_states = pytest.mark.parametrize("fresh", [False, True], ids=["stored", "fresh"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("level", ["matrices", "components"])
 @both_states
 def test_over_a_partition_integrated_attributions_add_up_to_the_effect_within_the_residual(

@@ -125,6 +125,7 @@ def task(run):
     return tasks.load(run.config)
 
 
+@pytest.mark.slow
 def test_a_curve_is_its_quantity_at_every_step_stored_or_reached(run, task):
     recipe = task.recipe()
     quantities = {1: lambda c: {"score": score(recipe, c, task.evaluation)}}

@@ -243,6 +243,7 @@ def test_a_step_has_the_same_bits_however_many_are_taken_beside_it(kind):
         assert torch.equal(Steps(recipe, checkpoint).take(many[:n])[0]["weight"], expected), n
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_bytes", [2**27, 20_000, 1])
 def test_an_update_exchanged_with_itself_has_no_effect_at_all_in_single_precision(n_bytes):
     """Kernels round by what is stacked beside a model; the base model is in every stack."""

@@ -203,6 +203,7 @@ def test_a_shapley_value_is_the_mean_gain_over_all_orders_of_patching(verb, n, s
     assert result["together"].dims == ("measure", "example")
 
 
+@pytest.mark.slow
 @every_verb
 def test_shapley_values_add_up_to_the_effect_of_all_sites_together(verb, setting):
     model = setting[0].model

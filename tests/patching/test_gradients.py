@@ -32,7 +32,7 @@ LOGITS = {
 }
 LEVELS = ("heads", "circuits", "matrices", "components", "up_to_layer", "layers")
 
-fresh_and_stored = pytest.mark.parametrize("start", ["fresh", "stored"])
+fresh_and_stored = pytest.mark.parametrize("start", [pytest.param("fresh", marks=pytest.mark.slow), "stored"])
 clipped_and_not = pytest.mark.parametrize(
     "max_grad_norm", [0.1, pytest.param(1e6, marks=pytest.mark.slow)], ids=["clipping", "not clipping"]
 )

@@ -95,6 +95,7 @@ def test_a_measure_that_writes_to_the_model_does_not_reach_the_next_probe_of_the
     assert one.drop_attrs().drop_vars("measure", errors="ignore").equals(other.drop_attrs())
 
 
+@pytest.mark.slow
 def test_the_steps_measured_do_not_depend_on_the_others_and_the_end_is_the_default():
     recipe, live = normed()
     patched, contrast = pieces(recipe.model)[:3], window(4)

@@ -203,6 +203,7 @@ def test_the_step_is_counted_from_x2s_start_and_reached_by_replay(runs, x2_step)
         assert torch.equal(p, run.stored.parameters[name])
 
 
+@pytest.mark.slow
 def test_fresh_is_a_new_optimizer_at_the_same_parameters_and_stored_the_runs_own(runs, texts):
     fresh, stored = (made(runs[0], optimizer=which) for which in ("fresh", "stored"))
     assert not any(fresh.state.optimizer.state.values())

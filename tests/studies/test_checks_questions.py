@@ -154,6 +154,7 @@ def norm(gradients):
     return float(torch.nn.utils.get_total_norm(list(gradients.values())))
 
 
+@pytest.mark.slow
 def test_the_source_is_scaled_until_both_gradients_have_one_norm(run, monkeypatch):
     seen = Seen(monkeypatch, "patch_gradients")
     checks._matched_norm([run])
