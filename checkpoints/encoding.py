@@ -66,8 +66,12 @@ def encode(checkpoint: Checkpoint) -> bytes:
         file.attrs["schema_version"] = SCHEMA_VERSION
         file.attrs["step"] = checkpoint.step
         file.create_dataset("index", data=np.array([index]), chunks=(1,), fletcher32=True)
+        groups = {"": file}
         for path, tensor in found:
-            _write_array(file, paths[path], _as_array(tensor))
+            folder, _, leaf = paths[path].rpartition("/")
+            if folder not in groups:
+                groups[folder] = file.require_group(folder)
+            _write_array(groups[folder], leaf, _as_array(tensor))
         file.flush()
         image: bytes = file.id.get_file_image()
     return image
@@ -180,13 +184,13 @@ def _stored_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape or (1,)
 
 
-def _write_array(file: h5py.File, path: str, array: np.ndarray[Any, Any]) -> None:
+def _write_array(group: h5py.Group, name: str, array: np.ndarray[Any, Any]) -> None:
     stored = array.reshape(_stored_shape(array.shape))
     if stored.size == 0:
-        file.create_dataset(path, data=stored)  # no bytes to protect, and HDF5 cannot chunk them
+        group.create_dataset(name, data=stored)  # no bytes to protect, and HDF5 cannot chunk them
     else:
         chunks = _chunks(stored.shape, stored.itemsize)
-        file.create_dataset(path, data=stored, chunks=chunks, fletcher32=True)
+        group.create_dataset(name, data=stored, chunks=chunks, fletcher32=True)
 
 
 def _chunks(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

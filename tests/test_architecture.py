@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -54,7 +55,8 @@ GUESTS = {"checkpoints.formats.foreign": {"safetensors", "huggingface_hub"}}
 """What one of its modules may ask for besides, inside the functions that need it."""
 
 
-def sources() -> dict[str, str]:
+@cache
+def sources() -> Mapping[str, str]:
     """Dotted module name -> source text, of both packages."""
     found = {}
     for package in (dynamics, checkpoints):

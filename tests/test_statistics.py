@@ -291,13 +291,13 @@ def test_what_cannot_be_summarised_is_refused_with_what_was_found() -> None:
 @pytest.mark.slow
 def test_a_hundred_sites_over_all_dims_take_seconds() -> None:
     rng = np.random.default_rng(0)
-    dims = {"optimizer": 2, "step": 4, "measure": 3, "example": 30}
+    dims = {"optimizer": 2, "step": 2, "measure": 3, "example": 30}
     values = {name: (tuple(dims), rng.normal(size=tuple(dims.values()))) for name in ("base", "source")}
     effect = ((*dims, "site"), rng.normal(size=(*dims.values(), 100)))
     start = time.perf_counter()
     summary = statistics.summarize(xr.Dataset({**values, "effect": effect}))
-    assert time.perf_counter() - start < 20
-    assert summary["p"].shape == (2, 4, 3, 100)
+    assert time.perf_counter() - start < 10
+    assert summary["p"].shape == (2, 2, 3, 100)
 
 
 def test_the_table_ranks_sites_by_recovery_under_the_gap_and_n() -> None:

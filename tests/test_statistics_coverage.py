@@ -15,6 +15,8 @@ import xarray as xr
 
 from dynamics import results, statistics
 
+pytestmark = pytest.mark.slow
+
 Array = npt.NDArray[np.float64]
 
 N = 4000
@@ -85,7 +87,6 @@ def test_the_interval_over_runs_covers_the_truth_however_much_runs_differ(n_runs
     assert 0.93 < share(covers(effects_of(effect.mean(1)), "effect", TRUTH)) < 0.97
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("n_runs", [5, 12])
 def test_a_summary_with_a_dim_seed_covers_the_truth_of_which_runs_are_a_sample(n_runs):
     effect = simulated(n_runs, 6)
@@ -186,7 +187,6 @@ def test_sign_flips_over_runs_reject_no_more_than_one_in_twenty_true_nulls(n_run
     assert rejected(p) > 0.02 * n  # six runs can reach p = 2/64, twelve 2/4096
 
 
-@pytest.mark.slow
 def test_sign_flips_over_aliases_reject_a_true_null_of_runs_far_too_often():
     """Which is why runs are the unit: 300 replications of 6 runs of 10 aliases."""
     effect = simulated(6, 10, 300, truth=0.0)

@@ -200,6 +200,7 @@ def test_integrated_attributions_of_a_hook_sum_to_the_effect_of_exchanging_it_wh
             )
 
 
+@pytest.mark.slow
 def test_reversing_a_contrast_negates_integrated_attributions_at_the_embedding_and_not_first_order_ones(toy):
     chosen = everywhere(toy, "hook_embed", "pos")
     there = INTEGRATED(dy.Recipe(toy), None, pairs(), chosen, LOGITS)["attribution"]
@@ -258,6 +259,7 @@ def test_it_becomes_the_patched_effect_as_the_prompts_become_alike():
     np.testing.assert_allclose(estimated.values[large], real.values[large], rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_ranks_agree_with_real_patching(toy):
     chosen = everywhere(toy, "blocks.*.attn.hook_[qkvz]", "layer", "head", "pos")
     real = dy.patch_activations(dy.Recipe(toy), None, pairs(6), chosen, measures.correct_logit)["effect"]

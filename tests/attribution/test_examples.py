@@ -92,6 +92,7 @@ def test_it_foretells_what_leaving_the_row_out_does_to_the_measure(fresh):
             assert value == pytest.approx(base - without, rel=0.05, abs=2e-8)
 
 
+@pytest.mark.slow
 @both_states
 def test_ranks_are_those_of_replays_without_the_row_and_closer_to_them_than_tracins(fresh):
     recipe = transformer_recipe()

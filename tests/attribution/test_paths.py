@@ -163,6 +163,7 @@ def ways(edges):
     return set(itertools.chain.from_iterable(found))
 
 
+@pytest.mark.slow
 @given(st.sets(st.sampled_from(WEB)))
 @examples
 def test_what_leads_through_lies_on_some_way(edges):

@@ -68,6 +68,7 @@ PIECES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD nesterov", "RMSprop"])
 @pytest.mark.parametrize("clipping", CLIPS)
 @pytest.mark.parametrize("start", ["fresh", "stored"])

@@ -23,6 +23,8 @@ from tests.zoo.small_models import (
     transformer_recipe,
 )
 
+pytestmark = pytest.mark.slow
+
 BATCHES = [points(seed) for seed in range(3)]
 PAIR = dy.Contrast(points(10), points(11), points(12))
 

@@ -88,6 +88,7 @@ def test_measures_of_logits_keep_their_units_and_share_the_verbs_arguments():
     assert results.units(alone, "nodes") == "1"
 
 
+@pytest.mark.slow
 @methods
 def test_a_site_depends_on_none_beside_it_and_a_contrast_to_rounding(method, setting):
     together = dy.attribute_step(*setting[:2], PAIRS, setting[2], margin, method)

@@ -99,6 +99,7 @@ def trained(module, folder) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Regression, NamedGroups])
 def test_a_step_replayed_from_lightnings_file_is_the_next_file_bit_for_bit(tmp_path, kind):
     files = trained(kind(), tmp_path / "files")
@@ -176,6 +177,7 @@ def patched(recipe, checkpoint):
     return dy.patch_gradients(recipe, checkpoint, [a_pair()], dy.sites.heads(recipe.model), next_token)
 
 
+@pytest.mark.slow
 def test_heads_are_patched_at_revisions_of_a_suite(suite, tmp_path):
     load = transformers.AutoModelForCausalLM.from_pretrained
     run = Trajectory.from_huggingface(suite, ["step0", "step1000"], tmp_path / "run", load=load)

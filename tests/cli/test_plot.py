@@ -94,6 +94,7 @@ def test_the_figure_that_fits_is_drawn_beside_the_file(tmp_path, capsys, drawn, 
     assert capsys.readouterr().out.startswith(str(tmp_path / "found.png"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("at", "name", "said"),
     [

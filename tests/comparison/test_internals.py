@@ -42,6 +42,7 @@ def test_cka_does_not_see_rotation_scale_and_shift_and_sees_other_maps():
     assert np.isnan(linear_cka(x, torch.ones(20, 2)))
 
 
+@pytest.mark.slow
 def test_activations_are_compared_position_by_position(recipe, pair):
     batch = questions(3)
     chosen = sites.activations(recipe.model, "blocks.*.hook_resid_post", ("layer", "pos"), batch)

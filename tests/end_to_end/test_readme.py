@@ -25,6 +25,7 @@ def blocks() -> list[str]:
     return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_ten_lines_run_on_a_finished_run(tmp_path, monkeypatch, capsys):
     from dynamics.config import (
         AliasConfig,

@@ -99,6 +99,7 @@ VERBS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("n_bytes", [2**27, 2**14, 1])
 def test_a_verb_finds_the_same_with_gradients_taken_one_by_one(verb, n_bytes, setting, monkeypatch):

@@ -143,6 +143,7 @@ def exchanged(
     return found, len(runs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("n_bytes", [1, 20_000])
 def test_exchanges_are_those_of_whole_passes(name, n_bytes):

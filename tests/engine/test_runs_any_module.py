@@ -38,6 +38,8 @@ from tests.zoo.small_models import (
     trained,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @every_usable
 def test_a_batch_exchanged_with_its_copy_has_no_effect_at_all(verb, kind):

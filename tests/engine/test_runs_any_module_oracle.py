@@ -32,6 +32,8 @@ from tests.zoo.small_models import (
     same,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @every_kind
 def test_patched_gradients_and_windows_are_those_of_a_loop_that_overwrites_grad(kind):

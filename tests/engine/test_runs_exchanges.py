@@ -29,7 +29,7 @@ PAIR = dy.Contrast(points(10), points(11), points(12))
 
 every_verb = pytest.mark.parametrize("verb", VERBS)
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
-fresh_and_warm = pytest.mark.parametrize("start", ["fresh", "warm"])
+fresh_and_warm = pytest.mark.parametrize("start", [pytest.param("fresh", marks=pytest.mark.slow), "warm"])
 
 
 def normed(start="warm", **changes):
@@ -47,6 +47,7 @@ def nothing(model):
     return [Site("nothing", empty)]
 
 
+@pytest.mark.slow
 @every_verb
 @every_optimizer
 @fresh_and_warm
@@ -157,6 +158,7 @@ def test_a_token_in_neither_batch_is_a_site_without_effect(verb):
     assert not same(found["token 3"], found["base"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["components", "heads", "matrices", "layers"])
 @fresh_and_warm
 def test_updates_of_disjoint_sites_add_up_to_the_update_of_their_union(level, start):

@@ -113,7 +113,10 @@ every_optimizer = pytest.mark.parametrize(
 
 @every_verb
 @every_optimizer
-@pytest.mark.parametrize("start", ["stored", "fresh", "the model as it stands"])
+@pytest.mark.parametrize(
+    "start",
+    ["stored", *(pytest.param(one, marks=pytest.mark.slow) for one in ("fresh", "the model as it stands"))],
+)
 def test_a_verb_leaves_everything_as_it_was(verb, optimizer, start):
     mine = belongings(optimizer)
     checkpoint = {"stored": mine.checkpoint, "fresh": mine.checkpoint.with_fresh_optimizer()}.get(start)

@@ -80,6 +80,7 @@ def test_settings_of_activation_verbs_are_kept_beside_the_paths():
     assert facts["paths"]["contrasts"] == "contrasts of one shape as one batch"
 
 
+@pytest.mark.slow
 def test_joined_results_keep_every_path_that_one_of_them_took():
     recipe, slow = transformer_recipe(), transformer_recipe(optimizer=Adagrad)
     joined = results.concat([patched(recipe), patched(slow)], "optimizer", ["fast", "slow"])
@@ -106,6 +107,7 @@ def failing_above(monkeypatch, owner, name, most, size_of):
     return tried
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [1, 3])
 @pytest.mark.parametrize(
     ("verb", "owner", "name", "size_of", "part"),

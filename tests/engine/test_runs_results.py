@@ -135,6 +135,7 @@ def test_a_result_names_its_verb_step_and_measures(verb, setting):
     assert (facts["verb"], facts["step"], facts["measure"]) == (verb.__name__, 2, ["margin"])
 
 
+@pytest.mark.slow
 @every_verb
 def test_a_site_depends_on_none_beside_it_and_a_contrast_to_rounding(verb, setting):
     recipe, checkpoint, patched = setting

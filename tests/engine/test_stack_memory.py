@@ -57,6 +57,7 @@ def counted(recipe, function):
         handle.remove()
 
 
+@pytest.mark.slow
 @every_verb
 def test_under_any_budget_a_verb_finds_the_same_to_rounding(verb):
     recipe = transformer_recipe()
@@ -152,6 +153,7 @@ class Unstackable(nn.Module):
         return self.inner(ids) + float(torch._C._functorch.is_batchedtensor(weight))
 
 
+@pytest.mark.slow
 @every_verb
 @pytest.mark.parametrize("how", ["branches on a value", "does otherwise under vmap"])
 @pytest.mark.parametrize("n_bytes", [2**27, 40_000], ids=["all stacked", "references alone"])
@@ -186,6 +188,7 @@ class Counting(nn.Module):
         return self.inner(ids) * self.passes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["patch_gradients", "patch_updates", "attribute_step"])
 def test_a_buffer_that_a_measure_writes_into_begins_anew_for_every_stack(verb):
     recipe = transformer_recipe(model=Counting())
@@ -240,6 +243,7 @@ def test_a_step_has_the_same_bits_however_many_are_taken_beside_it(kind):
         assert torch.equal(Steps(recipe, checkpoint).take(many[:n])[0]["weight"], expected), n
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_bytes", [2**27, 20_000, 1])
 def test_an_update_exchanged_with_itself_has_no_effect_at_all_in_single_precision(n_bytes):
     """Kernels round by what is stacked beside a model; the base model is in every stack."""

@@ -194,6 +194,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["bridge", "processed"])
 @pytest.mark.parametrize("measure", [measures.correct_logit, head_logit])
@@ -287,6 +288,7 @@ def test_attribution_on_a_bridge_is_transformer_lenss(request, kind):
         assert found.sel(site=label).item() == pytest.approx(score, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_integrated_attributions_on_a_bridge_sum_to_the_exchange_of_the_hook(bridge):
     for pattern in ("blocks.*.attn.hook_q", "blocks.*.attn.hook_pattern"):
         cut = sites.activations(bridge, pattern, ("layer", "head", "pos"), tokens(0))

@@ -73,6 +73,7 @@ def test_a_module_that_a_trainer_has_trained_is_as_good_as_a_new_one(tmp_path):
     assert module.trainer is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", [Plain, ByModuleType, FreezesLate, HoldsItsOptimizer, HoldsItsGroups, Recurrent, Tied, Nested]
 )
@@ -84,6 +85,7 @@ def test_modules_of_all_kinds_replay_bitwise(kind, tmp_path):
     assert_replays(recipe, recorded(tmp_path / "run", module))
 
 
+@pytest.mark.slow
 def test_a_module_that_a_fabric_trains_is_read_without_it():
     module = with_step(lambda self, batch: self.trainer.max_epochs)
     fabric = Fabric(accelerator="cpu", devices=1)
@@ -141,6 +143,7 @@ FORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_configure_optimizers_replays_bitwise_within_an_epoch(form, tmp_path):
     def step(self, batch):

@@ -177,6 +177,7 @@ def test_attributes_that_name_a_buffer_or_a_tensor_with_a_gradient_keep_naming_i
     assert model.extra is extra
 
 
+@pytest.mark.slow
 def test_a_step_leaves_no_activation_behind():
     recipe = dy.Recipe.from_lightning(restless())
     outputs = []

@@ -102,6 +102,7 @@ SWEEPS = {
 SIZES = {"layer": 2, "pos": 4, "head": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_activation_patching_equals_plain_loops_with_that_slice_replaced(toy, sweep):
     model = toy(activation="gelu")

@@ -111,6 +111,7 @@ def test_it_is_what_transformer_lens_finds(toy, family):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)  # theirs is stored in fp32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", STACKED)
 def test_it_is_what_transformer_lens_finds_for_several_activations_at_once(toy, family):
     expected = theirs(toy, pairs(), family)
@@ -121,6 +122,7 @@ def test_it_is_what_transformer_lens_finds_for_several_activations_at_once(toy, 
         np.testing.assert_allclose(found, stacked, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOYS)
 @pytest.mark.parametrize(
     "pattern", ["hook_embed", "*ln*hook_*", "blocks.*.mlp.hook_p*", "blocks.1.attn", "*attn_scores"]
@@ -154,6 +156,7 @@ def measure_of(name):
     return margin if name.startswith("MLP") or name == "convolutions" else head_logit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_on_any_module_it_is_what_hooks_by_hand_find(name):
     recipe, measure = RECIPES[name](), measure_of(name)

@@ -22,6 +22,8 @@ from dynamics.config.parts import PhaseConfig
 from dynamics.tasks import AcronymsTask, FactsTask, IoiTask
 from tests.patching.test_activations import STACKED, SWEEPS, everywhere, ours, theirs
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"n_layers": 2, "n_heads": 2, "d_model": 32, "d_head": 16, "d_mlp": 64, "dtype": "float64"}
 QUICK = PhaseConfig(steps=120, warmup=20, learning_rate=5e-3)
 TASKS = {

@@ -203,6 +203,7 @@ def test_a_shapley_value_is_the_mean_gain_over_all_orders_of_patching(verb, n, s
     assert result["together"].dims == ("measure", "example")
 
 
+@pytest.mark.slow
 @every_verb
 def test_shapley_values_add_up_to_the_effect_of_all_sites_together(verb, setting):
     model = setting[0].model
@@ -437,6 +438,7 @@ def called(name, contrast, recipe, checkpoint, both=False, measure=dy.measures.c
     return verb(recipe, checkpoint, [contrast], patched, measure)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VERBS)
 def test_both_directions_are_two_calls_side_by_side(name):
     recipe, checkpoint, contrast = language(name)
@@ -477,6 +479,7 @@ def test_directions_keep_the_measures_and_the_facts_they_share():
 # --- kept -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "both"), [*((name, False) for name in VERBS), ("factors", True), ("window", True)]
 )

@@ -216,6 +216,7 @@ def whole(recipe, label="every parameter"):
 POSITIONS = {"at 0": (0,), "at 1 and 3": (1, 3), "at the last": (-1,), "at all": (0, 1, 2, 3)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*TOYS, "tied", "odd", "GPT-2", "GPT-NeoX", "Llama"])
 def test_every_corner_is_the_outer_products_written_out_over_all_positions_and_over_some(name):
     bench = bench_of(name)
@@ -300,6 +301,7 @@ def test_a_slice_of_a_corner_is_exchanged_and_the_rest_keeps_its_bits():
 # --- the step and what is measured after it ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", ["unclipped", "by norm", "by value"])
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD momentum"])
 @pytest.mark.parametrize("start", ["fresh", "warm"])
@@ -322,6 +324,7 @@ def test_the_step_is_that_of_torchs_clipping_and_optimizer_on_the_corner(clip, o
     assert float(abs(result["effect"]).max()) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["MLP", "tied", "GPT-2", "Llama"])
 def test_the_step_of_other_models_is_that_of_their_own_optimizer_too(name):
     bench = Layers(name, optimizer=ADAMW, clip=CLIPS["by norm"])

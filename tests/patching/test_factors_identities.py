@@ -27,6 +27,8 @@ from tests.zoo.signal_models import (
 )
 from tests.zoo.small_models import ADAMW, CLIPS, outcomes, same, tokens
 
+pytestmark = pytest.mark.slow
+
 FACTORS = ("x", "delta", "both")
 SEQUENCES = [*TOYS, "tied", "GPT-2", "GPT-NeoX", "Llama"]
 
@@ -304,7 +306,6 @@ def test_the_two_uses_of_a_tied_tensor_add_up(name, embed, unembed):
 # --- bookkeeping ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_sites_and_contrasts_in_one_call_give_the_bits_of_calls_one_by_one():
     recipe = toy_recipe(optimizer=ADAMW, clip=CLIPS["by norm"])
     checkpoint = begun(recipe).last

@@ -27,6 +27,8 @@ from tests.zoo.small_models import (
     points,
 )
 
+pytestmark = pytest.mark.slow
+
 FACTORS = ("x", "delta", "both")
 
 

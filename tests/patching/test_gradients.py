@@ -32,7 +32,7 @@ LOGITS = {
 }
 LEVELS = ("heads", "circuits", "matrices", "components", "up_to_layer", "layers")
 
-fresh_and_stored = pytest.mark.parametrize("start", ["fresh", "stored"])
+fresh_and_stored = pytest.mark.parametrize("start", [pytest.param("fresh", marks=pytest.mark.slow), "stored"])
 clipped_and_not = pytest.mark.parametrize(
     "max_grad_norm", [0.1, pytest.param(1e6, marks=pytest.mark.slow)], ids=["clipping", "not clipping"]
 )
@@ -70,6 +70,7 @@ def test_on_a_transformer_in_double_precision(level, start, max_grad_norm):
     assert abs(result["effect"]).max() > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["heads", "matrices"])
 @fresh_and_stored
 @clipped_and_not
@@ -94,6 +95,7 @@ def pieces(model):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [*OPTIMIZERS, *LOOPED])
 @fresh_and_stored
 @clipped_and_not

@@ -203,6 +203,7 @@ def test_sites_on_one_path_are_replaced_one_after_the_other_and_not_added(name):
     assert max(off(w, r) for w, r in zip(wrong, right, strict=True)) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in RECIPES if n not in ("odd", "convolutions")])
 def test_with_the_sources_activation_forward_the_cut_model_gives_the_patched_gradient(name):
     bench = Workbench(name)
@@ -265,6 +266,7 @@ def assert_measures_agree(bench, start, patched, measures):
     assert float(abs(result["effect"]).max()) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", ["unclipped", "by norm", "by value"])
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD momentum"])
 @pytest.mark.parametrize("start", ["fresh", "warm"])

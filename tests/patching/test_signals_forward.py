@@ -90,6 +90,7 @@ def test_the_activation_that_goes_forward_is_the_sources_to_the_bit_and_elsewher
     handle.remove()
 
 
+@pytest.mark.slow
 @either_forward
 @pytest.mark.parametrize("name", TOYS)
 def test_masked_scores_of_minus_infinity_stay_finite(name, forward):

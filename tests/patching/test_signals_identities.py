@@ -28,6 +28,8 @@ from tests.zoo.signal_models import (
 )
 from tests.zoo.small_models import ADAMW, CLIPS, gap, outcomes, same, tokens
 
+pytestmark = pytest.mark.slow
+
 every_model = pytest.mark.parametrize("name", RECIPES)
 either_forward = pytest.mark.parametrize("forward", ["base", "source"])
 

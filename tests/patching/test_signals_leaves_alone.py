@@ -24,6 +24,8 @@ from tests.zoo.small_models import (
     trained,
 )
 
+pytestmark = pytest.mark.slow
+
 HOOKS = [
     f"_{kind}{suffix}" for kind in ("forward_hooks", "forward_pre_hooks") for suffix in ("", "_with_kwargs")
 ] + ["_forward_hooks_always_called", "_backward_hooks", "_backward_pre_hooks"]

@@ -194,6 +194,7 @@ def test_under_autocast_the_replaced_signal_is_the_sources_to_the_bit(forward):
     assert not torch.equal(found["inner"]["inner.bias"], found["base"]["inner.bias"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forward", ["base", "source"])
 def test_a_transformer_under_autocast_exchanges_signals_at_every_hook(forward):
     recipe = dataclasses.replace(toy_recipe(), loss=dy.measures.cross_entropy_in_bf16)

@@ -32,6 +32,8 @@ from dynamics.steps.taps import exchanging
 from dynamics.tasks import AliasTask
 from tests.zoo.small_models import outcomes, same
 
+pytestmark = pytest.mark.slow
+
 N_LAYERS = 4
 NOTEBOOK = partial(torch.optim.AdamW, lr=1e-4, betas=(0.9, 0.98), weight_decay=0.1)
 ROWS = {"none": (False, False), "backward": (False, True), "forward": (True, False), "both": (True, True)}
@@ -224,7 +226,6 @@ def test_every_result_reports_what_no_step_recovers(task, recipe):
     assert (abs(none) > 0.01).all()
 
 
-@pytest.mark.slow
 def test_a_late_cut_hardly_moves_the_model_so_its_row_lies_near_no_step(task, recipe):
     """Loosely: what remains to be stepped is the last block and the unembedding. At layer 0 all blocks are."""
     late, early = [], []
@@ -291,7 +292,6 @@ def test_a_patched_step_moves_what_the_severed_one_leaves(task, recipe, forward)
                 assert not torch.equal(after[name], found["source"][name])
 
 
-@pytest.mark.slow
 def test_a_patched_step_recovers_otherwise_than_the_severed_one_and_than_no_step(task, recipe):
     contrasts = task.contrasts()[:2]
     patched = sites.activations(recipe.model, "blocks.*.hook_resid_pre")

@@ -41,6 +41,7 @@ from tests.zoo.small_models import (
 )
 
 
+@pytest.mark.slow
 @some_optimizers_and_clips
 def test_a_window_of_one_step_is_patch_gradients_bitwise(optimizer, clipping):
     """Warm, and fresh where the gradient is clipped by value."""
@@ -81,6 +82,7 @@ def test_a_window_of_one_step_without_a_checkpoint_is_patch_gradients_bitwise():
     assert one.drop_attrs().identical(other.isel(step=0, drop=True).drop_attrs())
 
 
+@pytest.mark.slow
 @some_optimizers_and_clips
 def test_unpatched_windows_are_training_on_the_base_and_on_the_source_batches(optimizer, clipping):
     recipe, live = normed(optimizer=ALL[optimizer], clip=CLIPS[clipping])
@@ -96,6 +98,7 @@ def test_unpatched_windows_are_training_on_the_base_and_on_the_source_batches(op
     assert all(same(state, before) for state in found["untouched"])
 
 
+@pytest.mark.slow
 @some_optimizers_and_clips
 def test_every_step_of_a_patched_window_is_the_training_loops(optimizer, clipping):
     recipe, live = normed(optimizer=ALL[optimizer], clip=CLIPS[clipping])
@@ -120,6 +123,7 @@ def test_random_numbers_go_on_as_the_base_batches_draw_them():
     assert same(found["source"][-1], moved.parameters | moved.buffers)
 
 
+@pytest.mark.slow
 @some_optimizers
 def test_a_window_patched_nowhere_is_the_base_window_and_everywhere_the_source_window_bitwise(optimizer):
     recipe, live = normed(optimizer=ALL[optimizer])

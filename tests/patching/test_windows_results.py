@@ -46,6 +46,7 @@ def as_given(verb, n):
     return [dy.Contrast(contrast.base, contrast.source, points(30 + i), {"alias": i}) for i in range(n)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", [dy.patch_gradients, dy.patch_updates, dy.patch_window])
 def test_contrasts_with_the_same_batches_are_run_once_and_each_is_measured_on_its_own_probe(verb):
     recipe, live = normed()
@@ -94,6 +95,7 @@ def test_a_measure_that_writes_to_the_model_does_not_reach_the_next_probe_of_the
     assert one.drop_attrs().drop_vars("measure", errors="ignore").equals(other.drop_attrs())
 
 
+@pytest.mark.slow
 def test_the_steps_measured_do_not_depend_on_the_others_and_the_end_is_the_default():
     recipe, live = normed()
     patched, contrast = pieces(recipe.model)[:3], window(4)
@@ -234,6 +236,7 @@ def long_window(mine):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "start"),
     [

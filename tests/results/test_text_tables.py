@@ -87,9 +87,10 @@ def test_every_site_keeps_its_label_and_bars_go_first() -> None:
 
 
 def test_a_table_with_bars_is_at_most_a_hundred_wide_and_bars_go_at_once_beyond() -> None:
+    found = summary(["x"])
     widths: dict[bool, list[int]] = {True: [], False: []}
     for n in range(1, 60):
-        lines = statistics.table(summary(["x" * n])).splitlines()[1:]
+        lines = statistics.table(found.assign_coords(site=["x" * n])).splitlines()[1:]
         assert len(set(map(len, lines))) == 1
         widths["█" in lines[1]].append(len(lines[0]))
     assert max(widths[True]) == 100

@@ -216,6 +216,7 @@ def test_a_union_covers_exactly_what_any_of_its_sites_covers(name):
             assert all(covered(model, found)[p].any() for p in found.covers)
 
 
+@pytest.mark.slow
 @every_model
 def test_a_complement_covers_exactly_the_rest_and_with_its_site_everything(name):
     model, known = made_of(name)

@@ -119,6 +119,7 @@ def test_sums_are_taken_in_double_precision():
 # --- randomness -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_element_of_every_tensor_is_as_likely_as_any_other_the_sites_own_included():
     n = 3000
     found = np.mean([elements(p) for p in sites.placebo(site("columns"), ones(), n=n)], axis=0)

@@ -76,6 +76,7 @@ def group(model, head):
     return set(range(head // n * n, head // n * n + n))
 
 
+@pytest.mark.slow
 @every_model_with_a_head
 def test_a_heads_matrix_moves_what_the_model_makes_of_it_and_nothing_else(name):
     model, batch = model_of(name), tokens(0)
@@ -150,6 +151,7 @@ one ulp of a double before them may become one of a float behind."""
 TOLERANCES = {"gpt2": 1e-10, "neox": SINGLE_INSIDE, "llama": SINGLE_INSIDE, "qwen2": SINGLE_INSIDE}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["heads", "components"])
 @pytest.mark.parametrize("verb", [dy.patch_gradients, dy.patch_updates])
 @pytest.mark.parametrize("name", TOLERANCES)

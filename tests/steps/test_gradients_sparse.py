@@ -61,6 +61,7 @@ def sparse_pieces(model: nn.Module) -> list[Site]:
     ]
 
 
+@pytest.mark.slow
 @sparse_optimizers
 @pytest.mark.parametrize("clip", [None, ByNorm(0.05)], ids=["unclipped", "by norm"])
 @pytest.mark.parametrize("n", [1, 3])

@@ -71,7 +71,10 @@ def torch_step(recipe: dy.Recipe, live: Live, gradient: Gradient, fresh: bool) -
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("start", ["fresh", "warm", "without an optimizer"])
+@pytest.mark.parametrize(
+    "start",
+    ["warm", *(pytest.param(one, marks=pytest.mark.slow) for one in ("fresh", "without an optimizer"))],
+)
 @pytest.mark.parametrize("clipping", CLIPS)
 @pytest.mark.parametrize("name", [*OPTIMIZERS, *LOOPED])
 def test_steps_at_once_equal_steps_one_by_one_and_torchs_own(name, clipping, start):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from importlib.resources import files
 
 import pytest
 import yaml
 
+from checkpoints import Trajectory
 from dynamics.config import StudyConfig
 
 with warnings.catch_warnings():
@@ -16,20 +18,20 @@ with warnings.catch_warnings():
 from tests.zoo.checked_runs import Seen, checked, made
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+@pytest.fixture(scope="session")
+def runs(made_once):
     """The smoke preset with three aliases in a set, shorter and in doubles: seeds 0 and 1."""
     preset = yaml.safe_load((files("dynamics") / "presets" / "smoke.yaml").read_text())
     preset["task"] = {"modulus": 12, "multipliers": [2, 3, 4], "train_multipliers": 2}
     preset["model"] |= {"dtype": "float64"}
-    preset["phases"] |= {name: {"steps": n} for name, n in (("pretrain", 60), ("x1", 60), ("x2", 20))}
+    preset["phases"] |= {name: {"steps": n} for name, n in (("pretrain", 20), ("x1", 20), ("x2", 20))}
     preset["patching"] |= {"x2_steps": [0, 10]}
     preset["schedule"] = {"per_decade": 1, "dense": 0, "evaluate_every": 400}
-    folder = tmp_path_factory.mktemp("runs")
-    return [fit(StudyConfig.from_dict({**preset, "seed": s}), folder / f"seed-{s}") for s in (0, 1)]
+    configs = [StudyConfig.from_dict({**preset, "seed": seed}) for seed in (0, 1)]
+    return [Trajectory.open(made_once(f"checked-{c.seed}", partial(fit, c))) for c in configs]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def run(runs):
     """Seed 0 at its fourth step of X2, with a new optimizer."""
     return made(runs[0])
@@ -50,7 +52,7 @@ def signs(monkeypatch):
     return Seen(monkeypatch, "_signs")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def batteries(runs):
     """The ten checks of "embed" for either run alone and for both."""
     return {

@@ -163,6 +163,7 @@ OF_LEVEL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_site_of_any_level_is_found_by_its_label(runs, level, texts):
     run = made(runs[0], OF_LEVEL[level])
@@ -202,6 +203,7 @@ def test_the_step_is_counted_from_x2s_start_and_reached_by_replay(runs, x2_step)
         assert torch.equal(p, run.stored.parameters[name])
 
 
+@pytest.mark.slow
 def test_fresh_is_a_new_optimizer_at_the_same_parameters_and_stored_the_runs_own(runs, texts):
     fresh, stored = (made(runs[0], optimizer=which) for which in ("fresh", "stored"))
     assert not any(fresh.state.optimizer.state.values())

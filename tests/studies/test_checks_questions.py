@@ -123,6 +123,7 @@ def test_in_one_run_nothing_moves_its_own_questions_more_by_chance_in_one_of_twe
     assert held_by_chance(1) < 0.05 * 200 + 3 * np.sqrt(0.05 * 0.95 * 200)
 
 
+@pytest.mark.slow
 def test_over_runs_nothing_moves_its_own_questions_more_by_chance_in_one_of_twenty_at_most():
     assert held_by_chance(12) < 0.05 * 200 + 3 * np.sqrt(0.05 * 0.95 * 200)
 
@@ -153,6 +154,7 @@ def norm(gradients):
     return float(torch.nn.utils.get_total_norm(list(gradients.values())))
 
 
+@pytest.mark.slow
 def test_the_source_is_scaled_until_both_gradients_have_one_norm(run, monkeypatch):
     seen = Seen(monkeypatch, "patch_gradients")
     checks._matched_norm([run])
@@ -209,6 +211,7 @@ def test_false_contents_say_another_aliass_value_under_both_tags_and_ask_as_befo
     assert sorted(said.values()) == sorted(said)
 
 
+@pytest.mark.slow
 def test_true_and_false_contents_are_exchanged_each_in_their_own_contrast(run, texts, above):
     check = checks._contents([run])
     true, false = (values for (values,) in texts.calls)
@@ -260,6 +263,7 @@ def test_a_site_of_more_than_half_of_all_change_has_no_placebo_and_stays_open(ru
     assert (check.verdict, check.figure) == ("open", "no placebo: the site holds over half of ‖Δ‖², or none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("own", "verdict"),
     [([19.96], "holds"), ([19.94], "fails"), ([30.0, 30.0], "holds"), ([30.0, 0.5], "fails"),
@@ -345,6 +349,7 @@ def test_exactly_those_rows_carry_all_of_their_own_effect(runs):
     assert checks._unseen_rows([run]).figure.startswith("carry 100% of the site's effect; ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", ["W_E", "+ block 0"])
 def test_what_those_rows_carry_of_a_sites_effect_is_the_ratio_of_mean_effects(runs, label):
     run = made(runs[0], label)
@@ -360,6 +365,7 @@ def test_what_those_rows_carry_of_a_sites_effect_is_the_ratio_of_mean_effects(ru
     assert f"their second moment is {float(ratio):.1e} times the other rows'" in check.figure
 
 
+@pytest.mark.slow
 def test_before_x2_those_rows_have_no_second_moment(runs):
     check = checks._unseen_rows([made(runs[0], "W_E", x2_step=0)])
     moment = float(re.search(r"second moment is (\S+) times", check.figure)[1])

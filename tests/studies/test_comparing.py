@@ -99,6 +99,7 @@ def test_every_checkpoint_has_its_curves_neighbours_and_updates(run, task, every
     )
 
 
+@pytest.mark.slow
 def test_every_checkpoint_is_drawn_and_told(every):
     drawn = {path.stem for path in every.figures.iterdir()}
     assert {"weights", "updates", "step-sizes", "effective-steps", "activations", "patterns"} < drawn

@@ -23,6 +23,7 @@ def run(tmp_path_factory):
         return dy.training.fit(config, tmp_path_factory.mktemp("facts") / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", [dy.patch_activations, dy.attribute_activations])
 def test_a_sweep_of_activations_over_training_is_the_verb_at_every_checkpoint(run, verb):
     task = dy.tasks.load(run.config)

@@ -105,6 +105,7 @@ def run_at(folder: Path, step: int) -> Checkpoint:
     return Trajectory.open(folder).at(step)
 
 
+@pytest.mark.slow
 def test_beside_the_shards_stands_what_they_are(runs, tmp_path):
     swept(partial(patch_signals_at, forward="source"), runs, 8, out=tmp_path)
     (path,) = tmp_path.glob("*.json")

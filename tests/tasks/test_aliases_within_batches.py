@@ -191,6 +191,7 @@ def test_labels_and_probes_are_those_of_the_contrasts_without_a_batch(task):
         assert [rows(c.probe) for c in alone] == [rows(i.probe) for i in inside]
 
 
+@pytest.mark.slow
 @examples
 @given(data=st.data())
 def test_contrasts_at_a_step_are_the_same_from_two_tasks_asked_in_any_order(alias_task, data):
@@ -223,6 +224,7 @@ def differing_rows(contrast):
     ]
 
 
+@pytest.mark.slow
 @both_orders
 def test_noise_exchanges_one_row_that_does_not_define_the_alias_for_another_of_the_phase(
     alias_task, swap_defs
@@ -302,6 +304,7 @@ def test_an_impulse_of_one_step_is_the_contrast_alone(task):
         assert [rows(batch) for batch in impulse.source] == [rows(contrast.source)]
 
 
+@pytest.mark.slow
 def test_the_windows_of_impulses_take_one_gradient_for_the_batches_they_share(task):
     """Counted through patch_window, on the study's own recipe."""
     recipe = task.recipe()

@@ -38,6 +38,7 @@ def copied(run, tmp_path) -> Trajectory:
     return Trajectory.open(shutil.copytree(run.path, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_every_stored_neighbour_of_a_run_replays_bit_for_bit(run):
     verdicts = list(studies.verify(run))
     assert len(verdicts) == len(run.steps) - 1 > 10
@@ -136,6 +137,7 @@ def test_a_loss_that_is_not_finite_stops_before_its_step_and_keeps_what_was_good
     assert all(torch.isfinite(tensor).all() for tensor in kept.last.parameters.values())
 
 
+@pytest.mark.slow
 def test_the_callers_random_numbers_and_settings_are_not_touched(config, tmp_path):
     torch.manual_seed(11)
     np.random.seed(11)  # noqa: NPY002 - the global generator is what must not move

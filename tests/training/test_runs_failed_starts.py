@@ -15,6 +15,8 @@ from dynamics.config import StudyConfig
 from dynamics.tasks import AliasTask
 from dynamics.training import RunError, fit
 
+pytestmark = pytest.mark.slow
+
 
 def with_trainer(config: StudyConfig, **settings: object) -> StudyConfig:
     return replace(config, trainer=replace(config.trainer, **settings))
@@ -84,7 +86,6 @@ def test_checkpoints_whose_manifest_was_lost_are_not_written_over(short, tmp_pat
     assert not (tmp_path / "manifest.json").exists()
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_with_another_accelerator_logger_and_threads(short, tmp_path, monkeypatch):
     whole = fit(short, tmp_path / "whole")
     out = tmp_path / "run"

@@ -10,6 +10,8 @@ from coverage import CoverageData
 
 from scripts.benchmarks import mutations as script
 
+pytestmark = pytest.mark.slow
+
 SAMPLE = '''
 """A module: 1 < 2 and 3 - 4."""
 from typing import TYPE_CHECKING
@@ -251,7 +253,6 @@ def test_what_is_run_at_import_may_be_seen_by_every_test_and_what_is_not_run_by_
     assert suite.affordable(suite.covering(at(5)), bound=1000) == ([], 0.0)
 
 
-@pytest.mark.slow
 def test_a_mutation_is_caught_where_a_test_fails_and_its_tree_is_put_back(tmp_path, suite):
     source = b"def double(n):\n    return n * 2\n\n\ndef half(n):\n    return n / 2\n"
     files = {"dynamics/__init__.py": b"", "dynamics/numbers.py": source}

@@ -13,6 +13,8 @@ from scripts.benchmarks import patching_parts as parts
 from scripts.benchmarks import patching_speed as script
 from scripts.benchmarks import seed_loop, suite_costs
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def bench():

@@ -51,7 +51,7 @@ def test_kept_is_one_for_the_clean_and_zero_for_the_corrupted_prompts():
 @pytest.mark.slow
 def test_circuits_writes_a_table_of_what_it_measured(facts_runs, tmp_path):
     out = tmp_path / "edges"
-    with in_small(circuits, N_SETS=5, N_ALONG=1):
+    with in_small(circuits, N_SETS=5, N_ALONG=1, THRESHOLDS=circuits.THRESHOLDS[::3]):
         (row,) = rows_of(call(circuits, *facts_runs, "--out", out))[2:]
     assert row[:2] == ["facts", "2"]
     assert row[2].endswith(
