@@ -289,7 +289,7 @@ class _Stretch:
         for m, i in np.argwhere(missed).tolist():
             name, place = list(self.by_name)[m], m * len(self.asked) + i
             path = StraightPath(
-                self._gradients, start, stop, self.asked[i].probe, str(self.asked[i].coords["example"])
+                self._gradients, start, stop, stop, self.asked[i].probe, str(self.asked[i].coords["example"])
             )
             trapezoid = {n: slope[place] for n, slope in mean.items()}
             found, nodes[m, i] = path.refined(

@@ -277,7 +277,7 @@ def difference(dataset: xr.Dataset, one: str, other: str) -> xr.Dataset:
     Returns:
         All variables with the dim `example` as differences, without that dim; `nodes` as the larger of the two.
     """
-    with xr.set_options(keep_attrs=True):
+    with xr.set_options(keep_attrs=True):  # type: ignore[no-untyped-call]
         found = dataset.sel(example=one, drop=True) - dataset.sel(example=other, drop=True)
     if "nodes" in dataset:
         found["nodes"] = dataset["nodes"].sel(example=[one, other]).max("example", keep_attrs=True)
@@ -298,7 +298,8 @@ def joined(accounts: Sequence[xr.Dataset]) -> xr.Dataset:
     """
     for one, other in pairwise(accounts):
         last, first = int(one["step"][-1]), int(other["step"][0])
-        if last != first or not one["value"].isel(step=-1, drop=True).equals(other["value"].isel(step=0, drop=True)):
+        ends = one["value"].isel(step=-1, drop=True), other["value"].isel(step=0, drop=True)
+        if last != first or not ends[0].equals(ends[1]):
             raise ValueError(
                 f"a stretch that ends at step {last} is followed by one that begins at step {first}; expected "
                 "stretches of one run that meet, with equal values where they do."

@@ -1,0 +1,298 @@
+"""What wrote Dt3 − Df4, and is the account causal? About ten minutes a run, on one core.
+
+The analysis was written down before its runs were trained: docs/analyses/account.md. Of each run of the default
+alias study: the account of all of X2 by component and source; windows of 10, 50 and 200 steps with the tags of one
+site's gradients exchanged, beside what might foretell them; 40 trainings without a random half of the definitions,
+beside scores of single definitions. What is found is kept for each run in --out; the same command goes on.
+
+    .venv/bin/python scripts/experiments/account.py runs/default-* --workers 2 --readme
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xarray as xr
+from torch import Tensor
+
+import dynamics as dy
+from checkpoints import Checkpoint, Trajectory
+from dynamics import results, steps
+from dynamics.batch import Batch, concatenate
+from dynamics.measures import LogitMeasure
+from dynamics.randomness import generator
+from dynamics.sites import Site
+from dynamics.tasks import AliasTask
+from scripts.shared.runs import each, parser_of_runs, run_key, stored
+
+AFTER = (10, 50, 200)
+"""Lengths of windows, in steps."""
+HEADS_UNTIL = 50
+NOISE = 1e-4
+"""Relative size of the perturbation that ceilings are taken under."""
+HALVES = 40
+RETRAINED = 100
+EVERY = 10
+"""Steps between those whose batches are attributed row by row."""
+
+Array = npt.NDArray[np.float64]
+
+
+def asked_by_set(task: AliasTask) -> dict[str, Batch]:
+    """The untrained questions of Dt3 and of Df4, up to the position that is scored."""
+    return {name: _read(task.evaluation[name]) for name in ("Dt3", "Df4")}
+
+
+def _read(batch: Batch) -> Batch:
+    return replace(batch, tokens=batch.tokens[:, : int(batch.target_pos.max()) + 1])
+
+
+def difference(task: AliasTask) -> tuple[LogitMeasure, Batch]:
+    """D = mean correct logit of Dt3 less that of Df4, as the mean over the rows of one batch, and that batch."""
+    parts = list(asked_by_set(task).values())
+    n = sum(map(len, parts))
+    weight = torch.cat(
+        [torch.full((len(p),), sign * n / len(p)) for p, sign in zip(parts, (1, -1), strict=True)]
+    )
+
+    def from_logits(logits: Tensor, batch: Batch) -> Tensor:
+        return logits.gather(-1, batch.targets[:, None]).squeeze(-1) * weight
+
+    return LogitMeasure("Dt3 − Df4", "logit", from_logits), concatenate(parts)
+
+
+def own_rows(task: AliasTask) -> list[Site]:
+    """The row of the token embedding of each alias of Dt3 and Df4."""
+    rows = dy.sites.rows(task.model(), "embed.W_E")
+    return [rows[task.alias(i)] for name in ("Dt3", "Df4") for i in task.sets[name]]
+
+
+def whole(task: AliasTask, start: Checkpoint) -> xr.Dataset:
+    """The account of all of X2, by component, embedding row and source, in entries of ten steps."""
+    recipe, first, end = task.recipe(), start.step, task.config.phases.starts["end"]
+    sites = [*dy.sites.components(recipe.model), *own_rows(task)]
+    return dy.attribute_training(
+        recipe,
+        start,
+        task.batches(first, end),
+        sites,
+        asked_by_set(task),
+        dy.measures.correct_logit,
+        sources=task.sources,
+        every=10,
+    )
+
+
+def perturbed(start: Checkpoint, seed: int) -> Checkpoint:
+    """The checkpoint with every parameter times 1 + noise."""
+    draws = torch.Generator().manual_seed(seed)
+    parameters = {
+        n: p * (1 + NOISE * torch.randn(p.shape, generator=draws)) for n, p in start.parameters.items()
+    }
+    return replace(start, parameters=parameters)
+
+
+def paths(task: AliasTask, start: Checkpoint) -> xr.Dataset:
+    """Accounts of D over the longest window, as trained and with the tags of X2's definitions exchanged."""
+    recipe, (measure, probe) = task.recipe(), difference(task)
+    sites = [*dy.sites.components(recipe.model), *dy.sites.heads(recipe.model)]
+    batches = [task.batch(start.step + i) for i in range(max(AFTER))]
+    found = [
+        dy.attribute_training(recipe, start, path, sites, {"D": probe}, measure).isel(example=0, drop=True)
+        for path in (batches, list(map(task.retag, batches)))
+    ]
+    return results.concat(found, "direction", ["as trained", "retagged"])
+
+
+def windows(task: AliasTask, start: Checkpoint) -> xr.Dataset:
+    """Effects on D of exchanging the tags in one component's or head's gradients for a window of steps."""
+    recipe, (measure, probe) = task.recipe(), difference(task)
+    batches = [task.batch(start.step + i) for i in range(max(AFTER))]
+    retagged = list(map(task.retag, batches))
+    components, heads = dy.sites.components(recipe.model), dy.sites.heads(recipe.model)
+
+    def window(
+        state: Checkpoint, source: Sequence[Batch], sites: Sequence[Site], longest: int
+    ) -> xr.DataArray:
+        after = [n for n in AFTER if n <= longest]
+        contrast = dy.Contrast(batches[:longest], source[:longest], probe)
+        found = dy.patch_window(recipe, state, [contrast], sites, measure, after)
+        return found["effect"].isel(example=0, drop=True).assign_coords(step=after).reset_coords(drop=True)
+
+    def single(state: Checkpoint) -> xr.DataArray:
+        contrast = dy.Contrast(batches[0], retagged[0], probe)
+        found = dy.patch_gradients(recipe, state, [contrast], [*components, *heads], measure)
+        return found["effect"].isel(example=0, drop=True).reset_coords(drop=True)
+
+    longest = max(AFTER)
+    return xr.Dataset(
+        {
+            "window": window(start, retagged, components, longest),
+            "window under noise": window(perturbed(start, 1), retagged, components, longest),
+            "impulse": window(start, [retagged[0], *batches[1:]], components, longest),
+            "window of heads": window(start, retagged, heads, HEADS_UNTIL).rename(site="head_site"),
+            "fresh": single(start.with_fresh_optimizer()),
+            "stored": single(start),
+            "distance": _distance(recipe, start, batches, retagged, [*components, *heads]),
+        },
+        attrs={"provenance": results.provenance(verb="patch_window", step=start.step, measure=measure.name)},
+    )
+
+
+def _distance(
+    recipe: dy.Recipe, start: Checkpoint, one: Sequence[Batch], other: Sequence[Batch], sites: Sequence[Site]
+) -> xr.DataArray:
+    """‖Δθ‖ by site between the ends of two paths, after each length of window."""
+    found = []
+    for n in AFTER:
+        ends = [
+            steps.advance(recipe, start, start.step + n, lambda step, path=path: path[step - start.step])
+            for path in (one, other)
+        ]
+        squares = {name: (p - ends[1].parameters[name]) ** 2 for name, p in ends[0].parameters.items()}
+        found.append([float(sum(squares[n][i].sum() for n, i in s.covers.items())) ** 0.5 for s in sites])
+    coords = {"step": list(AFTER), "site": [s.label for s in sites]}
+    return xr.DataArray(found, coords, ("step", "site"))
+
+
+def without_halves(task: AliasTask, start: Checkpoint) -> xr.Dataset:
+    """D after training without the definitions of random halves of the aliases, and scores of each definition."""
+    recipe, (measure, probe) = task.recipe(), difference(task)
+    batches = [task.batch(start.step + i) for i in range(RETRAINED)]
+    label = partial(task.sources, by="integer")
+    defined = sorted({s for b in batches for s in label(b) if s.startswith("definition of")})
+    kept = np.zeros((HALVES, len(defined)), dtype=bool)
+    for half in range(HALVES):
+        draw = generator(task.config.seed, "halves of the definitions", half)
+        kept[half, draw.permutation(len(defined))[: len(defined) // 2]] = True
+
+    def ends(state: Checkpoint) -> Array:
+        return np.array(
+            [_end(recipe, state, _thinned(batches, label, defined, k), measure, probe) for k in kept]
+        )
+
+    scores = {
+        "account": _accounted(recipe, start, batches, label, defined, measure, probe),
+        **_attributed(recipe, start, batches, label, defined, measure, probe),
+        "random": generator(task.config.seed, "random scores").standard_normal(len(defined)),
+    }
+    return xr.Dataset(
+        {
+            "kept": (("half", "definition"), kept.astype(np.int64)),
+            "end": ("half", ends(start)),
+            "end under noise": ("half", ends(perturbed(start, 2))),
+            **{name: ("definition", found) for name, found in scores.items()},
+        },
+        coords={"definition": defined},
+        attrs={
+            "provenance": results.provenance(verb="attribute_training", step=start.step, measure=measure.name)
+        },
+    )
+
+
+Labelling = Callable[[Batch], list[str]]
+
+
+def _thinned(
+    batches: Sequence[Batch], label: Labelling, defined: Sequence[str], kept: npt.NDArray[np.bool_]
+) -> list[Batch]:
+    """The batches without the rows of definitions that are not kept."""
+    gone = {name for name, stays in zip(defined, kept, strict=True) if not stays}
+    return [b[torch.tensor([source not in gone for source in label(b)])] for b in batches]
+
+
+def _end(
+    recipe: dy.Recipe, start: Checkpoint, batches: Sequence[Batch], measure: LogitMeasure, probe: Batch
+) -> float:
+    last = steps.advance(recipe, start, start.step + len(batches), lambda step: batches[step - start.step])
+    model = recipe.model
+    with torch.no_grad():
+        found = torch.func.functional_call(model, dict(last.parameters), (probe.tokens,))
+    logits = found[torch.arange(len(probe)), probe.target_pos]
+    return float(measure.from_logits(logits, probe).double().mean())
+
+
+def _accounted(
+    recipe: dy.Recipe,
+    start: Checkpoint,
+    batches: Sequence[Batch],
+    label: Labelling,
+    defined: Sequence[str],
+    measure: LogitMeasure,
+    probe: Batch,
+) -> Array:
+    everything = [Site("all", dict.fromkeys(start.parameters, ...))]
+    found = dy.attribute_training(
+        recipe, start, batches, everything, {"D": probe}, measure, sources=label, every=len(batches)
+    )
+    written: Array = found["attribution"].sum(("step", "site", "example")).sel(source=list(defined)).values
+    return written
+
+
+def _attributed(
+    recipe: dy.Recipe,
+    start: Checkpoint,
+    batches: Sequence[Batch],
+    label: Labelling,
+    defined: Sequence[str],
+    measure: LogitMeasure,
+    probe: Batch,
+) -> dict[str, Array]:
+    """Row attributions of every tenth step, summed by definition: through the optimizer's step, and TracIn's."""
+    plain = replace(recipe, optimizer=partial(torch.optim.SGD, lr=1e-6), scheduler=None, clip=None)
+    scores = {"attribute_examples": np.zeros(len(defined)), "TracIn": np.zeros(len(defined))}
+    state = start
+    asked = [dy.Contrast(None, None, probe, {"example": "D"})]
+    for n in range(0, len(batches), EVERY):
+        state = steps.advance(recipe, state, start.step + n, lambda step: batches[step - start.step])
+        named = label(batches[n])
+        for name, (how, at) in {
+            "attribute_examples": (recipe, state),
+            "TracIn": (plain, replace(state, optimizer=None, scheduler=None, step=0)),
+        }.items():
+            rows = dy.attribute_examples(how, at, batches[n], asked, measure)["attribution"].values[0]
+            for source, written in zip(named, rows, strict=True):
+                if source in defined:
+                    scores[name][defined.index(source)] += written
+    return scores
+
+
+PARTS: Mapping[str, Callable[[AliasTask, Checkpoint], xr.Dataset]] = {
+    "whole": whole,
+    "paths": paths,
+    "windows": windows,
+    "halves": without_halves,
+}
+
+
+def of_run(folder: Path, out: Path) -> dict[str, xr.Dataset]:
+    """All that is asked of one run, from files where it is there."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    run = Trajectory.open(folder)
+    task = dy.tasks.aliases.load(run.config)
+    start = run.at(task.config.phases.starts["x2"])
+    return {
+        name: stored(out / run_key(run) / f"{name}.h5", partial(compute, task, start))
+        for name, compute in PARTS.items()
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compute what is missing."""
+    parser = parser_of_runs(__doc__, "account")
+    parser.add_argument("--workers", type=int, default=1, help="processes")
+    given: Any = parser.parse_args(arguments)
+    each(of_run, [(folder, given.out) for folder in given.runs], given.workers)
+
+
+if __name__ == "__main__":
+    main()
