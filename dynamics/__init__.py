@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from dynamics.recipe import Contrast as Contrast
     from dynamics.recipe import Recipe as Recipe
     from dynamics.steps.caching import cache as cache
+    from dynamics.sweeps import account as account
     from dynamics.sweeps import sweep as sweep
     from dynamics.tasks import PromptDataset as PromptDataset
     from dynamics.tasks import prompt_contrasts as prompt_contrasts
@@ -105,6 +106,7 @@ _HOMES = {
     "Contrast": "dynamics.recipe",
     "Recipe": "dynamics.recipe",
     "cache": "dynamics.steps.caching",
+    "account": "dynamics.sweeps",
     "sweep": "dynamics.sweeps",
     "PromptDataset": "dynamics.tasks",
     "prompt_contrasts": "dynamics.tasks",

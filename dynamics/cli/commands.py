@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol
 
 from dynamics.cli import (
+    account,
     believe,
     compare,
     export,
@@ -47,6 +48,7 @@ COMMANDS: dict[str, Command] = {
     "believe": believe,
     "compare": compare,
     "sweep": sweep,
+    "account": account,
     "transfer": transfer,
     "import": importing,
     "export": export,

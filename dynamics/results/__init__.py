@@ -11,6 +11,7 @@ from dynamics.results.datasets import coordinates as coordinates
 from dynamics.results.datasets import difference as difference
 from dynamics.results.datasets import effects as effects
 from dynamics.results.datasets import folded as folded
+from dynamics.results.datasets import is_account as is_account
 from dynamics.results.datasets import joined as joined
 from dynamics.results.datasets import tidy as tidy
 from dynamics.results.datasets import units as units

@@ -284,6 +284,11 @@ def difference(dataset: xr.Dataset, one: str, other: str) -> xr.Dataset:
     return found.assign_coords(example=f"{one} − {other}").assign_attrs(dataset.attrs)
 
 
+def is_account(dataset: xr.Dataset) -> bool:
+    """Whether a result is an account of training, with steps of its own."""
+    return "partition" in dataset.attrs
+
+
 def joined(accounts: Sequence[xr.Dataset]) -> xr.Dataset:
     """Accounts of stretches that meet as the account of all of them.
 

@@ -13,6 +13,9 @@ the same from Python: `dy.sweep(..., scheduler=cluster)`. A script of one's own 
 calls with `if __name__ == "__main__":`, as wherever Python starts processes.
 """
 
+from dynamics.sweeps.accounts import account as account
+from dynamics.sweeps.accounts import estimate_account as estimate_account
+from dynamics.sweeps.accounts import of_evaluation as of_evaluation
 from dynamics.sweeps.errors import SweepError as SweepError
 from dynamics.sweeps.estimates import Estimate as Estimate
 from dynamics.sweeps.estimates import duration as duration

@@ -129,6 +129,8 @@ class Plan:
 
         def along(dim: str, values: Sequence[Any], part_of: Callable[[Any], xr.Dataset]) -> xr.Dataset:
             datasets = [part_of(value) for value in values]
+            if dim == "step" and dim in datasets[0].dims:
+                return results.joined(datasets) if dim in self.dims else datasets[0]
             return results.concat(datasets, dim, values) if dim in self.dims else datasets[0]
 
         def of_step(seed: Seed, state: str, step: int) -> xr.Dataset:

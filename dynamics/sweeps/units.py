@@ -16,7 +16,7 @@ import xarray as xr
 
 from checkpoints import Checkpoint, CheckpointPair, Trajectory, store
 from checkpoints.rng import replayed
-from dynamics import steps
+from dynamics import results, steps
 from dynamics.measures import Measure
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site
@@ -87,7 +87,8 @@ class Question:
         dims = set(map(str, found.dims))
         if "example" not in dims:
             raise SweepError(f"{in_words(self.verb)} returned the dims {sorted(dims)}; expected 'example'.")
-        if taken := sorted(self.dims & dims):
+        own = {"step"} if results.is_account(found) else set()
+        if taken := sorted(self.dims & dims - own):
             raise SweepError(
                 f"{in_words(self.verb)} has a dim '{taken[0]}' of its own, so it cannot be swept along another. "
                 f"Give one {taken[0]} by itself, not in a list."
