@@ -211,7 +211,6 @@ def test_false_contents_say_another_aliass_value_under_both_tags_and_ask_as_befo
     assert sorted(said.values()) == sorted(said)
 
 
-@pytest.mark.slow
 def test_true_and_false_contents_are_exchanged_each_in_their_own_contrast(run, texts, above):
     check = checks._contents([run])
     true, false = (values for (values,) in texts.calls)

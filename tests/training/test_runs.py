@@ -38,7 +38,6 @@ def copied(run, tmp_path) -> Trajectory:
     return Trajectory.open(shutil.copytree(run.path, tmp_path / "run"))
 
 
-@pytest.mark.slow
 def test_every_stored_neighbour_of_a_run_replays_bit_for_bit(run):
     verdicts = list(studies.verify(run))
     assert len(verdicts) == len(run.steps) - 1 > 10
