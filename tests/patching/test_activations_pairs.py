@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 import dynamics as dy
-from checkpoints import Checkpoint, CheckpointPair
+from checkpoints import Checkpoint, CheckpointPair, RngState
 from dynamics.recipe import RecipeError
 from tests.oracles.forward_hooks import outputs_of, patched_by_hand
 from tests.zoo.pair_models import (
@@ -135,6 +137,23 @@ def test_necessity_is_the_reversed_pair_on_reversed_contrasts_measured_alike(ver
     assert there.equals(verb(dy.Recipe(model), pair, contrasts, chosen, right_logit))
     np.testing.assert_array_equal(there["base"], back["source"])
     np.testing.assert_array_equal(there["source"], back["base"])
+
+
+@pytest.mark.parametrize("verb", [dy.patch_activations, dy.patch_parameters])
+def test_a_measure_draws_the_base_checkpoints_random_numbers_in_both_models(verb):
+    model = mixer()
+    base = pair_of(model).base
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        source = replace(base, rng=RngState.capture())
+    chosen = sites_of("mixer", model) if verb is dy.patch_activations else dy.sites.parameters(model)
+
+    def noisy(given, batch):
+        return right_logit(given, batch) + torch.rand(len(batch))
+
+    found = verb(dy.Recipe(model), CheckpointPair(base, source), [dy.Contrast(tokens(1))], chosen, noisy)
+    np.testing.assert_array_equal(found["source"], found["base"])
+    assert (found["effect"] == 0).all()
 
 
 def test_interactions_of_exchanged_parameters_are_those_of_unions():
