@@ -18,7 +18,7 @@ from dynamics.measures import Measure
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site
 from dynamics.sweeps.estimates import Estimate, estimate
-from dynamics.sweeps.planning import Plan, Sites, of_config, plan
+from dynamics.sweeps.planning import Plan, Sites, expect_steps, of_config, plan
 from dynamics.sweeps.running import run as carry_out
 from dynamics.sweeps.units import Task
 
@@ -139,6 +139,7 @@ def _plan(
         by_label = probes(task) if callable(probes) else probes
         return [Contrast(batches, labels, probe, {"example": str(name)}) for name, probe in by_label.items()]
 
+    expect_steps(run, [first, last])
     begins = list(range(first, last, length))
     verb = partial(_of_stretch, every=every, tolerance=tolerance)
     return plan(

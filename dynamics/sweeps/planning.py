@@ -197,7 +197,7 @@ def plan(
     cells: dict[Cell, tuple[Unit, ...]] = {}
     with replayed(None):
         for seed, run in by_seed.items():
-            _expect_steps(run, [*chosen, *(source for source in sources if source is not None)])
+            expect_steps(run, [*chosen, *(source for source in sources if source is not None)])
             task = task_of(run)
             of_run = tuple(sites(task.recipe().model) if callable(sites) else sites)
             _expect_some(sites=of_run)
@@ -248,7 +248,8 @@ def _expect_different(what: str, labels: Sequence[Any]) -> None:
         )
 
 
-def _expect_steps(run: Trajectory, steps: Sequence[int]) -> None:
+def expect_steps(run: Trajectory, steps: Sequence[int]) -> None:
+    """Raise a SweepError unless the steps lie within a run's checkpoints."""
     first, last = (run.steps[0], run.steps[-1]) if run.steps else (0, -1)
     if outside := [step for step in steps if not first <= step <= last]:
         raise SweepError(
