@@ -192,7 +192,7 @@ def test_probes_of_one_shape_are_taken_at_once_and_each_is_what_it_is_alone():
 
 class OddTokens(Odd):
     def forward(self, ids):
-        return self.inner(ids) * (2.0 if torch._C._functorch.is_batchedtensor(ids) else 1.0)
+        return self.inner(ids) * (2.0 if torch._C._functorch.is_gradtrackingtensor(ids) else 1.0)
 
 
 @pytest.mark.parametrize(
