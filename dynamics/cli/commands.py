@@ -94,11 +94,15 @@ def _version() -> str:
 def _user_errors() -> tuple[type[Exception], ...]:
     """What is the user's to mend and is shown without a traceback; imported only once something failed."""
     from checkpoints import TrajectoryError
+    from dynamics.results import ResultsError
     from dynamics.sites import SiteError
     from dynamics.sweeps import SweepError
     from dynamics.training import NonFiniteLoss, RunError
 
-    return CommandError, ConfigError, TrajectoryError, SiteError, SweepError, NonFiniteLoss, RunError
+    return (
+        *(CommandError, ConfigError, TrajectoryError, ResultsError, SiteError, SweepError),
+        *(NonFiniteLoss, RunError),
+    )
 
 
 def _complain(message: str) -> None:

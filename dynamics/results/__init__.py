@@ -11,6 +11,8 @@ from dynamics.results.datasets import effects as effects
 from dynamics.results.datasets import folded as folded
 from dynamics.results.datasets import tidy as tidy
 from dynamics.results.datasets import units as units
+from dynamics.results.files import ResultsError as ResultsError
 from dynamics.results.files import load as load
 from dynamics.results.files import save as save
+from dynamics.results.files import verify as verify
 from dynamics.results.provenance_json import provenance as provenance
