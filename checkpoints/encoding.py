@@ -111,6 +111,25 @@ def read_tensor(path: Path, name: str, kind: str) -> Tensor:
         return _read_tensor(nodes, offered[name]["$tensor"])
 
 
+def damaged(path: Path) -> list[str]:
+    """The tensors of a damaged file whose own checksums no longer fit; none where its structure is damaged."""
+    found: list[str] = []
+
+    def tried(nodes: _Nodes, reference: dict[str, Any]) -> Tensor:
+        try:
+            return _read_tensor(nodes, reference)
+        except (OSError, TrajectoryError):
+            found.append(str(reference["path"]))
+            return torch.empty(0)
+
+    try:
+        with _opened(path, str(path)) as (nodes, index):
+            values.from_json(index, lambda reference: tried(nodes, reference))
+    except TrajectoryError:
+        return []
+    return found
+
+
 def _as_document(checkpoint: Checkpoint) -> dict[str, Any]:
     optimizer = checkpoint.optimizer
     return {

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from checkpoints import TrajectoryError, hdf5
+from checkpoints import TrajectoryError, files, hdf5
 
 SCHEMA_VERSION = 1
 _SCHEMA = "results_schema"
@@ -74,13 +74,15 @@ def replacing(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync(target.parent)
+    with files.explained(target):
+        try:
+            yield temporary
+            with temporary.open("r+b") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        files.sync_folder(target.parent)
 
 
 def load(path: str | os.PathLike[str]) -> xr.Dataset:
@@ -192,14 +194,3 @@ def _expect_storable(dataset: xr.Dataset) -> None:
                     f"attribute '{key}' of {owner} is {type(value).__name__}; expected a string, an integer "
                     "or a float. Put anything else into the JSON of provenance."
                 )
-
-
-def _sync(path: Path) -> None:
-    """Make a file's contents, or a folder's entries, survive a loss of power."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows has no handle to sync on a folder
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
