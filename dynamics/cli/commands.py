@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _complain("Stopped. What was stored is kept; the same command goes on from there.")
         sys.exit(INTERRUPTED)
     except _user_errors() as error:
-        _complain(f"{type(error).__name__}: {error}")
+        _complain("\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])]))
         sys.exit(1)
 
 
@@ -101,7 +101,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
 
     return (
         *(CommandError, ConfigError, TrajectoryError, ResultsError, SiteError, SweepError),
-        *(NonFiniteLoss, RunError),
+        *(NonFiniteLoss, RunError, OSError),
     )
 
 

@@ -20,6 +20,7 @@ from dynamics.engine.activation_exchange import (
     fill,
 )
 from dynamics.engine.arguments import naming
+from dynamics.engine.exclusive import exclusive
 from dynamics.engine.forward_passes import FrozenModel, MeasurePass, measure_with_taps
 from dynamics.engine.progress import progress_bar
 from dynamics.measures import Measure
@@ -30,6 +31,7 @@ from dynamics.steps.taps import runs_of
 from dynamics.trees import Index
 
 
+@exclusive
 def patch_activations(
     recipe: Recipe,
     checkpoint: Checkpoint | None,
