@@ -443,7 +443,7 @@ def hostile(n: int, folder: Path, rng: np.random.Generator) -> Iterator[str]:
         ),
         "checkpoint: /dev/zero": (lambda: (step.unlink(), step.symlink_to("/dev/zero")), read_step, step),
         "pickle": (
-            lambda: pickled.write_bytes(pickle.dumps({"w": Canary(canary)})),
+            lambda: pickled.write_bytes(pickle.dumps({"w": Canary(canary)}, protocol=2)),
             lambda: Trajectory.from_state_dicts(pickled, folder / "imported"),
             pickled,
         ),
