@@ -17,6 +17,7 @@ import resource
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -95,18 +96,19 @@ def forked(work: Callable[[], str], kill_after: float | None = None, limit: floa
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
     sending.close()
-    process.join(limit if kill_after is None else kill_after)
-    if process.exitcode is None:
+    told = receiving.poll(limit if kill_after is None else kill_after)  # also where it died without a word
+    try:
+        outcome = str(receiving.recv()) if told else ""
+    except EOFError:
+        outcome = ""
+    if not told:
         process.kill()
-        process.join()
+    process.join()
+    if not told:
         return "killed" if kill_after is not None else f"BROKEN: hung for {limit:.0f} s"
-    if process.exitcode < 0:
-        return f"BROKEN: crashed with {signal.Signals(-process.exitcode).name}"
-    return (
-        str(receiving.recv())
-        if process.exitcode == 0 and receiving.poll()
-        else "BROKEN: an error that was not foreseen"
-    )
+    code = process.exitcode or 0
+    silent = f"crashed with {signal.Signals(-code).name}" if code < 0 else f"left with {code}"
+    return outcome or f"BROKEN: {silent}"
 
 
 def refused(work: Callable[[], object], path: Path) -> str:
@@ -683,6 +685,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_args(argv)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # before processes are forked
+    tqdm.set_lock(threading.RLock())  # one that processes share stays locked where its holder is killed
     rows = []
     for name in tqdm(given.rows, desc="rows"):
         work, short, long = ROWS[name]

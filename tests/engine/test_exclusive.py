@@ -66,3 +66,23 @@ def test_an_exclusive_function_may_call_another_and_lets_go_where_it_fails():
     other.start()
     other.join(timeout=5)
     assert not other.is_alive()
+
+
+def test_a_verb_that_ctrl_c_ends_in_the_middle_of_an_exchange_leaves_the_model_as_it_was():
+    recipe = dy.Recipe(nn.Sequential(nn.Linear(2, 2), nn.Dropout()), loss, partial(torch.optim.SGD, lr=0.1))
+    weight, random = recipe.model[0].weight, torch.get_rng_state()
+
+    @exclusive
+    def interrupted(recipe: dy.Recipe) -> None:
+        recipe.model[0]._parameters["weight"] = nn.Parameter(torch.zeros(2, 2))
+        recipe.model[0].register_forward_hook(print)
+        recipe.model[1].training = False
+        torch.rand(3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(recipe)
+    assert recipe.model[0].weight is weight
+    assert not recipe.model[0]._forward_hooks
+    assert recipe.model[1].training
+    assert torch.equal(torch.get_rng_state(), random)
