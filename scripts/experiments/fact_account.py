@@ -129,8 +129,8 @@ def table(found: Sequence[xr.Dataset]) -> list[str]:
             ["component", "written by its own statement", "written in all", "recall patched there"], rows
         ),
         "",
-        f"Logits over the mean, mean over a run's late facts; change {interval(change)}. Written by {others}. Recall: "
-        "the share of the answer that comes back, median over facts.",
+        f"Logits over the mean, mean over a run's late facts; change {interval(change)}. Written by {others}. "
+        "Recall: the share of the answer that comes back, median over facts.",
     ]
 
 
