@@ -30,7 +30,7 @@ from dynamics.sites.site import check_whole, is_partition
 from dynamics.steps.fallbacks import ComputePaths
 from dynamics.steps.replaying import TrainingLoop, resumed
 from dynamics.steps.states import starting_point
-from dynamics.steps.updates_by_source import DECAY, UpdatesBySource
+from dynamics.steps.updates_by_source import BEFORE, DECAY, DividedUpdate, UpdatesBySource
 
 Array = npt.NDArray[np.float64]
 Sources = Callable[[Any], Sequence[Hashable]]
@@ -114,8 +114,10 @@ def attribute_training(
     state = starting_point(recipe, checkpoint)
     paths = ComputePaths("attribute_training")
     with resumed(recipe, state) as loop, progress_bar("attribute_training", len(batches), "step") as bar:
+        kept = replace(state, parameters={}, optimizer=None, scheduler=None)  # the loop has its own
+        del state
         stretch = _Stretch(
-            loop, state, asked, sites, measures.named(measure), sources, tolerance, max_nodes, paths
+            loop, kept, asked, sites, measures.named(measure), sources, tolerance, max_nodes, paths
         )
         entries = [stretch.entry()]
         for first in range(0, len(batches), every):
@@ -139,7 +141,7 @@ class _Entry:
     residual: Array
     nodes: npt.NDArray[np.int64]
     attribution: dict[str, Array] = field(default_factory=dict)
-    """By source, [n_measures, n_examples, n_sites]; under "" where no sources are asked."""
+    """By source, [n_measures · n_examples, n_sites]; under "" where no sources are asked."""
 
 
 @dataclass
@@ -161,7 +163,6 @@ class _Stretch:
         self._parameters = {n: p for n, p in self.loop.model.named_parameters() if p.requires_grad}
         shapes = {n: p.shape for n, p in self._parameters.items()}
         self._sums = SiteSums(self.sites, shapes)
-        self._tensors = SiteSums([Site(n, {n: ...}) for n in shapes], shapes)
         self._gradients = MeasureGradients(recipe, self.checkpoint, self.paths)
         names = {id(p): n for n, p in self.loop.model.named_parameters()}
         self._by_source = UpdatesBySource(self.loop.optimizer, names, recipe.clip) if self.sources else None
@@ -173,8 +174,8 @@ class _Stretch:
         """The sources met, those of the data first; None where none were asked for."""
         if self._by_source is None:
             return None
-        before, decay, *data = self._by_source.labels
-        return [*data, before, decay]
+        data = [label for label in self._by_source.labels if label not in (BEFORE, DECAY)]
+        return [*data, BEFORE, DECAY]
 
     def entry(self) -> _Entry:
         """An entry without steps: nothing was written yet."""
@@ -217,29 +218,32 @@ class _Stretch:
         for n, slope in mean.items():
             slope.add_(slopes[n]).mul_(0.5)
         del slopes
-        change = {n: p.detach() - before[n] for n, p in self._parameters.items()}
-        elements = {n: mean[n] * d for n, d in change.items()}
-        nodes = self._refine(mean, elements, change, {**before, **buffers}, end - self._value)
-        entry.residual += self._summed(elements, self._tensors).sum(-1) - (value - self._value)
+        nodes, total = self._refined(mean, {**before, **buffers}, end - self._value)
+        entry.residual += total - (value - self._value)
         entry.nodes = np.maximum(entry.nodes, nodes)
         entry.value = value.copy()
         if self._by_source is None:
-            _add(entry, "", self._summed(elements, self._sums))
+            for n, slope in mean.items():
+                self._write(entry, "", n, slope * (self._parameters[n].detach() - before[n]))
         else:
-            self._add_sources(entry, mean, before)
+            for n, update in self._by_source.divided(before):
+                self._write_sources(entry, n, mean[n], update)
         self._value, self._slopes = value, after
 
-    def _add_sources(self, entry: _Entry, mean: dict[str, Tensor], before: dict[str, Tensor]) -> None:
-        """Divide a step's account among its sources, parameter by parameter."""
+    def _write_sources(self, entry: _Entry, name: str, slope: Tensor, update: DividedUpdate) -> None:
+        """Divide a step's account of one parameter among its sources."""
         assert self._by_source is not None
-        updates = {n: u for n, u in self._by_source.divided(before) if n in mean}
-        decays = {n: u.decay for n, u in updates.items() if u.decay is not None}
-        if decays:
-            _add(entry, DECAY, self._over(mean, decays, self._sums))
-        weighted = {n: mean[n].mul_(u.factor) for n, u in updates.items()}
-        for i, label in enumerate(self._by_source.labels):
-            directions = {n: u.directions[i] for n, u in updates.items()}
-            _add(entry, label, self._over(weighted, directions, self._sums))
+        if update.decay is not None:
+            self._write(entry, DECAY, name, slope * update.decay)
+        weighted = slope.mul_(update.factor)
+        for label, direction in zip(self._by_source.labels, update.directions, strict=True):
+            self._write(entry, label, name, weighted * direction)
+
+    def _write(self, entry: _Entry, label: str, name: str, elements: Tensor) -> None:
+        """Add what one source wrote in one parameter, [n_measures · n_examples, *shape], to each site."""
+        if label not in entry.attribution:
+            entry.attribution[label] = np.zeros((len(self.by_name) * len(self.asked), len(self.sites)))
+        self._sums.add(entry.attribution[label], name, elements)
 
     def _measured(self, buffers: Mapping[str, Tensor] | None = None) -> tuple[Array, dict[str, Tensor]]:
         """The measures where training stands, [n_measures, n_examples], and their gradients by trained parameter,
@@ -259,53 +263,38 @@ class _Stretch:
         joined = found[0] if len(found) == 1 else {n: torch.cat([g[n] for g in found]) for n in leaves}
         return np.stack(values), joined
 
-    def _over(self, mean: Mapping[str, Tensor], moved: Mapping[str, Tensor], sums: SiteSums) -> Array:
-        """⟨mean gradient, what moved⟩ by site: [n_measures, n_examples, n_sites]."""
-        return self._summed({n: mean[n] * part for n, part in moved.items()}, sums)
-
-    def _summed(self, elements: Mapping[str, Tensor], sums: SiteSums) -> Array:
-        """[n_measures, n_examples, n_sites], of [n_measures · n_examples, *shape]."""
-        return sums.of_each(elements).reshape(len(self.by_name), len(self.asked), -1)
-
-    def _refine(
-        self,
-        mean: dict[str, Tensor],
-        elements: dict[str, Tensor],
-        change: dict[str, Tensor],
-        start: dict[str, Tensor],
-        wanted: Array,
-    ) -> npt.NDArray[np.int64]:
-        """Take more nodes where the trapezoid is too coarse, into `mean` and `elements`; how many each took.
+    def _refined(
+        self, mean: dict[str, Tensor], start: dict[str, Tensor], wanted: Array
+    ) -> tuple[npt.NDArray[np.int64], Array]:
+        """Take more nodes, into `mean`, where the trapezoid is too coarse; how many each took, and ⟨mean, Δ⟩.
 
         Args:
-            mean: gradient, of the trapezoid.
-            elements: mean times change.
-            change: of the parameters in this step.
-            start: all tensors before it.
+            mean: gradients, of the trapezoid.
+            start: all tensors before the step.
             wanted: change of the measures, [n_measures, n_examples].
         """
-        by_tensor = self._summed(elements, self._tensors)
+        sums = []
+        for n, slope in mean.items():
+            elements = slope * (self._parameters[n].detach() - start[n])
+            sums.append(elements.reshape(len(slope), -1).sum(-1, dtype=torch.float64))
+        by_tensor = torch.stack(sums).cpu().numpy()
+        total = by_tensor.sum(0).reshape(wanted.shape)
+        sizes = np.abs(by_tensor).sum(0).reshape(wanted.shape)
         nodes = np.full(wanted.shape, 2)
-        missed = np.abs(by_tensor.sum(-1) - wanted) > self.tolerance * np.abs(by_tensor).sum(-1)
         stop = {n: p.detach() for n, p in self._parameters.items()}
-        for m, i in np.argwhere(missed).tolist():
+        for m, i in np.argwhere(np.abs(total - wanted) > self.tolerance * sizes).tolist():
             name, place = list(self.by_name)[m], m * len(self.asked) + i
+            contrast = self.asked[i]
             path = StraightPath(
-                self._gradients, start, stop, stop, self.asked[i].probe, str(self.asked[i].coords["example"])
+                self._gradients, start, stop, stop, contrast.probe, str(contrast.coords["example"])
             )
             trapezoid = {n: slope[place] for n, slope in mean.items()}
-            found, nodes[m, i] = path.refined(
+            found, nodes[m, i], total[m, i] = path.refined(
                 name, self.by_name[name], trapezoid, float(wanted[m, i]), self.tolerance, self.max_nodes
             )
             for n, slope in found.items():
                 mean[n][place] = slope
-                elements[n][place] = slope * change[n]
-        return nodes
-
-
-def _add(entry: _Entry, label: str, found: Array) -> None:
-    known = entry.attribution.get(label)
-    entry.attribution[label] = found if known is None else known + found
+        return nodes, total
 
 
 def _labelled(
@@ -320,9 +309,10 @@ def _labelled(
     paths: ComputePaths,
 ) -> xr.Dataset:
     shape = (*entries[0].value.shape, len(sites))
+    nothing = np.zeros(shape)
     attribution = np.stack(
         [
-            np.stack([entry.attribution.get(label, np.zeros(shape)) for label in labels or [""]])
+            np.stack([entry.attribution.get(label, nothing).reshape(shape) for label in labels or [""]])
             for entry in entries
         ]
     )  # [step, source, measure, example, site]

@@ -57,7 +57,7 @@ def source_gradients(
     state: Checkpoint,
     batch: Any,
     labels: Sequence[Any],
-    whole: Gradients,
+    whole: dict[str, Tensor | None],
     paths: ComputePaths,
 ) -> Iterator[tuple[str, Gradients]]:
     """Each source's part of a batch's gradient, one after another: g^(j) = (n_j / n) ∇L(its rows), before clipping.
@@ -65,7 +65,7 @@ def source_gradients(
     Args:
         recipe, state: as `gradient`.
         batch, labels: as `rows_of_sources`.
-        whole: the batch's own gradient, before clipping.
+        whole: the batch's own gradient, before clipping; what the parts miss of it is left there.
         paths: where it is noted which way gradients were taken.
 
     Raises:
@@ -75,13 +75,14 @@ def source_gradients(
     n_rows = sum(map(len, rows.values()))
     parts = {label: some_rows(batch, numbers) for label, numbers in rows.items()}
     prefetch = GradientPrefetch(recipe, state, [Contrast(part, part) for part in parts.values()], paths)
-    rest = {n: None if g is None else g.detach().clone() for n, g in whole.items()}
+    rest = whole
     lengths = 0.0
     for label, part in parts.items():
         found = prefetch.gradient(part, f"source {label!r} of the batch").gradients
         weight = len(rows[label]) / n_rows
         share = {
-            n: None if g is None else (g.to_dense() if g.is_sparse else g) * weight for n, g in found.items()
+            n: None if g is None else (g.to_dense() if g.is_sparse else g).mul_(weight)
+            for n, g in found.items()
         }
         for n, g in share.items():
             if g is not None:

@@ -132,6 +132,12 @@ class MeasureGradients:
 
         Raises: as `summed`.
         """
+        if len(queries) == 1:
+            value, alone = self._of_alike(queries, leaves)[0]
+            read = {n: torch.zeros_like(leaf) if (g := alone[n]) is None else g for n, leaf in leaves.items()}
+            return value.double()[None], {
+                n: (g.to_dense() if g.is_sparse else g)[None] for n, g in read.items()
+            }
         gradients = {n: leaf.new_zeros(len(queries), *leaf.shape) for n, leaf in leaves.items()}
         values = next(iter(leaves.values())).new_zeros(len(queries), dtype=torch.float64)
         by_shape: dict[Any, list[int]] = {}

@@ -109,7 +109,7 @@ class StraightPath:
                 for n, g in self.gradients.summed(query, self._at(nodes), weights).items():
                     mean[n].add_(g)
             n_nodes = len(rule)
-            parts = [float((mean[n] * delta).sum()) for n, delta in self.change.items()]
+            parts = self._parts(mean)
             if abs(sum(parts) - change_of_measure) <= quadrature.tolerance * sum(map(abs, parts)):
                 break
         return mean, n_nodes
@@ -122,8 +122,9 @@ class StraightPath:
         change_of_measure: float,
         tolerance: float,
         max_nodes: int,
-    ) -> tuple[dict[str, Tensor], int]:
-        """The measure's mean gradient by Simpson's rule on halved and halved intervals, and the number of nodes.
+    ) -> tuple[dict[str, Tensor], int, float]:
+        """The measure's mean gradient by Simpson's rule on halved and halved intervals, the number of nodes, and
+        that gradient times the change of the parameters.
 
         Args:
             name, measure: of the measure.
@@ -134,6 +135,7 @@ class StraightPath:
         others = {n: t for n, t in self.start.items() if n not in self.change}
         query = MeasureQuery(name, measure, self.probe, others, self.name)
         coarse, mean, n_nodes, intervals = dict(trapezoid), dict(trapezoid), 2, 1
+        parts = self._parts(mean)
         while 2 * intervals + 1 <= max_nodes:
             inside = [((i + 0.5) / intervals, 1 / intervals) for i in range(intervals)]
             fine = {n: g / 2 for n, g in coarse.items()}
@@ -144,10 +146,14 @@ class StraightPath:
             mean = {n: (4 * fine[n] - g) / 3 for n, g in coarse.items()}
             coarse, intervals = fine, 2 * intervals
             n_nodes = intervals + 1
-            parts = [float((mean[n].double() * delta).sum()) for n, delta in self.change.items()]
+            parts = self._parts(mean)
             if abs(sum(parts) - change_of_measure) <= tolerance * sum(map(abs, parts)):
                 break
-        return mean, n_nodes
+        return mean, n_nodes, sum(parts)
+
+    def _parts(self, mean: Mapping[str, Tensor]) -> list[float]:
+        """A gradient times the change of each parameter, in fp64."""
+        return [float((mean[n] * delta).sum()) for n, delta in self.change.items()]
 
     def _at(self, nodes: Sequence[float]) -> dict[str, Tensor]:
         """Moved parameters at start + node · change: [n_nodes, *shape]."""

@@ -34,7 +34,7 @@ class SiteSums:
 
     def __init__(self, sites: Sequence[Site], shapes: Mapping[str, torch.Size]) -> None:
         self._n_sites = len(sites)
-        self._slices: list[tuple[int, _Key, Any]] = []
+        self._slices: dict[str, list[tuple[int, tuple[int, ...], Any]]] = {}
         elements: dict[_Key, list[tuple[int, ...]]] = {}
         for number, site in enumerate(sites):
             for name, index in site.covers.items():
@@ -44,48 +44,46 @@ class SiteSums:
                 if isinstance(left, tuple) and all(isinstance(part, int) for part in left):
                     elements.setdefault((name, whole_axes), []).append((number, *left))
                 else:
-                    self._slices.append((number, (name, whole_axes), left))
-        self._elements = {key: np.array(found).T for key, found in elements.items()}
+                    self._slices.setdefault(name, []).append((number, whole_axes, left))
+        self._elements: dict[str, list[tuple[tuple[int, ...], npt.NDArray[np.int64]]]] = {}
+        for (name, whole_axes), found in elements.items():
+            self._elements.setdefault(name, []).append((whole_axes, np.array(found).T))
 
     def __call__(self, elements: Mapping[str, Tensor]) -> Array:
         """[n_sites], in fp64.
 
         Args:
-            elements: {name: [*shape]}.
+            elements: {name: [*shape]}; tensors left out count as zero.
         """
-        totals: Array = self.of_each({name: tensor[None] for name, tensor in elements.items()})[0]
-        return totals
+        totals = np.zeros((1, self._n_sites))
+        for name, tensor in elements.items():
+            self.add(totals, name, tensor[None])
+        found: Array = totals[0]
+        return found
 
-    def of_each(self, elements: Mapping[str, Tensor]) -> Array:
-        """[n, n_sites], in fp64.
+    def add(self, totals: Array, name: str, elements: Tensor) -> None:
+        """Add one tensor's elements to sums over sites.
 
         Args:
-            elements: {name: [n, *shape]}, n numbers for each element; tensors left out count as zero.
+            totals: [n, n_sites], in fp64; written.
+            name: of the tensor.
+            elements: [n, *shape], n numbers for each of its elements.
         """
-        arrays = {name: _array(tensor.detach()) for name, tensor in elements.items()}
-        known: dict[_Key, Array] = {}
+        array, n = _array(elements.detach()), len(totals)
+        known: dict[tuple[int, ...], Array] = {}
 
-        def reduced(key: _Key) -> Array:
+        def reduced(whole_axes: tuple[int, ...]) -> Array:
             """[*axes left, n]: with n last, whatever an index does to the other axes."""
-            if key not in known:
-                name, whole_axes = key
-                found: Array = np.sum(arrays[name], axis=tuple(a + 1 for a in whole_axes), dtype=np.float64)
-                known[key] = np.moveaxis(found, 0, -1)
-            return known[key]
+            if whole_axes not in known:
+                found: Array = np.sum(array, axis=tuple(a + 1 for a in whole_axes), dtype=np.float64)
+                known[whole_axes] = np.moveaxis(found, 0, -1)
+            return known[whole_axes]
 
-        n = max((len(array) for array in arrays.values()), default=1)
-        totals = np.zeros((n, self._n_sites))
-        for key, (numbers, *places) in self._elements.items():
-            if key[0] not in arrays:
-                continue
-            totals[:, numbers] += (
-                reduced(key)[tuple(places)].reshape(-1, n).T
-            )  # of a tensor each site covers one part
-        for number, key, index in self._slices:
-            if key[0] not in arrays:
-                continue
-            totals[:, number] += reduced(key)[index].reshape(-1, n).sum(0)
-        return totals
+        for whole_axes, (numbers, *places) in self._elements.get(name, ()):
+            # of a tensor each site covers one part
+            totals[:, numbers] += reduced(whole_axes)[tuple(places)].reshape(-1, n).T
+        for number, whole_axes, index in self._slices.get(name, ()):
+            totals[:, number] += reduced(whole_axes)[index].reshape(-1, n).sum(0)
 
 
 def _array(tensor: Tensor) -> npt.NDArray[Any]:

@@ -105,16 +105,19 @@ class TrainingLoop:
 @contextmanager
 def resumed(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[TrainingLoop]:
     """Training resumed at a checkpoint, with its random numbers and kernels; the caller's come back afterwards."""
-    with checkpoint.random_state(), _deterministic(checkpoint):
-        yield TrainingLoop(recipe, *restored_copy(recipe, checkpoint), checkpoint.step)
+    deterministic = checkpoint.fingerprint.get("deterministic") == "True"
+    with checkpoint.random_state(), _deterministic(deterministic):
+        loop = TrainingLoop(recipe, *restored_copy(recipe, checkpoint), checkpoint.step)
+        del checkpoint  # the loop has copies of what is in it
+        yield loop
 
 
 @contextmanager
-def _deterministic(checkpoint: Checkpoint) -> Iterator[None]:
-    """Deterministic kernels inside if the run was recorded with them; the caller's setting afterwards."""
+def _deterministic(deterministic: bool) -> Iterator[None]:
+    """Deterministic kernels inside or not; the caller's setting afterwards."""
     before = torch.get_deterministic_debug_mode()
     try:
-        torch.use_deterministic_algorithms(checkpoint.fingerprint.get("deterministic") == "True")
+        torch.use_deterministic_algorithms(deterministic)
         yield
     finally:
         torch.set_deterministic_debug_mode(before)

@@ -58,7 +58,7 @@ class UpdatesBySource:
         clip: of the recipe.
 
     Attributes:
-        labels: the sources so far: `before` and `decay` first, then in the order they were met.
+        labels: the sources that have moments, in the order they were met; `before` and `decay` where they do.
 
     Raises:
         RecipeError: the update is not linear in the gradients given its denominators; says why.
@@ -71,17 +71,21 @@ class UpdatesBySource:
                 "attributed for any optimizer."
             )
         self._optimizer, self._names = optimizer, names
-        self.labels: list[str] = [BEFORE, DECAY]
+        self.labels: list[str] = []
         self._moments: dict[str, Tensor] = {}
         self._own: dict[str, Tensor] = {}
         self._begun: set[str] = set()
         self._moved: set[str] = set()
+        recorded = {
+            n: optimizer.state.get(p, {}).get(_first_moment(optimizer)) for n, p, _ in self._parameters()
+        }
+        if any(moment is not None for moment in recorded.values()):
+            self.labels.append(BEFORE)
         for name, p, _ in self._parameters():
-            moments = p.detach().new_zeros(2, *p.shape)
-            if (recorded := optimizer.state.get(p, {}).get(_first_moment(optimizer))) is not None:
-                moments[0] = recorded
+            self._moments[name] = p.detach().new_zeros(len(self.labels), *p.shape)
+            if (moment := recorded[name]) is not None:
+                self._moments[name][0] = moment
                 self._begun.add(name)
-            self._moments[name] = moments
 
     def begin(self) -> None:
         """Before the optimizer's step, when the batch's gradient is there: what was learnt before decays."""
@@ -92,7 +96,7 @@ class UpdatesBySource:
             if group.get("nesterov"):
                 self._own[name] = torch.zeros_like(moments)
             if (decay := group["weight_decay"]) and not is_decoupled(type(self._optimizer), group):
-                self._add(name, 1, p.detach(), decay, group)
+                self._add(name, DECAY, p.detach(), decay, group)
 
     def add(self, label: str, gradients: Gradients, scale: float) -> None:
         """Between `begin` and the optimizer's step: a source's part of the batch's gradient.
@@ -102,12 +106,10 @@ class UpdatesBySource:
             gradients: by parameter, before clipping; None where it has none.
             scale: what clipping multiplies the batch's gradient by.
         """
-        if label not in self.labels:
-            self.labels.append(label)
         for name, _, group in self._moving():
             if (g := gradients[name]) is not None:
                 signed = -scale if group["maximize"] else scale
-                self._add(name, self.labels.index(label), g.detach(), signed, group)
+                self._add(name, label, g.detach(), signed, group)
 
     def divided(self, before: Mapping[str, Tensor]) -> Iterator[tuple[str, DividedUpdate]]:
         """After the optimizer's step: its update of each parameter that moved.
@@ -129,8 +131,11 @@ class UpdatesBySource:
             decoupled = decay and is_decoupled(kind, group)
             yield name, DividedUpdate(directions, factor, before[name] * (-lr * decay) if decoupled else None)
 
-    def _add(self, name: str, place: int, g: Tensor, scale: float, group: Mapping[str, Any]) -> None:
+    def _add(self, name: str, label: str, g: Tensor, scale: float, group: Mapping[str, Any]) -> None:
         """A gradient of one source joins its moments."""
+        if label not in self.labels:
+            self.labels.append(label)
+        place = self.labels.index(label)
         moments = self._grown(self._moments, name)
         moments[place].add_(g, alpha=self._weights(name, group)[1] * scale)
         if group.get("nesterov"):

@@ -70,7 +70,7 @@ def test_the_parts_add_up_to_the_optimizers_own_step(optimizer, fresh, clipping)
         batches = [points(seed, dtype=dtype) for seed in range(0 if fresh else 4)]
         state = trained(recipe, batches).last if batches else starting_point(recipe, None)
         found, labels = steps_and_parts(recipe, state)
-        assert labels == ["before", "decay", "a", "b", "c"]
+        assert [label for label in labels if label not in ("before", "decay")] == ["a", "b", "c"]
         for moved, parts in found:
             gap, size = apart(moved, {n: total for n, (total, _) in parts.items()})
             assert size > 0
@@ -98,10 +98,10 @@ def test_momentum_from_before_is_its_own_source_and_fades():
 def test_decay_is_its_own_source():
     recipe = classifier_recipe(optimizer=partial(torch.optim.AdamW, lr=0.1, weight_decay=0.5))
     state = starting_point(recipe, None)
-    (_, parts), *_ = steps_and_parts(recipe, state, n_steps=1)[0]
+    ((_, parts),), labels = steps_and_parts(recipe, state, n_steps=1)
     for name, (_, update) in parts.items():
         torch.testing.assert_close(update.decay, -0.05 * state.parameters[name], rtol=1e-12, atol=0)
-        assert not update.directions[:2].any()
+        assert labels == ["a", "b", "c"]  # no momentum from before, and the decay has none
 
 
 @pytest.mark.parametrize(
