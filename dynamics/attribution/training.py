@@ -22,6 +22,7 @@ from dynamics.engine.measure_gradients import MeasureGradients, MeasureQuery
 from dynamics.engine.path_integral import StraightPath
 from dynamics.engine.progress import progress_bar
 from dynamics.engine.site_sums import SiteSums
+from dynamics.engine.stack_memory import trim_freed_memory
 from dynamics.measures import Measure
 from dynamics.recipe import Contrast, Recipe
 from dynamics.results.labels import Labels
@@ -89,7 +90,8 @@ def attribute_training(
 
         Buffers, such as batch statistics, are no parameters: what they do is left in `residual`.
 
-        Memory: six models, two more for each further (probe, measure), and one for each source.
+        Memory: six models, two more for each further (probe, measure), three while a step is refined; with sources
+        one for each and three.
 
     Raises:
         SiteError: a site covers what the model does not have, or positions, which an update does not have.
@@ -192,6 +194,7 @@ class _Stretch:
             partial(self._account, before, buffers, entry),
         )
         entry.step = self.loop.step
+        trim_freed_memory(self._parameters)
 
     def _divide(self, batch: Any, before: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
         """Before the optimizer's step: give each source's part of the gradient to its moments."""
@@ -205,6 +208,8 @@ class _Stretch:
             self.loop.recipe, state, batch, self.sources(batch), whole, self.paths
         ):
             self._by_source.add(label, share, scale)
+            del share
+        trim_freed_memory(self._parameters)
 
     def _account(self, before: dict[str, Tensor], buffers: dict[str, Tensor], entry: _Entry) -> None:
         """After the optimizer's step: its account, in place of the gradients it began with."""

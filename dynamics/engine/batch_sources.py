@@ -89,7 +89,9 @@ def source_gradients(
                 known = rest[n]
                 rest[n] = -g if known is None else known.sub_(g)
         lengths += math.sqrt(sum(map(squared_norm, share.values())))
+        del found
         yield label, share
+        del share
     missed = math.sqrt(sum(map(squared_norm, rest.values())))
     if missed > MOST_DISAGREEMENT * lengths:
         raise ValueError(

@@ -84,7 +84,7 @@ class StraightPath:
     @cached_property
     def change(self) -> dict[str, Tensor]:
         """Stop − start of every parameter that is moved, in fp64."""
-        return {name: self.stop[name].double() - self.start[name].double() for name in self.moved}
+        return {name: self._change_of(name) for name in self.moved}
 
     def mean_gradient(
         self, name: str, measure: Measure, change_of_measure: float, quadrature: Quadrature
@@ -132,14 +132,14 @@ class StraightPath:
             change_of_measure, tolerance: where to stop, as `mean_gradient`.
             max_nodes: at most so many, both ends among them; fewer than three leave the trapezoid.
         """
-        others = {n: t for n, t in self.start.items() if n not in self.change}
+        others = {n: t for n, t in self.start.items() if n not in self.moved}
         query = MeasureQuery(name, measure, self.probe, others, self.name)
         coarse, mean, n_nodes, intervals = dict(trapezoid), dict(trapezoid), 2, 1
         parts = self._parts(mean)
         while 2 * intervals + 1 <= max_nodes:
             inside = [((i + 0.5) / intervals, 1 / intervals) for i in range(intervals)]
             fine = {n: g / 2 for n, g in coarse.items()}
-            for chunk in chunks(inside, models_per_stack((self.start[n] for n in self.change), QUARTER)):
+            for chunk in chunks(inside, models_per_stack((self.start[n] for n in self.moved), QUARTER)):
                 nodes, weights = zip(*chunk, strict=True)
                 for n, g in self.gradients.summed(query, self._at(nodes), weights).items():
                     fine[n] = fine[n] + g.to(fine[n].dtype) / 2
@@ -153,13 +153,17 @@ class StraightPath:
 
     def _parts(self, mean: Mapping[str, Tensor]) -> list[float]:
         """A gradient times the change of each parameter, in fp64."""
-        return [float((mean[n] * delta).sum()) for n, delta in self.change.items()]
+        return [float((g * self._change_of(n)).sum()) for n, g in mean.items()]
+
+    def _change_of(self, name: str) -> Tensor:
+        """Stop − start of one parameter, in fp64."""
+        return self.stop[name].double() - self.start[name].double()
 
     def _at(self, nodes: Sequence[float]) -> dict[str, Tensor]:
         """Moved parameters at start + node · change: [n_nodes, *shape]."""
         found = {}
-        for n, delta in self.change.items():
+        for n in self.moved:
             start = self.start[n].detach()
-            step = delta.to(start.dtype)
+            step = self._change_of(n).to(start.dtype)
             found[n] = torch.stack([torch.add(start, step, alpha=node) for node in nodes])
         return found
