@@ -304,7 +304,8 @@ def written(found: Found) -> list[str]:
 
     def row(name: str, part_of: Callable[[xr.Dataset], xr.DataArray]) -> None:
         parts = [part_of(account) for account in accounts]
-        early = [float(part.isel(step=slice(0, 1 + EARLY // 10)).sum()) for part in parts]
+        ends = [int(account["step"][0]) + EARLY for account in accounts]
+        early = [float(part.sel(step=slice(None, end)).sum()) for part, end in zip(parts, ends, strict=True)]
         rows.append([name, interval(early), interval([float(part.sum()) for part in parts])])
 
     def of_components(account: xr.Dataset) -> xr.DataArray:

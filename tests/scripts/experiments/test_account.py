@@ -24,6 +24,13 @@ def test_what_wrote_it_and_whether_it_is_causal_is_kept_and_told(alias_runs, tmp
         changes.append(float(whole["value"][-1] - whole["value"][0]))
         written.append(float(components.sel(source="definitions of Dt3").sum()))
         assert float(components.sum()) == pytest.approx(changes[-1], abs=0.02)
+    first = results.difference(results.load(folders[0] / "whole.h5"), "Dt3", "Df4")
+    assert int(first["step"][2] - first["step"][0]) == small["EARLY"]
+    early = []
+    for folder in folders.values():
+        value = results.difference(results.load(folder / "whole.h5"), "Dt3", "Df4")["value"]
+        early.append(float(value[2] - value[0]))
+    assert rows["change of D"][1].startswith(f"{np.mean(early):+.2f}")
     assert rows["change of D"][2].startswith(f"{np.mean(changes):+.2f}")
     assert rows["source: definitions of Dt3"][2].startswith(f"{np.mean(written):+.2f}")
     halves = results.load(folders[0] / "halves.h5")
