@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import InitVar, dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,28 @@ from dynamics.trees import described
 
 @dataclass(frozen=True)
 class ByNorm:
-    """Scale the whole gradient by min(1, max_norm / (‖g‖₂ + 1e-6)), as `clip_grad_norm_` does."""
+    """Scale the whole gradient by min(1, max_norm / (‖g‖₂ + 1e-6)), as `clip_grad_norm_` does.
+
+    Attributes:
+        max_norm: the largest ‖g‖₂ that is left as it is.
+        over: whose gradients ‖g‖₂ counts: of every parameter of the "model", in its order, as
+            `clip_grad_norm_(model.parameters(), max_norm)` and the Hugging Face Trainer do; or of the "optimizer"
+            alone, group by group, as Lightning does. With several groups the two differ in the last bit, and
+            where the optimizer holds only a part of the model in the norm itself.
+
+    Raises:
+        RecipeError: `over` is neither.
+    """
 
     max_norm: float
+    over: Literal["model", "optimizer"] = "model"
+
+    def __post_init__(self) -> None:
+        if self.over not in ("model", "optimizer"):
+            raise RecipeError(
+                f"ByNorm(over={self.over!r}): expected 'model' (every parameter with a gradient) or 'optimizer' "
+                "(those that the optimizer holds)."
+            )
 
 
 @dataclass(frozen=True)
@@ -104,7 +123,8 @@ class Recipe:
 
         Args:
             module: any LightningModule with automatic optimization and at most one optimizer.
-            clip: the Trainer's `gradient_clip_val`, as `ByNorm` or `ByValue`.
+            clip: the Trainer's `gradient_clip_val`, as `ByNorm` or `ByValue`; a norm is taken over the optimizer's
+                parameters, as Lightning does.
 
         Raises:
             RecipeError: the module optimizes by hand, cannot be copied, or configures what is not one
@@ -116,6 +136,8 @@ class Recipe:
         loss = (
             lightning_modules.training_loss if lightning_modules.overrides(model, "training_step") else None
         )
+        if isinstance(clip, ByNorm):
+            clip = replace(clip, over="optimizer")
         return cls(model, loss, optimizer, scheduler, clip)
 
     def require_loss(self) -> Callable[[Any, Any], Tensor]:

@@ -85,15 +85,16 @@ class TrainingLoop:
             after_optimizer: called after it, when groups have their learning rates still.
         """
         loss_of, clip = self.recipe.require_loss(), self.recipe.clip
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
         with torch.enable_grad():
-            self.optimizer.zero_grad()
+            self.model.zero_grad()
             loss_of(self.model, batch).backward()  # type: ignore[no-untyped-call]
             if isinstance(clip, ByNorm):
-                norm = torch.nn.utils.clip_grad_norm_(parameters, clip.max_norm)
+                counted = self.model.parameters() if clip.over == "model" else held
+                norm = torch.nn.utils.clip_grad_norm_(counted, clip.max_norm)
                 self.clipped_to = coefficient(float(norm) ** 2, clip.max_norm)
             elif isinstance(clip, ByValue):
-                torch.nn.utils.clip_grad_value_(parameters, clip.limit)
+                torch.nn.utils.clip_grad_value_(held, clip.limit)
             before_optimizer()
             self.optimizer.step()
             after_optimizer()

@@ -36,6 +36,12 @@ def restored_copy(recipe: Recipe, checkpoint: Checkpoint) -> tuple[nn.Module, Op
     return model, optimizer, scheduler
 
 
+def held_names(model: nn.Module, optimizer: Optimizer) -> set[str]:
+    """The names of the parameters that an optimizer holds."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return {name for name, p in model.named_parameters() if id(p) in held}
+
+
 def check_optimizer_kind(checkpoint: Checkpoint, optimizer: Optimizer) -> None:
     """Raise a RecipeError if the recorded groups are those of another kind of optimizer, or missing mid-training.
 
