@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -290,17 +292,47 @@ class HeldScheduler(LRScheduler):
 # --- without a Trainer ------------------------------------------------------------------------------------
 
 
+class _ForLogging:
+    """Stands where an optimizer or a scheduler would, for a step that logs its learning rate.
+
+    Whatever is looked up in it is another of these, and every setting is NaN: no number is made up, and a loss that
+    is computed from one shows it.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _ForLogging()
+
+    def __getitem__(self, key: Any) -> Any:
+        return math.nan if isinstance(key, str) else _ForLogging()
+
+    def get_last_lr(self) -> Any:
+        """A rate for each group, however many."""
+        return defaultdict(lambda: math.nan)
+
+
 class _NoTrainer:
-    """Stands where the Trainer would and says what is asked of it; there is one process and no logger."""
+    """Stands where the Trainer would and says what is asked of it; there is one process and no logger.
+
+    Of its optimizers and schedulers a step may log the rates.
+    """
 
     logger = None
     loggers = ()
+    optimizers = lr_scheduler_configs = (_ForLogging(),)
+    _lightning_optimizers = _ForLogging()  # of the strategy, which `self.optimizers()` asks for them
     global_rank = 0
     local_rank = 0
 
     def __init__(self, method: str, instead: str) -> None:
         self._method = method
         self._instead = instead
+
+    @property
+    def strategy(self) -> _NoTrainer:
+        """Missed as the Trainer is."""
+        return self
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

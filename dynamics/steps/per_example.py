@@ -17,6 +17,7 @@ from dynamics.recipe import Recipe
 from dynamics.steps.fallbacks import Fallback, out_of_memory, reason
 from dynamics.steps.gradients import StepGradient
 from dynamics.steps.pullbacks import alike
+from dynamics.steps.states import recorded_modes
 from dynamics.trees import not_finite
 
 Tensors = dict[str, Tensor]
@@ -108,7 +109,12 @@ def _together(
 
         return call_with(passes, recipe.model, {**parameters, **own, **kept, **buffers}, batch_of(tensors))
 
-    with warnings.catch_warnings(), checkpoint.random_state(), attributes_restored(recipe.model):
+    with (
+        warnings.catch_warnings(),
+        checkpoint.random_state(),
+        recorded_modes(recipe.model, checkpoint),
+        attributes_restored(recipe.model),
+    ):
         warnings.simplefilter("error")  # of loops that vmap falls back to
         of_each = torch.func.grad(loss, has_aux=True)
         found, (losses, moved) = torch.vmap(of_each, in_dims=(None, 0, 0), randomness="same")(

@@ -23,7 +23,7 @@ from dynamics.steps.clipping import clipped, coefficient, counted
 from dynamics.steps.elementwise_optimizers import Moved, rule, step_into
 from dynamics.steps.fallbacks import ComputePaths
 from dynamics.steps.stacks import Stack, Workspace, stack
-from dynamics.steps.states import check_optimizer_kind, held_names, restored_copy
+from dynamics.steps.states import assign_rates, check_optimizer_kind, held_names, restored_copy
 from dynamics.trees import Gradients, squared_norm
 
 
@@ -36,6 +36,7 @@ def step_from(recipe: Recipe, checkpoint: Checkpoint, gradients: Gradients) -> d
         gradients: by parameter name, before clipping; None skips a parameter, zero lets it coast.
     """
     model, optimizer, _ = restored_copy(recipe, checkpoint)
+    assign_rates(recipe, optimizer.param_groups, checkpoint.step)
     for name, g in clipped(gradients, recipe.clip, held_names(model, optimizer)).items():
         model.get_parameter(name).grad = g
     optimizer.step()
@@ -151,7 +152,9 @@ class Steps:
         check_optimizer_kind(self.checkpoint, template)
         recorded = self.checkpoint.optimizer.state if self.checkpoint.optimizer else {}
         rules: dict[str, Moved] = {}
-        for group in _groups(self.checkpoint, template, {id(p): name for name, p in dummies.items()}):
+        groups = _groups(self.checkpoint, template, {id(p): name for name, p in dummies.items()})
+        assign_rates(self.recipe, groups, self.checkpoint.step)
+        for group in groups:
             for name in group["params"]:
                 moved = rule(type(template), group, recorded.get(name, {}), self.checkpoint.parameters[name])
                 if isinstance(moved, str):

@@ -11,7 +11,7 @@ from checkpoints import Checkpoint
 from dynamics.recipe import Recipe
 from dynamics.steps.clipping import clipped
 from dynamics.steps.gradients import StepGradient
-from dynamics.steps.states import held_names, restored_copy
+from dynamics.steps.states import assign_rates, coasts, held_names, restored_copy
 
 
 def walk(
@@ -35,8 +35,10 @@ def walk(
     state = replace(checkpoint, parameters={n: p.detach() for n, p in parameters.items()})
     for _ in range(n_steps):
         step = gradient_at(state)
+        assign_rates(recipe, optimizer.param_groups, state.step)
         for name, g in clipped(step.gradients, recipe.clip, held).items():
-            parameters[name].grad = g
+            unused = g is None and coasts(recipe, parameters[name], optimizer.state, state.step)
+            parameters[name].grad = torch.zeros_like(parameters[name]) if unused else g
         with torch.no_grad():
             optimizer.step()
         if scheduler is not None:
