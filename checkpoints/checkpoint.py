@@ -23,6 +23,7 @@ from checkpoints.optimizer import (
     restore_optimizer,
 )
 from checkpoints.rng import RngState, as_value, replayed
+from checkpoints.wrappers import own_buffers, own_modules, own_parameters
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -76,7 +77,8 @@ class Checkpoint:
         """Clone everything as it stands; later training does not change the result.
 
         Args:
-            model: its own names are used, so pass the model and not a wrapper around it.
+            model: its own names are used, also within `torch.compile` or DistributedDataParallel; tensors that are
+                sharded over devices are gathered.
             optimizer: its parameters are matched to the model's by identity, never by position.
             scheduler: what its state_dict holds, except functions.
             step: the number of the batch that comes next.
@@ -88,8 +90,8 @@ class Checkpoint:
         """
         return cls(
             step=step,
-            parameters=values.copied(dict(model.named_parameters())),
-            buffers=values.copied(dict(model.named_buffers())),
+            parameters=values.copied(own_parameters(model)),
+            buffers=values.copied(own_buffers(model)),
             optimizer=None if optimizer is None else capture_optimizer(model, optimizer),
             scheduler=None
             if scheduler is None
@@ -97,7 +99,7 @@ class Checkpoint:
             rng=RngState.capture(),
             fingerprint=_fingerprint(model),
             begins_optimizer=begins_optimizer,
-            evaluating=tuple(name for name, module in model.named_modules() if not module.training),
+            evaluating=tuple(name for name, module in own_modules(model).items() if not module.training),
             scaler=None if scaler is None else values.copied(scaler.state_dict()),
         )
 
@@ -119,7 +121,7 @@ class Checkpoint:
             ValueError: names, shapes, dtypes or groups differ, or an optimizer or scheduler is given and this
                 checkpoint holds none.
         """
-        parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+        parameters, buffers = own_parameters(model), own_buffers(model)
         _check_fit(f"checkpoint {self.step}", "parameters", self.parameters, parameters)
         _check_fit(f"checkpoint {self.step}", "buffers", self.buffers, buffers)
         for given, recorded, kind in (

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree
 
-from dynamics.models import lightning_modules
+from dynamics.models import lightning_modules, trainers
 from dynamics.models.lightning_modules import RecipeError as RecipeError
 from dynamics.trees import described
 
@@ -173,6 +173,32 @@ class Recipe:
         if isinstance(clip, ByNorm):
             clip = replace(clip, over="optimizer")
         return cls(model, loss, optimizer, scheduler, clip)
+
+    @classmethod
+    def from_trainer(cls, trainer: Any) -> Recipe:
+        """The step that a Hugging Face Trainer takes, before it trains or after; TRL's Trainers inherit from it.
+
+        The model is a copy; the Trainer itself is not changed. Its `compute_loss` is the loss, under its autocast;
+        its optimizer with its groups, its scheduler, `max_grad_norm` and `gradient_accumulation_steps` are read.
+        `dy.training.batches_of(trainer)` gives the batch of each step, `dy.training.HuggingFaceRecorder` keeps the
+        trajectory.
+
+        Args:
+            trainer: of one process and device, in single precision or bfloat16.
+
+        Raises:
+            RecipeError: it is no Trainer, or another kind. Where the Trainer was given a scheduler, the recipe
+                raises when it needs it; `dataclasses.replace` gives it one.
+        """
+        model, limit = trainers.own_copy(trainer), trainer.args.max_grad_norm
+        return cls(
+            model=model,
+            loss=partial(trainers.trainer_loss, trainer),
+            optimizer=trainers.optimizer_factory(trainer),
+            scheduler=trainers.scheduler_factory(trainer),
+            clip=ByNorm(limit, over="model") if limit else None,
+            accumulate=trainer.args.gradient_accumulation_steps,
+        )
 
     def require_loss(self) -> Callable[[Any, Any], Tensor]:
         """The loss of a step's batch, of all its micro-batches at once; or an error that says to give one."""
