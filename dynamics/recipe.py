@@ -76,8 +76,8 @@ class Recipe:
         scaler: makes the GradScaler of training with float16, such as `torch.amp.GradScaler`; or None. Replays
             scale, unscale and skip steps by it; what verbs exchange are gradients without it.
 
-    The loss runs in the mode (train or eval) that the checkpoint recorded for each submodule, else in the model's
-    own; measures run in eval mode.
+    The loss runs in the mode (train or eval) the model is in, and in a replay in that which the checkpoint recorded
+    for each submodule, if it did; measures run in eval mode.
 
     Raises:
         RecipeError: an optimizer or a scheduler where what makes one belongs, two ways to say one thing, or a value

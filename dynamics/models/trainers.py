@@ -65,7 +65,8 @@ def trainer_loss(trainer: Any, model: Any, batch: Mapping[str, Any]) -> Tensor:
         is_share = told or trainer.compute_loss_func is not None
     if not is_share:
         loss = loss / batch.get(COUNT, n)
-    return loss * n  # which the recipe divides by n
+    share: Tensor = loss * n  # which the recipe divides by n
+    return share
 
 
 class _Autocast:

@@ -20,8 +20,8 @@ from dynamics.sites.families import (
     Family,
     layer_of,
     other_names,
+    segments,
     tied,
-    words,
 )
 from dynamics.sites.site import Site, SiteError, coords_of
 from dynamics.trees import Index
@@ -237,6 +237,11 @@ class Transformer:
         sizes = {size: n for size, name in _CONFIG if isinstance(n := getattr(config, name, None), int)}
         for name, tensor in present.items():
             self._measure(name, tensor, sizes)
+        if sizes.get("n_kv_heads", 1) < 1 or sizes["n_heads"] % sizes.get("n_kv_heads", 1):
+            raise SiteError(
+                f"{type(self.model).__name__} has {sizes['n_heads']} query heads and {sizes['n_kv_heads']} key and "
+                "value heads, of which each should serve as many queries: see config.num_key_value_heads."
+            )
         return Attention(present, sizes)
 
     def _measure(self, name: str, tensor: AttentionTensor, sizes: dict[str, int]) -> None:
@@ -245,16 +250,19 @@ class Transformer:
         fits = len(shape) == len(tensor.axes)
         for axis, size in zip(tensor.axes, shape, strict=False):
             known = {"n_parts": len(tensor.parts), **sizes}
-            unknown = [word for word in words(axis) if word not in known]
-            times = math.prod(known.get(word, 1) for word in words(axis))
+            pieces = segments(axis)
+            unknown = list(dict.fromkeys(word for piece in pieces for word in piece if word not in known))
+            counted = [math.prod(known.get(word, 1) for word in piece) for piece in pieces]
+            times = sum(n for n, piece in zip(counted, pieces, strict=True) if set(unknown) & set(piece))
+            fixed = sum(counted) - times
             if len(unknown) > 1:
                 raise SiteError(
                     f"{type(self.model).__name__} does not say how many heads share an axis of {name}: it has "
                     "no config.num_attention_heads. Use sites.matching(model, {label: glob})."
                 )
             if unknown:
-                sizes[unknown[0]] = size // times
-            fits &= size == times * (sizes[unknown[0]] if unknown else 1)
+                sizes[unknown[0]] = (size - fixed) // times
+            fits &= size == fixed + (times * sizes[unknown[0]] if unknown else 0)
         if not fits:
             told = ", ".join(f"{word} {size}" for word, size in sizes.items())
             raise self._misshapen(name, tensor, f"it is {shape}, with {told}")
@@ -273,8 +281,10 @@ def transformer(model: nn.Module) -> Transformer:
     Raises:
         SiteError: its names are those of no family; the families are listed.
     """
-    tensors = dict(model.named_parameters())
+    tensors, config = dict(model.named_parameters()), getattr(model, "config", None)
     for family in FAMILIES:
+        if any(getattr(config, name, None) != value for name, value in family.config.items()):
+            continue
         for body in dict.fromkeys((family.body, "")):
             begins = re.compile(rf"{re.escape(body)}{family.blocks}\.\d+\.{re.escape(family.known_by)}")
             if any(begins.match(name) for name in tensors):

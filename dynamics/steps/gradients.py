@@ -13,7 +13,7 @@ from checkpoints import Checkpoint
 from checkpoints.rng import RngState
 from dynamics.models.functional import call_with
 from dynamics.recipe import Recipe, RecipeError
-from dynamics.steps.states import coasts, recorded_modes
+from dynamics.steps.states import coasts
 from dynamics.steps.taps import Taps
 from dynamics.trees import described, not_finite
 
@@ -53,8 +53,8 @@ def gradient(
     """Loss and gradient of a batch at a checkpoint, with the checkpoint's random numbers.
 
     Args:
-        recipe: model and loss; the model is left as it is.
-        checkpoint: parameters, buffers, random state, and train or eval modes if it recorded them.
+        recipe: model and loss; the model is left as it is and gives its train or eval mode.
+        checkpoint: parameters, buffers and random state.
         batch: what the loss eats.
         where: how errors name the batch.
         taps: what is read or replaced inside the model on the way.
@@ -81,12 +81,7 @@ def gradient(
         found = torch.autograd.grad(loss, leaves, retain_graph=taps.keeps_graph, allow_unused=True)
         return loss, found, after
 
-    with (
-        checkpoint.random_state(),
-        torch.enable_grad(),
-        recorded_modes(recipe.model, checkpoint),
-        taps.attached(recipe.model),
-    ):
+    with checkpoint.random_state(), torch.enable_grad(), taps.attached(recipe.model):
         loss, found, buffers = call_with(passes, recipe.model, {**parameters, **buffers}, batch)
         rng = RngState.capture()
     if taps.keeps_graph:

@@ -17,7 +17,6 @@ from dynamics.recipe import Recipe
 from dynamics.steps.fallbacks import Fallback, out_of_memory, reason
 from dynamics.steps.gradients import StepGradient
 from dynamics.steps.pullbacks import alike
-from dynamics.steps.states import recorded_modes
 from dynamics.trees import not_finite
 
 Tensors = dict[str, Tensor]
@@ -112,7 +111,6 @@ def _together(
     with (
         warnings.catch_warnings(),
         checkpoint.random_state(),
-        recorded_modes(recipe.model, checkpoint),
         attributes_restored(recipe.model),
     ):
         warnings.simplefilter("error")  # of loops that vmap falls back to

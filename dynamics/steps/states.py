@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,19 +43,6 @@ def set_modes(model: nn.Module, checkpoint: Checkpoint) -> None:
     if checkpoint.evaluating is not None:
         for name, module in model.named_modules():
             module.training = name not in checkpoint.evaluating
-
-
-@contextmanager
-def recorded_modes(model: nn.Module, checkpoint: Checkpoint) -> Iterator[None]:
-    """Each submodule in its recorded mode inside, and in its own again afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    set_modes(model, checkpoint)
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            if module.training != training:
-                module.training = training
 
 
 def assign_rates(recipe: Recipe, groups: Sequence[dict[str, Any]], step: int) -> None:
