@@ -18,7 +18,9 @@ def test_a_bridge_without_a_tokenizer_gives_what_the_model_gives_and_leaves_it_a
     before = copy.deepcopy(model.state_dict())
     bridge = dy.bridge(model)
     batch = tokens(0)
-    torch.testing.assert_close(bridge(batch.tokens), model(batch.tokens).logits, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(
+        bridge(batch.tokens), model(batch.tokens).logits, rtol=1e-4, atol=1e-6
+    )  # NeoX's softmax is single
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert {id(p) for p in bridge.parameters()}.isdisjoint({id(p) for p in model.parameters()})
 
@@ -56,10 +58,6 @@ def test_a_shared_key_or_value_head_is_exchanged_as_in_the_forward_by_hand(part)
             handle = module.register_forward_hook(exchanged)
             expected = float(measures.correct_logit(model, contrast.probe).mean())
             handle.remove()
+            assert abs(float(measures.correct_logit(model, contrast.probe).mean()) - expected) > 1e-6
         for found in (by_bridge, by_module):
             assert float(found["patched"].isel(example=i).item()) == pytest.approx(expected, rel=1e-9)
-            assert (
-                abs(expected - float(found["untouched"].isel(example=i))) > 1e-6
-                if "untouched" in found
-                else True
-            )
