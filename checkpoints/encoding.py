@@ -13,7 +13,6 @@ any bytes are read. Nothing is ever unpickled.
 
 import io
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoints import values
+from checkpoints import hdf5, values
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import TrajectoryError
 from checkpoints.optimizer import OptimizerState
@@ -35,7 +34,6 @@ from checkpoints.rng import RngState, as_value
 
 SCHEMA_VERSION = 2  # 2: evaluating, scaler
 
-_CHUNK_BYTES = 4 << 20
 _DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -117,6 +115,25 @@ def read_tensor(path: Path, name: str, kind: str) -> Tensor:
         return _read_tensor(nodes, offered[name]["$tensor"])
 
 
+def damaged(path: Path) -> list[str]:
+    """The tensors of a damaged file whose own checksums no longer fit; none where its structure is damaged."""
+    found: list[str] = []
+
+    def tried(nodes: _Nodes, reference: dict[str, Any]) -> Tensor:
+        try:
+            return _read_tensor(nodes, reference)
+        except (OSError, TrajectoryError):
+            found.append(str(reference["path"]))
+            return torch.empty(0)
+
+    try:
+        with _opened(path, str(path)) as (nodes, index):
+            values.from_json(index, lambda reference: tried(nodes, reference))
+    except TrajectoryError:
+        return []
+    return found
+
+
 def _as_document(checkpoint: Checkpoint) -> dict[str, Any]:
     optimizer = checkpoint.optimizer
     return {
@@ -191,20 +208,8 @@ def _write_array(group: h5py.Group, name: str, array: np.ndarray[Any, Any]) -> N
     if stored.size == 0:
         group.create_dataset(name, data=stored)  # no bytes to protect, and HDF5 cannot chunk them
     else:
-        chunks = _chunks(stored.shape, stored.itemsize)
+        chunks = hdf5.chunks(stored.shape, stored.itemsize)
         group.create_dataset(name, data=stored, chunks=chunks, fletcher32=True)
-
-
-def _chunks(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """Even slabs of about 4 MiB along the leading axes; small tensors are one chunk."""
-    chunks = list(shape)
-    for axis, length in enumerate(shape):
-        row_bytes = itemsize * math.prod(shape[axis + 1 :])
-        n_slabs = math.ceil(length / max(1, _CHUNK_BYTES // row_bytes))
-        chunks[axis] = math.ceil(length / n_slabs)
-        if chunks[axis] > 1:
-            break
-    return tuple(chunks)
 
 
 _Nodes = dict[str, Any]
@@ -246,24 +251,15 @@ def _dataset(nodes: _Nodes, path: str) -> h5py.Dataset:
             raise TrajectoryError(f"{path!r} is not a path to a dataset")
         so_far = f"{so_far}/{part}"
         if so_far not in nodes:
-            if (link := node.get(part, getlink=True)) is None:
-                raise TrajectoryError(f"{path!r} is missing")
-            if not isinstance(link, h5py.HardLink):
-                raise TrajectoryError(
-                    f"{path!r} leads through a link to elsewhere; only hard links are followed"
-                )
-            nodes[so_far] = node[part]
+            nodes[so_far] = hdf5.member(node, part, path)
         node = nodes[so_far]
     if not isinstance(node, h5py.Dataset):
         raise TrajectoryError(f"{path!r} is a {type(node).__name__}, expected a dataset")
-    properties = node.id.get_create_plist()
-    filters = {properties.get_filter(i)[0] for i in range(properties.get_nfilters())}
-    if node.external or node.is_virtual:
-        raise TrajectoryError(f"{path!r} keeps its data outside itself (external or virtual storage)")
-    if filters != ({h5py.h5z.FILTER_FLETCHER32} if node.size else set()):
-        raise TrajectoryError(f"{path!r} has filters {sorted(filters)}, expected its checksum alone")
-    if node.dtype.hasobject or node.id.get_storage_size() < node.nbytes:
-        raise TrajectoryError(f"{path!r} holds fewer bytes than its shape {node.shape} needs")
+    hdf5.check_storage(node, path)
+    if node.fletcher32 != bool(node.size):
+        raise TrajectoryError(f"{path!r} has no checksum, expected its checksum alone")
+    if node.dtype.hasobject:
+        raise TrajectoryError(f"{path!r} is of type {node.dtype}, expected numbers")
     return node
 
 

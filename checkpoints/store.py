@@ -1,52 +1,57 @@
-"""The files of a run folder: written whole or not at all, named with their checksums in a manifest.
+"""The files of a run folder: written whole or not at all, their checksums in a manifest and an index.
 
-    RUN/manifest.json                      config, provenance, and one entry per checkpoint
+    RUN/manifest.json                      config, provenance, checksums of the files beside it, and its own
+    RUN/trajectory/index.jsonl             one line per checkpoint; see `checkpoints.index`
     RUN/trajectory/step-00000010.h5        checkpoints
 
-A checkpoint exists once the manifest names it. Other files in the folder are left alone.
+A checkpoint exists once the index names it. Other files in the folder are left alone. Runs of schema version 1,
+whose manifest names the checkpoints and has no checksum of its own, are read; the first change renews them.
 """
 
-import hashlib
 import json
 import os
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoints import values
+from checkpoints import files, index, values
 from checkpoints.errors import TrajectoryError
+from checkpoints.index import End, Entry
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 TRAJECTORY = "trajectory"
 LOCK = ".writer.lock"
+ABSENT = ""
+"""In place of a file's checksum where there may be none yet."""
 
-_PARTIAL = ".partial"
-_ENTRY_FILE = re.compile(r"trajectory/[\w-][\w.-]*\.h5")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One checkpoint file: its path below the run folder, and what it must be."""
-
-    step: int
-    file: str
-    sha256: str
-    bytes: int
-    begins_optimizer: bool
+_NEXT = "Restore it from a copy; the run's other checkpoints can still be read."
+_AGAIN = "Restore it from a copy, or call again what wrote it."
+_FILE_BESIDE = re.compile(r"[\w-][\w.-]*")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a run folder holds; `entries` are sorted by step."""
+    """What a run folder holds.
+
+    Attributes:
+        config, provenance: plain values.
+        entries: the checkpoints, sorted by step.
+        files: checksums of files beside the manifest, by name; two of one that is being replaced.
+        end: where the next entry goes; None where the index must be written anew first.
+        sealed: whether the manifest has a checksum, as all have since schema version 2.
+    """
 
     config: dict[str, Any]
     provenance: dict[str, Any]
-    entries: tuple[Entry, ...]
+    entries: tuple[Entry, ...] = ()
+    files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    end: End | None = None
+    sealed: bool = True
 
 
 def holds_run(folder: Path) -> bool:
@@ -61,7 +66,8 @@ def holds_checkpoints(folder: Path) -> bool:
         TrajectoryError: there is a manifest that cannot be read.
     """
     if (folder / MANIFEST).exists():
-        return bool(read_manifest(folder).entries)
+        manifest = read_manifest(folder)
+        return bool(manifest.entries) or len(unnamed(folder, manifest)) > 1
     return any((folder / TRAJECTORY).glob("step-*.h5"))
 
 
@@ -73,19 +79,27 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        document = json.loads(path.read_bytes())
+        text = files.read(path)
+        document = json.loads(text)
         version = int(document["schema_version"])
         if version > SCHEMA_VERSION:
             raise TrajectoryError(
                 f"{path} has schema version {version}; this version reads up to {SCHEMA_VERSION}. "
                 "Update the package to read it."
             )
+        sealed = version > 1 or "sha256" in document
+        if sealed:
+            document, _ = files.unsealed(text)
+            entries, end = index.read(folder)
+        else:
+            entries, end = [index.entry(**each) for each in document["checkpoints"]], None
         return Manifest(
             config=dict(values.from_json(document["config"])),
             provenance=dict(values.from_json(document["provenance"])),
-            entries=tuple(
-                sorted((_entry(**entry) for entry in document["checkpoints"]), key=lambda e: e.step)
-            ),
+            entries=_sorted(entries),
+            files={_beside(name): tuple(map(str, sums)) for name, sums in document.get("files", {}).items()},
+            end=end,
+            sealed=sealed,
         )
     except (FileNotFoundError, NotADirectoryError) as error:
         found = "it has no manifest.json" if folder.is_dir() else "there is no such folder"
@@ -93,20 +107,32 @@ def read_manifest(folder: Path) -> Manifest:
             f"{str(folder)!r} is no run: {found}. A run is a folder with manifest.json and "
             "trajectory/step-*.h5, as TrajectoryWriter.create(folder, config) makes."
         ) from error
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (
+        *(OSError, ValueError, LookupError, TypeError, AttributeError),
+        *(ArithmeticError, RecursionError),
+    ) as error:
         raise TrajectoryError(
-            f"{path} is not a readable manifest ({type(error).__name__}: {error}); restore it from a copy"
+            f"{path} is not a readable manifest ({type(error).__name__}: {error}); restore it from a copy. "
+            "TrajectoryWriter.resume(folder).configure(config) changes a config, an editor does not."
         ) from error
 
 
-def _entry(step: int, file: str, sha256: str, bytes: int, begins_optimizer: bool) -> Entry:
-    if not _ENTRY_FILE.fullmatch(file):
-        raise ValueError(f"entry {step} names {file!r}, expected trajectory/NAME.h5")
-    return Entry(int(step), file, str(sha256), int(bytes), bool(begins_optimizer))
+def _sorted(entries: list[Entry]) -> tuple[Entry, ...]:
+    """Entries by step, each step once."""
+    found = {entry.step: entry for entry in entries}
+    if len(found) < len(entries):
+        raise ValueError("two checkpoints are of one step")
+    return tuple(found[step] for step in sorted(found))
+
+
+def _beside(name: str) -> str:
+    if not _FILE_BESIDE.fullmatch(name):
+        raise ValueError(f"{name!r} is listed, expected the name of a file beside the manifest")
+    return name
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Replace the manifest in one go.
+    """Replace the manifest in one go; the index stays as it is.
 
     Raises:
         TrajectoryError: config or provenance hold what JSON cannot say.
@@ -116,20 +142,21 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "schema_version": SCHEMA_VERSION,
         "config": values.to_json(manifest.config, path=("config",)),
         "provenance": values.to_json(manifest.provenance, path=("provenance",)),
-        "checkpoints": [asdict(entry) for entry in manifest.entries],
+        "files": {name: list(sums) for name, sums in manifest.files.items()},
     }
-    write_atomically(folder / MANIFEST, json.dumps(document, indent=1, allow_nan=False).encode("ascii"))
+    text, _ = files.sealed(json.dumps(document, indent=1, allow_nan=False))
+    files.write_atomically(folder / MANIFEST, text)
 
 
 def write_checkpoint(folder: Path, step: int, image: bytes, begins_optimizer: bool) -> Entry:
-    """Write one checkpoint file; it exists once a manifest with the returned entry is written.
+    """Write one checkpoint file; it exists once the returned entry is appended to the index.
 
     Raises:
         OSError: it could not be written; nothing is left behind.
     """
     file = f"{TRAJECTORY}/step-{step:08d}.h5"
-    write_atomically(folder / file, image)
-    return Entry(step, file, hashlib.sha256(image).hexdigest(), len(image), begins_optimizer)
+    files.write_atomically(folder / file, image)
+    return Entry(step, file, files.sha256(image), len(image), begins_optimizer)
 
 
 def read_checkpoint(folder: Path, entry: Entry) -> bytes:
@@ -140,45 +167,50 @@ def read_checkpoint(folder: Path, entry: Entry) -> bytes:
     """
     path = folder / entry.file
     try:
-        image = path.read_bytes()
+        size = path.stat().st_size
+        image = files.read(path) if size == entry.bytes else b""
     except OSError as error:
         raise TrajectoryError(
-            f"{path}, named by the manifest for step {entry.step}, cannot be read: {error}"
+            f"{path}, named by the manifest for step {entry.step}, cannot be read: {error}. {_NEXT}"
         ) from error
-    if len(image) != entry.bytes:
-        raise TrajectoryError(f"{path} is damaged: {len(image)} bytes, the manifest says {entry.bytes}")
-    if hashlib.sha256(image).hexdigest() != entry.sha256:
-        raise TrajectoryError(f"{path} is damaged: its sha256 is not the one in the manifest")
+    if size != entry.bytes:
+        raise TrajectoryError(f"{path} is damaged: {size} bytes, the manifest says {entry.bytes}. {_NEXT}")
+    if files.sha256(image) != entry.sha256:
+        raise TrajectoryError(f"{path} is damaged: its sha256 is not the one in the manifest. {_NEXT}")
     return image
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is there whole and durable, or not there (or still the old one).
+def read_file(folder: Path, name: str) -> tuple[bytes, bool]:
+    """The bytes of a file beside the manifest, and whether the manifest lists its checksum.
 
     Raises:
-        OSError: as from the system, for example a full disk.
+        TrajectoryError: it is missing, or not the one that was written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    path = folder / name
+    for _ in range(2):  # again, as a writer may have replaced it between the two
+        sums = read_manifest(folder).files.get(name)
+        try:
+            data = files.read(path)
+        except OSError as error:
+            raise TrajectoryError(f"{path} cannot be read: {error}. {_AGAIN}") from error
+        if sums is None or files.sha256(data) in sums:
+            return data, sums is not None
+    raise TrajectoryError(
+        f"{path} is damaged or was edited: its sha256 is not the one in the manifest. {_AGAIN}"
+    )
+
+
+def unnamed(folder: Path, manifest: Manifest) -> list[str]:
+    """Checkpoint files that the index does not name: a killed writer leaves one, an index cut short more."""
+    named = {entry.file for entry in manifest.entries}
+    there = (f"{TRAJECTORY}/{path.name}" for path in (folder / TRAJECTORY).glob("step-*.h5"))
+    return sorted(file for file in there if file not in named)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what a killed writer was in the middle of; call it under the lock only."""
-    for pattern in (f".{MANIFEST}.*{_PARTIAL}", f"{TRAJECTORY}/.step-*.h5.*{_PARTIAL}"):
-        for partial in folder.glob(pattern):
+    for place in (folder, folder / TRAJECTORY):
+        for partial in place.glob(f".*{files.PARTIAL}"):
             partial.unlink(missing_ok=True)
 
 

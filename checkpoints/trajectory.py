@@ -1,6 +1,7 @@
 """The ordered checkpoints of a run, read lazily; those of other formats are converted into one first."""
 
 import bisect
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,13 +10,15 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from checkpoints import encoding, store, values
+from checkpoints import encoding, index, store, values
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import TrajectoryError
 from checkpoints.formats import foreign
 from checkpoints.formats.conversion import Import, Progress
-from checkpoints.formats.naming import Naming
+from checkpoints.formats.naming import Naming, some
 from checkpoints.writer import TrajectoryWriter
+
+logger = logging.getLogger(__name__)
 
 
 class Trajectory:
@@ -40,7 +43,13 @@ class Trajectory:
             TrajectoryError: the folder holds no run, or one that this version cannot read.
         """
         path = Path(folder)
-        return cls(path, store.read_manifest(path))
+        manifest = store.read_manifest(path)
+        if not manifest.sealed:
+            logger.warning(
+                "%s is of an older version: its config and provenance carry no checksum and are unchecked.",
+                path,
+            )
+        return cls(path, manifest)
 
     @classmethod
     def from_state_dicts(
@@ -243,8 +252,7 @@ class Trajectory:
             TrajectoryError: the step is not stored (the message lists those around), or the file is damaged.
         """
         entry = self._entry(step)
-        image = store.read_checkpoint(self._path, entry)
-        self._verified.add(step)
+        image = self._image(entry)
         checkpoint = encoding.decode(image, str(self._path / entry.file))
         if checkpoint.step != step:
             raise TrajectoryError(
@@ -289,8 +297,7 @@ class Trajectory:
         """
         entry = self._entry(step)
         if step not in self._verified:
-            store.read_checkpoint(self._path, entry)
-            self._verified.add(step)
+            self._image(entry)
         return encoding.read_tensor(self._path / entry.file, name, kind)
 
     def export(self, step: int, path: str | os.PathLike[str]) -> None:
@@ -310,21 +317,70 @@ class Trajectory:
         """
         foreign.write_state_dict(self.at(step), Path(path), self._manifest.provenance.get("imported", {}))
 
+    def read_file(self, name: str) -> bytes:
+        """The bytes of a file beside the checkpoints, such as `metrics.csv`, its checksum verified.
+
+        Of a file that the manifest does not list, as in runs of older versions, the log says that it is unchecked.
+
+        Raises:
+            TrajectoryError: it is missing, or is not the one that was written.
+        """
+        data, listed = store.read_file(self._path, name)
+        if not listed:
+            logger.warning("%s is not listed in the manifest and is unchecked.", self._path / name)
+        return data
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of the files beside the checkpoints whose checksums the manifest lists."""
+        listed = self._manifest.files.items()
+        begun = [name for name, sums in listed if store.ABSENT in sums and not (self._path / name).exists()]
+        return tuple(name for name, _ in listed if name not in begun)
+
+    @property
+    def sealed(self) -> bool:
+        """Whether config and provenance carry a checksum; those of older versions do not."""
+        return self._manifest.sealed
+
     def verify(self) -> list[str]:
-        """Read every checkpoint whole and say what is wrong with which; empty when all is well."""
+        """Read every checkpoint and every listed file, and say what is wrong with which; empty when all is well.
+
+        Config, provenance and index were checked when the run was opened.
+        """
         problems = []
         for step in self._steps:
             try:
                 self.at(step)
             except TrajectoryError as error:
                 problems.append(f"step {step}: {error}")
+        for name in self.files:
+            try:
+                self.read_file(name)
+            except TrajectoryError as error:
+                problems.append(str(error))
+        if len(unnamed := store.unnamed(self._path, self._manifest)) > 1:  # a killed writer leaves one
+            problems.append(
+                f"{len(unnamed)} checkpoints are there that {index.INDEX} does not name, the first "
+                f"{unnamed[0]}: it has lost its end. Restore it from a copy."
+            )
         return problems
 
     def _check_not_empty(self) -> None:
         if not self._steps:
             raise TrajectoryError(f"{str(self._path)!r} is a run without checkpoints: none was written yet")
 
-    def _entry(self, step: int) -> store.Entry:
+    def _image(self, entry: index.Entry) -> bytes:
+        """A checkpoint file's bytes; of one that is damaged the tensors in which it is."""
+        try:
+            image = store.read_checkpoint(self._path, entry)
+        except TrajectoryError as error:
+            if places := encoding.damaged(self._path / entry.file):
+                raise TrajectoryError(f"{error} The damage is in {some(places)}.") from error
+            raise
+        self._verified.add(entry.step)
+        return image
+
+    def _entry(self, step: int) -> index.Entry:
         if step in self._entries:
             return self._entries[step]
         self._check_not_empty()

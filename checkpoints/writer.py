@@ -1,14 +1,16 @@
 """Adding checkpoints to a run folder, one writer at a time."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from checkpoints import encoding, store, values
+from checkpoints import encoding, files, index, store, values
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import TrajectoryError
+from checkpoints.index import End, Entry
 
 
 class TrajectoryWriter:
@@ -35,7 +37,10 @@ class TrajectoryWriter:
                     "TrajectoryWriter.resume(folder), or choose another folder."
                 )
             (path / store.TRAJECTORY).mkdir(exist_ok=True)
-            self._replace_manifest(store.Manifest(values.copied(config), values.copied(provenance or {}), ()))
+            manifest = store.Manifest(values.copied(config), values.copied(provenance or {}))
+            self._entries: dict[int, Entry] = {}
+            self._end: End | None = index.write(path, ())
+            self._replace_manifest(manifest)
         except BaseException:
             self._release()
             raise
@@ -77,7 +82,8 @@ class TrajectoryWriter:
         try:
             store.remove_leftovers(path)
             (path / store.TRAJECTORY).mkdir(exist_ok=True)
-            writer._manifest = store.read_manifest(path)
+            writer._manifest = manifest = store.read_manifest(path)
+            writer._entries, writer._end = {entry.step: entry for entry in manifest.entries}, manifest.end
         except BaseException:
             writer._release()
             raise
@@ -102,7 +108,7 @@ class TrajectoryWriter:
     @property
     def steps(self) -> tuple[int, ...]:
         """The stored steps in rising order."""
-        return tuple(entry.step for entry in self._manifest.entries)
+        return tuple(sorted(self._entries))
 
     @property
     def config(self) -> dict[str, Any]:
@@ -118,14 +124,14 @@ class TrajectoryWriter:
             OSError: it could not be written; the run is as it was.
         """
         self._check_open()
-        if checkpoint.step in self.steps:
+        if checkpoint.step in self._entries:
             self._check_same(checkpoint)
             return
         entry = store.write_checkpoint(
             self._path, checkpoint.step, encoding.encode(checkpoint), checkpoint.begins_optimizer
         )
-        entries = sorted((*self._manifest.entries, entry), key=lambda each: each.step)
-        self._replace_manifest(replace(self._manifest, entries=tuple(entries)))
+        self._end = index.append(self._path, entry, self._end or self._index_anew())
+        self._entries[entry.step] = entry
 
     def configure(self, config: dict[str, Any]) -> None:
         """Replace the run's config.
@@ -135,7 +141,29 @@ class TrajectoryWriter:
             OSError: it could not be written; the run is as it was.
         """
         self._check_open()
+        self._end = self._end or self._index_anew()
         self._replace_manifest(replace(self._manifest, config=values.copied(config)))
+
+    def write_file(self, name: str, data: bytes) -> None:
+        """Write a file beside the checkpoints, whole or not at all, and list its checksum.
+
+        While it is replaced the manifest lists both checksums, so that the run is well at every moment.
+
+        Args:
+            name: of the file, without a folder.
+            data: its bytes.
+
+        Raises:
+            OSError: it could not be written; the file is as it was.
+        """
+        self._check_open()
+        listed, checksum = self._manifest.files, files.sha256(data)
+        before = listed.get(name, (store.ABSENT,))
+        if before != (checksum,):
+            self._list({**listed, name: (*before, checksum)})
+        files.write_atomically(self._path / name, data)
+        if before != (checksum,):
+            self._list({**listed, name: (checksum,)})
 
     def close(self) -> None:
         """Let other writers in. Closing twice is harmless."""
@@ -150,6 +178,17 @@ class TrajectoryWriter:
         self._open = True
         return self._path
 
+    def _index_anew(self) -> End:
+        """An index that can be appended to, in place of one that was cut short, or of an older manifest's."""
+        end = index.write(self._path, self._entries.values())
+        if not self._manifest.sealed:
+            self._replace_manifest(replace(self._manifest, sealed=True))
+        return end
+
+    def _list(self, listed: Mapping[str, tuple[str, ...]]) -> None:
+        self._end = self._end or self._index_anew()
+        self._replace_manifest(replace(self._manifest, files=listed))
+
     def _replace_manifest(self, manifest: store.Manifest) -> None:
         store.write_manifest(self._path, manifest)
         self._manifest = manifest
@@ -161,7 +200,7 @@ class TrajectoryWriter:
             )
 
     def _check_same(self, checkpoint: Checkpoint) -> None:
-        entry = next(each for each in self._manifest.entries if each.step == checkpoint.step)
+        entry = self._entries[checkpoint.step]
         stored = encoding.decode(store.read_checkpoint(self._path, entry), str(self._path / entry.file))
         different = stored.differences(checkpoint) + stored.rng_differences(checkpoint)
         if different:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from checkpoints import store
+from checkpoints import files
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import TrajectoryError
 from checkpoints.formats.conversion import Contents, Import, Progress, Source, checked
@@ -324,7 +324,7 @@ def write_state_dict(checkpoint: Checkpoint, path: Path, imported: Mapping[str, 
             f"{str(path)!r} ends in neither .pt nor .safetensors, which say how it is written."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    store.write_atomically(path, data)
+    files.write_atomically(path, data)
 
 
 def _as_safetensors(tensors: dict[str, Tensor]) -> bytes:

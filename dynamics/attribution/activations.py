@@ -31,6 +31,7 @@ from dynamics.engine.activation_gradients import (
     sums_by_member,
 )
 from dynamics.engine.arguments import naming
+from dynamics.engine.exclusive import exclusive
 from dynamics.engine.forward_passes import FrozenModel, MeasurePass, measure_with_taps
 from dynamics.engine.path_integral import Method, Quadrature
 from dynamics.engine.progress import progress_bar
@@ -42,6 +43,7 @@ from dynamics.sites import Site
 from dynamics.steps.taps import runs_of
 
 
+@exclusive
 def attribute_activations(
     recipe: Recipe,
     checkpoint: Checkpoint | None,

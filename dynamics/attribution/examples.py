@@ -14,6 +14,7 @@ from checkpoints import Checkpoint
 from dynamics.engine.arguments import check_all, check_probe, check_recipe, named, naming
 from dynamics.engine.attribution_table import Array, AttributionTable
 from dynamics.engine.batch_rows import row_gradients, row_updates, split_rows
+from dynamics.engine.exclusive import exclusive
 from dynamics.engine.gradient_prefetch import GradientPrefetch
 from dynamics.engine.measure_gradients import MeasureGradients
 from dynamics.engine.measuring import Measuring
@@ -27,6 +28,7 @@ from dynamics.steps.states import starting_point
 from dynamics.steps.update import Steps
 
 
+@exclusive
 def attribute_examples(
     recipe: Recipe,
     checkpoint: Checkpoint | None,

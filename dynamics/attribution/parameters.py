@@ -10,6 +10,7 @@ import xarray as xr
 from checkpoints import CheckpointPair
 from dynamics.engine.arguments import check_pair_arguments, named, naming, probe_of
 from dynamics.engine.attribution_table import AttributionTable
+from dynamics.engine.exclusive import exclusive
 from dynamics.engine.measure_gradients import MeasureGradients
 from dynamics.engine.measuring import Measuring
 from dynamics.engine.path_integral import Method, Quadrature, StraightPath
@@ -23,6 +24,7 @@ from dynamics.steps.fallbacks import ComputePaths
 from dynamics.steps.states import starting_point
 
 
+@exclusive
 def attribute_parameters(
     recipe: Recipe,
     pair: CheckpointPair,

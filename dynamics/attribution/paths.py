@@ -28,6 +28,7 @@ from dynamics.engine.activation_gradients import (
     sums_by_member,
 )
 from dynamics.engine.arguments import naming
+from dynamics.engine.exclusive import exclusive
 from dynamics.engine.forward_passes import FrozenModel, MeasurePass, measure_with_taps
 from dynamics.engine.path_edges import by_hooks, with_heads, written_at
 from dynamics.engine.path_integral import Method, Quadrature
@@ -41,6 +42,7 @@ from dynamics.sites.edges import End, Path, apart, check_paths, receivers_of, se
 EMBED = "hook_embed"
 
 
+@exclusive
 def attribute_paths(
     recipe: Recipe,
     checkpoint: Checkpoint | None,

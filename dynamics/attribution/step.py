@@ -11,6 +11,7 @@ import xarray as xr
 from checkpoints import Checkpoint
 from dynamics.engine.arguments import check_sources, check_step_arguments, named, naming
 from dynamics.engine.attribution_table import AttributionTable
+from dynamics.engine.exclusive import exclusive
 from dynamics.engine.gradient_prefetch import GradientPrefetch
 from dynamics.engine.measure_gradients import MeasureGradients
 from dynamics.engine.measuring import Measuring
@@ -27,6 +28,7 @@ from dynamics.steps.states import starting_point
 from dynamics.steps.update import Steps
 
 
+@exclusive
 def attribute_step(
     recipe: Recipe,
     checkpoint: Checkpoint | None,

@@ -17,6 +17,7 @@ from checkpoints import Checkpoint
 from dynamics import measures
 from dynamics.engine.arguments import check_step_arguments
 from dynamics.engine.batch_sources import source_gradients
+from dynamics.engine.exclusive import exclusive
 from dynamics.engine.measure_gradients import MeasureGradients, MeasureQuery
 from dynamics.engine.path_integral import StraightPath
 from dynamics.engine.progress import progress_bar
@@ -35,6 +36,7 @@ Array = npt.NDArray[np.float64]
 Sources = Callable[[Any], Sequence[Hashable]]
 
 
+@exclusive
 def attribute_training(
     recipe: Recipe,
     checkpoint: Checkpoint | None,

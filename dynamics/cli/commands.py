@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _complain("Stopped. What was stored is kept; the same command goes on from there.")
         sys.exit(INTERRUPTED)
     except _user_errors() as error:
-        _complain(f"{type(error).__name__}: {error}")
+        _complain("\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])]))
         sys.exit(1)
 
 
@@ -98,11 +98,15 @@ def _version() -> str:
 def _user_errors() -> tuple[type[Exception], ...]:
     """What is the user's to mend and is shown without a traceback; imported only once something failed."""
     from checkpoints import TrajectoryError
+    from dynamics.results import ResultsError
     from dynamics.sites import SiteError
     from dynamics.sweeps import SweepError
     from dynamics.training import NonFiniteLoss, RunError
 
-    return CommandError, ConfigError, TrajectoryError, SiteError, SweepError, NonFiniteLoss, RunError
+    return (
+        *(CommandError, ConfigError, TrajectoryError, ResultsError, SiteError, SweepError),
+        *(NonFiniteLoss, RunError, OSError),
+    )
 
 
 def _complain(message: str) -> None:

@@ -120,13 +120,16 @@ def _ranges(steps: Sequence[int]) -> str:
 
 
 def _sizes(path: Path) -> str:
-    """The dims of a file of results, by its header alone."""
+    """The dims of a file of results, by its header alone once its checksum is verified."""
     import xarray as xr
 
+    from dynamics import results
+
     try:
+        results.verify(path)
         with xr.open_dataset(path, engine="h5netcdf", decode_times=False, decode_timedelta=False) as dataset:
             return ", ".join(f"{size} {dim}" for dim, size in dataset.sizes.items())
-    except OSError as error:
+    except (OSError, results.ResultsError) as error:
         return f"not readable: {error}"
 
 

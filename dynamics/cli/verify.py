@@ -16,8 +16,9 @@ def run(words: Sequence[str]) -> None:
     parser = Parser(
         prog="dynamics verify",
         usage="dynamics verify RUN",
-        description="Check every file of a run by its checksum and replay every stored neighbour, bit by bit. Of "
-        "a run whose task is not one of this toolkit the files alone are checked.",
+        description="Check every file of a run by its checksum - checkpoints, manifest, metrics, config, results - "
+        "and replay every stored neighbour, bit by bit. Of a run whose task "
+        "is not one of this toolkit the files alone are checked.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     folder = parser.parse_args(list(words)).run
@@ -25,15 +26,17 @@ def run(words: Sequence[str]) -> None:
     from tqdm.auto import tqdm
 
     from checkpoints import Trajectory
-    from dynamics import studies
+    from dynamics import steps, studies
 
     trajectory = Trajectory.open(folder)
-    problems = trajectory.verify()
-    for problem in problems:
+    files = steps.verify_files(trajectory)
+    for problem in files.problems:
         print(problem)
-    if problems:
+    if files.problems:
         sys.exit(1)
-    print(f"{len(trajectory)} files match their checksums.")
+    print(f"{len(files.checked)} files match their checksums.")
+    if files.unchecked:
+        print(f"note: {len(files.unchecked)} carry none and are unchecked: {', '.join(files.unchecked)}")
     if "imported" in trajectory.provenance:
         print("They were imported, so there are no batches to replay.")
         return

@@ -145,7 +145,7 @@ class MeasureGradients:
                     values[i] = value
                     for n, g in found.items():
                         if g is not None:
-                            gradients[n][i] = g
+                            gradients[n][i] = g.to_dense() if g.is_sparse else g
         return values, gradients
 
     def _of_alike(

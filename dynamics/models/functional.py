@@ -67,9 +67,9 @@ def call_with(
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Every submodule in eval mode inside, each in its own mode again afterwards."""
     modes = {module: module.training for module in model.modules()}
-    if any(modes.values()):
-        model.eval()
     try:
+        if any(modes.values()):
+            model.eval()
         yield
     finally:
         for module, training in modes.items():

@@ -21,6 +21,7 @@ from dynamics.engine.activation_exchange import (
     fill,
 )
 from dynamics.engine.arguments import check_all, naming
+from dynamics.engine.exclusive import exclusive
 from dynamics.engine.forward_passes import FrozenModel, MeasurePass, measure_with_taps
 from dynamics.engine.progress import progress_bar
 from dynamics.measures import Measure
@@ -31,6 +32,7 @@ from dynamics.steps.taps import runs_of
 from dynamics.trees import Index
 
 
+@exclusive
 def patch_activations(
     recipe: Recipe,
     checkpoint: Checkpoint | CheckpointPair | None,

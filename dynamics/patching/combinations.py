@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 
 from checkpoints import Checkpoint, CheckpointPair
+from dynamics.engine.exclusive import exclusive
 from dynamics.measures import Measure
 from dynamics.patching.gradients import patch_gradients
 from dynamics.recipe import Contrast, Recipe
@@ -17,6 +18,7 @@ from dynamics.sites import Site, union
 Verb = Callable[..., xr.Dataset]
 
 
+@exclusive
 def interactions(
     recipe: Recipe,
     checkpoint: Checkpoint | CheckpointPair | None,

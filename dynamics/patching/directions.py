@@ -10,11 +10,13 @@ import xarray as xr
 from checkpoints import Checkpoint, CheckpointPair
 from dynamics import results
 from dynamics.engine.arguments import probe_of
+from dynamics.engine.exclusive import exclusive
 from dynamics.measures import Measure
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site
 
 
+@exclusive
 def both_directions(
     verb: Callable[..., xr.Dataset],
     recipe: Recipe,

@@ -11,6 +11,7 @@ import xarray as xr
 from checkpoints import Checkpoint
 from dynamics import results
 from dynamics.engine.arguments import check_step_arguments
+from dynamics.engine.exclusive import exclusive
 from dynamics.engine.factor_crossing import CrossedFactors, Run
 from dynamics.engine.runs import Runs, reference_models_trimmed, run_contrasts, stepped_models
 from dynamics.measures import Measure
@@ -28,6 +29,7 @@ CROSSINGS: dict[str, tuple[Run, Run]] = {
 """Which run x and δ come from; the fourth crossing is the base run itself."""
 
 
+@exclusive
 def patch_factors(
     recipe: Recipe,
     checkpoint: Checkpoint | None,

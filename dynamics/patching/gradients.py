@@ -10,6 +10,7 @@ import xarray as xr
 from checkpoints import Checkpoint
 from dynamics.engine.arguments import check_step_arguments
 from dynamics.engine.exchanged_gradients import patched_gradients
+from dynamics.engine.exclusive import exclusive
 from dynamics.engine.mixtures import mixed_models
 from dynamics.engine.runs import Runs, Variants, reference_models_trimmed, run_contrasts, stepped_models
 from dynamics.measures import Measure
@@ -18,6 +19,7 @@ from dynamics.sites import Site, check
 from dynamics.steps.stacks import Stack
 
 
+@exclusive
 def patch_gradients(
     recipe: Recipe,
     checkpoint: Checkpoint | None,

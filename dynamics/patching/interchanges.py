@@ -8,11 +8,13 @@ import xarray as xr
 
 from checkpoints import Checkpoint, CheckpointPair
 from dynamics import measures
+from dynamics.engine.exclusive import exclusive
 from dynamics.patching.activations import patch_activations
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site
 
 
+@exclusive
 def interchange(
     recipe: Recipe,
     checkpoint: Checkpoint | CheckpointPair | None,

@@ -13,6 +13,7 @@ from torch import Tensor
 from checkpoints import CheckpointPair
 from dynamics import measures
 from dynamics.engine.arguments import check_pair_arguments, named, naming, probe_of
+from dynamics.engine.exclusive import exclusive
 from dynamics.engine.measuring import Measuring
 from dynamics.engine.mixtures import in_model_order, mixtures
 from dynamics.engine.positionwise_layers import PositionwiseCall, located
@@ -28,6 +29,7 @@ from dynamics.steps.stacks import Stack, Workspace, stack
 from dynamics.steps.states import starting_point
 
 
+@exclusive
 def patch_parameters(
     recipe: Recipe,
     pair: CheckpointPair,

@@ -18,6 +18,7 @@ from dynamics.engine.activation_exchange import (
     fill,
 )
 from dynamics.engine.arguments import naming
+from dynamics.engine.exclusive import exclusive
 from dynamics.engine.forward_passes import FrozenModel, measure_with_taps
 from dynamics.engine.path_edges import by_hooks, with_heads, written_at
 from dynamics.engine.progress import progress_bar
@@ -28,6 +29,7 @@ from dynamics.sites.edges import End, Path, apart, check_paths, receivers_of, se
 from dynamics.steps.taps import Taps
 
 
+@exclusive
 def patch_paths(
     recipe: Recipe,
     checkpoint: Checkpoint | None,

@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 
 from checkpoints import Checkpoint, CheckpointPair
+from dynamics.engine.exclusive import exclusive
 from dynamics.measures import Measure
 from dynamics.patching.gradients import patch_gradients
 from dynamics.recipe import Contrast, Recipe
@@ -21,6 +22,7 @@ MOST_GROUPS = 8
 """Groups of sites whose Shapley values are computed: each has a step for every subset of them, 2⁸ in all."""
 
 
+@exclusive
 def shapley_values(
     recipe: Recipe,
     checkpoint: Checkpoint | CheckpointPair | None,

@@ -12,6 +12,7 @@ import xarray as xr
 
 from checkpoints import Checkpoint
 from dynamics.engine.arguments import check_step_arguments
+from dynamics.engine.exclusive import exclusive
 from dynamics.engine.runs import Runs, reference_models_trimmed, run_contrasts, stepped_models
 from dynamics.engine.stack_memory import HALF, chunks, models_per_stack
 from dynamics.measures import Measure
@@ -28,6 +29,7 @@ ONE_BY_ONE = "a backward pass for each site"
 NOT_LINEAR = "a batched backward pass found another gradient than one by itself"
 
 
+@exclusive
 def patch_signals(
     recipe: Recipe,
     checkpoint: Checkpoint | None,

@@ -8,6 +8,7 @@ import xarray as xr
 
 from checkpoints import Checkpoint
 from dynamics.engine.arguments import check_step_arguments
+from dynamics.engine.exclusive import exclusive
 from dynamics.engine.mixtures import in_model_order, mixed_models
 from dynamics.engine.runs import run_contrasts
 from dynamics.measures import Measure
@@ -15,6 +16,7 @@ from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, check, check_whole
 
 
+@exclusive
 def patch_updates(
     recipe: Recipe,
     checkpoint: Checkpoint | None,

@@ -12,6 +12,7 @@ import xarray as xr
 from checkpoints import Checkpoint
 from dynamics.engine.arguments import check_step_arguments
 from dynamics.engine.exchanged_gradients import patched_gradients
+from dynamics.engine.exclusive import exclusive
 from dynamics.engine.gradient_prefetch import GradientPrefetch
 from dynamics.engine.runs import Runs, run_contrasts
 from dynamics.measures import Measure
@@ -22,6 +23,7 @@ from dynamics.steps.stacks import Stack, stack
 from dynamics.steps.update import Steps
 
 
+@exclusive
 def patch_window(
     recipe: Recipe,
     checkpoint: Checkpoint | None,

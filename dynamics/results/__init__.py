@@ -15,6 +15,8 @@ from dynamics.results.datasets import is_account as is_account
 from dynamics.results.datasets import joined as joined
 from dynamics.results.datasets import tidy as tidy
 from dynamics.results.datasets import units as units
+from dynamics.results.files import ResultsError as ResultsError
 from dynamics.results.files import load as load
 from dynamics.results.files import save as save
+from dynamics.results.files import verify as verify
 from dynamics.results.provenance_json import provenance as provenance

@@ -10,7 +10,9 @@ from dynamics.steps.replaying import replay as replay
 from dynamics.steps.taps import Cache as Cache
 from dynamics.steps.update import step_from as step_from
 from dynamics.steps.update import steps_from as steps_from
+from dynamics.steps.verifying import FileReport as FileReport
 from dynamics.steps.verifying import Verdict as Verdict
 from dynamics.steps.verifying import environment_changes as environment_changes
 from dynamics.steps.verifying import verify as verify
+from dynamics.steps.verifying import verify_files as verify_files
 from dynamics.steps.walking import walk as walk

@@ -177,8 +177,8 @@ _MIXES = (
 def _drawing_from(state: Tensor) -> Iterator[None]:
     """Torch's CPU generator in the given state inside, and as it was afterwards."""
     before = torch.get_rng_state()
-    torch.set_rng_state(state)
     try:
+        torch.set_rng_state(state)
         yield
     finally:
         torch.set_rng_state(before)

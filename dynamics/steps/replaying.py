@@ -133,8 +133,8 @@ def resumed(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[TrainingLoop]:
 def _deterministic(checkpoint: Checkpoint) -> Iterator[None]:
     """Deterministic kernels inside if the run was recorded with them; the caller's setting afterwards."""
     before = torch.get_deterministic_debug_mode()
-    torch.use_deterministic_algorithms(checkpoint.fingerprint.get("deterministic") == "True")
     try:
+        torch.use_deterministic_algorithms(checkpoint.fingerprint.get("deterministic") == "True")
         yield
     finally:
         torch.set_deterministic_debug_mode(before)

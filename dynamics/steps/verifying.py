@@ -1,4 +1,4 @@
-"""Verifying a recorded run: the steps between stored neighbours are taken again and compared, bit for bit."""
+"""Verifying a recorded run: its files by their checksums, its steps by taking them again, bit for bit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from checkpoints import Checkpoint, Trajectory
+from checkpoints import Checkpoint, Trajectory, index, store
+from dynamics import results
 from dynamics.recipe import ByNorm, Recipe
 from dynamics.steps.replaying import advance
 from dynamics.steps.states import assign_rates
@@ -31,6 +32,44 @@ class Verdict:
     stop: int
     differences: tuple[str, ...]
     cause: str | None = None
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """What the files of a run's folder say about themselves.
+
+    Attributes:
+        checked: those that carry a checksum, below the run's folder.
+        unchecked: those that carry none: figures, logs and notes, and whatever older versions wrote.
+        problems: what is wrong with those that were checked, in words; empty where nothing is.
+    """
+
+    checked: tuple[str, ...]
+    unchecked: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+def verify_files(run: Trajectory) -> FileReport:
+    """Check every file of a run: checkpoints, files beside them, and results wherever in its folder they lie.
+
+    The manifest and the index were checked when the run was opened. Hidden files are left out.
+    """
+    problems = run.verify()
+    unchecked: list[str] = []
+    checked = [*(entry.file for entry in store.read_manifest(run.path).entries), *run.files]
+    known = {*checked, index.INDEX, *([store.MANIFEST] if run.sealed else [])}
+    for path in sorted(path for path in run.path.rglob("*") if path.is_file()):
+        name, sealed = path.relative_to(run.path).as_posix(), False
+        if name in known or path.name.startswith("."):
+            continue
+        if path.suffix == ".h5" and not name.startswith(f"{store.TRAJECTORY}/"):
+            try:
+                sealed = results.verify(path)
+            except (OSError, results.ResultsError) as error:
+                problems.append(str(error))
+                sealed = True
+        (checked if sealed else unchecked).append(name)
+    return FileReport(tuple(checked), tuple(unchecked), tuple(problems))
 
 
 def verify(recipe: Recipe, run: Trajectory, batch_of: Callable[[int], Any]) -> Iterator[Verdict]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def run(config: StudyConfig, out: Path) -> Report:
     task = tasks.aliases.load(trajectory.config)
     effects = {name: _effects(task, trajectory, name, out / "results" / f"{name}.h5") for name in VERBS}
     summary = statistics.summarize(effects["patch_gradients"])
-    metrics = pd.read_csv(out / "metrics.csv")
+    metrics = pd.read_csv(BytesIO(trajectory.read_file("metrics.csv")))
     _draw(task, metrics, summary, out / "figures")
     chosen = primary(summary, task.config.patching, task)
     tables = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,9 @@ from dynamics.measures import Measure
 from dynamics.sweeps import shards, working
 from dynamics.sweeps.errors import SweepError
 from dynamics.sweeps.planning import Contrasts, Plan, Runs, Sites, as_stored, of_config, plan
-from dynamics.sweeps.units import State, Task, Verb, forget
+from dynamics.sweeps.units import State, Task, Unit, Verb, forget
+
+logger = logging.getLogger(__name__)
 
 
 def sweep(
@@ -110,9 +113,21 @@ def run(
                 if dataset is not None:
                     found[number] = dataset
                 bar.update(asked.units[number].replays)
+        return asked.joined([found[n] if n in found else _kept(path, unit) for n, unit, path in jobs])
     finally:
         forget()
-    return asked.joined([results.load(path) if path and n not in found else found[n] for n, _, path in jobs])
+
+
+def _kept(path: Path | None, unit: Unit) -> xr.Dataset:
+    """What a file keeps of a unit; one that is damaged is computed and written again."""
+    assert path is not None, "what no file keeps was found just now"
+    try:
+        return results.load(path)
+    except results.ResultsError as error:
+        logger.warning("%s It is computed again.", error)
+        again = unit.compute()
+        results.save(again, path, overwrite=True)
+        return again
 
 
 def _progress(asked: Plan, todo: Sequence[working.Job]) -> tqdm[NoReturn]:

@@ -9,14 +9,13 @@ Several sweeps may share a folder; what they have in common is computed once.
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import xarray as xr
 
+from checkpoints import files
 from dynamics import results
 from dynamics.sweeps.planning import Plan
 from dynamics.sweeps.units import Unit
@@ -36,14 +35,8 @@ def keep(found: xr.Dataset, path: Path) -> None:
 def describe(plan: Plan, folder: Path) -> None:
     """Write down beside the shards what was asked."""
     text = json.dumps({**plan.words, "shards": _contents(plan, folder)}, indent=1, ensure_ascii=False)
-    path = folder / f"{plan.name}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_text(text + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.write_atomically(folder / f"{plan.name}.json", (text + "\n").encode())
 
 
 def _contents(plan: Plan, folder: Path) -> dict[str, Any]:

@@ -111,7 +111,9 @@ def local(workers: int) -> Iterator[Client]:
             processes=True,
             memory_limit=None,
             dashboard_address=None,
-            scheduler_kwargs={"dashboard_address": ":0"},  # two sweeps at once do not ask for one port
+            scheduler_kwargs={
+                "dashboard_address": "127.0.0.1:0"
+            },  # two sweeps at once do not ask for one port
             preload=[DEAF],
         ) as cluster,
         dask.Client(cluster) as client,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -93,7 +91,7 @@ class Evaluation(Callback):
             logger.save()
 
 
-def collect(logs: Path, target: Path) -> pd.DataFrame:
+def collect(logs: Path) -> pd.DataFrame:
     """Join the CSV logs of a run's fits, `logs/FIT/metrics.csv`, into one table by step.
 
     Where two fits logged the same step, as after an interruption, the later row of the later fit stands.
@@ -101,8 +99,4 @@ def collect(logs: Path, target: Path) -> pd.DataFrame:
     tables = [pd.read_csv(path) for path in sorted(logs.glob("*/metrics.csv"))]
     if not tables:
         return pd.DataFrame({"step": []})
-    table = pd.concat(tables).groupby("step", as_index=False).last()
-    with tempfile.NamedTemporaryFile("w", dir=target.parent, suffix=".csv", delete=False) as file:
-        table.to_csv(file, index=False)
-    os.replace(file.name, target)
-    return table
+    return pd.concat(tables).groupby("step", as_index=False).last()

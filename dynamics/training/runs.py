@@ -108,7 +108,7 @@ def _writer(config: RunConfig, out: Path) -> TrajectoryWriter:
             )
         return TrajectoryWriter.resume(out)
     writer = TrajectoryWriter.create(out, config.to_dict(), {"requested": config.to_dict()})
-    _write_yaml(config, out)
+    _write_yaml(config, writer)
     return writer
 
 
@@ -133,11 +133,11 @@ def _difference(found: dict[str, Any], asked: dict[str, Any], prefix: str = "") 
 def _keep(config: RunConfig, writer: TrajectoryWriter) -> None:
     """Store a config as the run's, with its trajectory and beside it."""
     writer.configure(config.to_dict())
-    _write_yaml(config, writer.path)
+    _write_yaml(config, writer)
 
 
-def _write_yaml(config: RunConfig, out: Path) -> None:
-    (out / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+def _write_yaml(config: RunConfig, writer: TrajectoryWriter) -> None:
+    writer.write_file("config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
 
 
 def _beginning(task: Task) -> Checkpoint:
@@ -204,7 +204,8 @@ def _fit_phase(task: Task, writer: TrajectoryWriter, state: Checkpoint, phase: s
             return replace(recorder.capture(trainer, module), begins_optimizer=False)
     finally:
         torch.set_deterministic_debug_mode(before)
-        collect(writer.path / "logs", writer.path / "metrics.csv")
+        if len(metrics := collect(writer.path / "logs")):
+            writer.write_file("metrics.csv", metrics.to_csv(index=False).encode())
 
 
 class _PhaseRecorder(TrajectoryRecorder):

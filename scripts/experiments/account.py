@@ -19,8 +19,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
+import scipy.stats
 import torch
 import xarray as xr
+from matplotlib.figure import Figure
 from torch import Tensor
 
 import dynamics as dy
@@ -31,11 +34,13 @@ from dynamics.measures import LogitMeasure
 from dynamics.randomness import generator
 from dynamics.sites import Site
 from dynamics.tasks import AliasTask
+from scripts.shared.into_readme import conclude, interval, markdown, stamp
 from scripts.shared.runs import each, parser_of_runs, run_key, stored
 
 AFTER = (10, 50, 200)
 """Lengths of windows, in steps."""
 HEADS_UNTIL = 50
+EARLY = 50
 NOISE = 1e-4
 """Relative size of the perturbation that ceilings are taken under."""
 HALVES = 40
@@ -286,12 +291,191 @@ def of_run(folder: Path, out: Path) -> dict[str, xr.Dataset]:
     }
 
 
+# --- what it comes to -------------------------------------------------------------------------------------
+
+FORETOLD_BY = ("account", "fresh step", "stored step", "impulse", "distance")
+Found = Sequence[Mapping[str, xr.Dataset]]
+
+
+def written(found: Found) -> list[str]:
+    """Lines: what each source, component and embedding row wrote into D, early and over all of X2."""
+    accounts = [results.difference(one["whole"], "Dt3", "Df4") for one in found]
+    rows = []
+
+    def row(name: str, part_of: Callable[[xr.Dataset], xr.DataArray]) -> None:
+        parts = [part_of(account) for account in accounts]
+        early = [float(part.isel(step=slice(0, 1 + EARLY // 10)).sum()) for part in parts]
+        rows.append([name, interval(early), interval([float(part.sum()) for part in parts])])
+
+    def of_components(account: xr.Dataset) -> xr.DataArray:
+        return account["attribution"].isel(site=account["level"].values == "components")
+
+    row("change of D", lambda account: account["value"].diff("step"))
+    row("account, all of it", of_components)
+    for source in accounts[0]["source"].values:
+        row(f"source: {source}", lambda account, source=source: of_components(account).sel(source=source))
+    for site in of_components(accounts[0])["site"].values:
+        row(f"component: {site}", lambda account, site=site: of_components(account).sel(site=site))
+    row(
+        "own rows of the token embedding",
+        lambda account: account["attribution"].isel(site=account["level"].values == "rows"),
+    )
+    row(
+        "all other rows",
+        lambda account: (
+            account["attribution"].sel(site="embed")
+            - account["attribution"].isel(site=account["level"].values == "rows").sum("site")
+        ),
+    )
+    lines = markdown(["mean over runs, logits", f"first {EARLY} steps", "all of X2"], rows)
+    gaps = []
+    for account in accounts:
+        change = float(account["value"][-1] - account["value"][0])
+        total = float(of_components(account).sum())
+        gaps.append([abs(total - change) / abs(change), float(abs(account["residual"]).sum()) / abs(change)])
+    worst, mean = np.max(gaps, axis=0), np.mean(gaps, axis=0)
+    return [
+        *lines,
+        "",
+        f"Sum less change, of the change: {100 * mean[0]:.2f} % on average, {100 * worst[0]:.2f} % at worst; "
+        f"sum of the residuals' sizes {100 * mean[1]:.0f} % on average.",
+    ]
+
+
+def agreements(found: Found) -> pd.DataFrame:
+    """Correlation over sites of what might foretell the window with the window, by run: one row each."""
+    rows = []
+    for number, one in enumerate(found):
+        windows, paths = one["windows"], one["paths"]
+        components = [str(s) for s in windows["impulse"].dropna("site", how="all")["site"].values]
+        heads = [str(s) for s in windows["head_site"].values]
+        for n in AFTER:
+            for level, names in (("components", components), ("heads", heads)):
+                if level == "heads" and n > HEADS_UNTIL:
+                    continue
+                for name, scores in _scores(windows, paths, level, names, n).items():
+                    truth = _window(windows, level, names, n)
+                    rows.append(
+                        {
+                            "run": number,
+                            "level": level,
+                            "steps": n,
+                            "by": name,
+                            "spearman": float(scipy.stats.spearmanr(scores, truth).statistic),
+                            "pearson": float(scipy.stats.pearsonr(scores, truth).statistic),
+                        }
+                    )
+    return pd.DataFrame(rows)
+
+
+def _window(windows: xr.Dataset, level: str, names: Sequence[str], n: int) -> Array:
+    if level == "heads":
+        return windows["window of heads"].sel(step=n, head_site=list(names)).values
+    return windows["window"].sel(step=n, site=list(names)).values
+
+
+def _scores(
+    windows: xr.Dataset, paths: xr.Dataset, level: str, names: Sequence[str], n: int
+) -> dict[str, Array]:
+    """By name, what each of several quantities says of the sites."""
+    sites = list(names)
+    until = paths["attribution"].isel(step=slice(0, n + 1)).sum("step").sel(site=sites)
+    found = {
+        "account": (until.sel(direction="retagged") - until.sel(direction="as trained")).values,
+        "fresh step": windows["fresh"].sel(site=sites).values,
+        "stored step": windows["stored"].sel(site=sites).values,
+        "distance": windows["distance"].sel(step=n, site=sites).values,
+    }
+    if level == "components":
+        found["impulse"] = windows["impulse"].sel(step=n, site=sites).values
+        found["window under noise"] = windows["window under noise"].sel(step=n, site=sites).values
+    return found
+
+
+def foretold(table: pd.DataFrame) -> list[str]:
+    """Lines: mean correlations with the window over runs, and how far the account is above each other one."""
+    rows = []
+    for (level, n), part in table.groupby(["level", "steps"], sort=False):
+        by = part.pivot(index="run", columns="by", values="spearman")
+        linear = part.pivot(index="run", columns="by", values="pearson")
+        for name in [b for b in (*FORETOLD_BY, "window under noise") if b in by]:
+            above = "–" if name in ("account", "window under noise") else interval(by["account"] - by[name])
+            rows.append([f"{level}, {n} steps", name, interval(by[name]), interval(linear[name]), above])
+    return markdown(
+        ["window", "foretold by", "Spearman", "Pearson", "account's Spearman above it"],
+        rows,
+    )
+
+
+def linear_datamodeling(found: Found) -> pd.DataFrame:
+    """Spearman's correlation over the halves between D and the sum of the scores that stay, by run."""
+    rows = []
+    for one in found:
+        halves = one["halves"]
+        kept, end = halves["kept"].values, halves["end"].values
+        scores = {
+            name: kept @ halves[name].values for name in ("account", "attribute_examples", "TracIn", "random")
+        }
+        scores["the same under noise"] = halves["end under noise"].values
+        rows.append(
+            {name: float(scipy.stats.spearmanr(score, end).statistic) for name, score in scores.items()}
+        )
+    return pd.DataFrame(rows)
+
+
+def draw(table: pd.DataFrame, halves: pd.DataFrame) -> Figure:
+    """Left, what foretells the window over components; right, linear datamodeling scores. Means, t intervals."""
+    figure = Figure(figsize=(9.6, 3.9), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+    of_components = table[table["level"] == "components"]
+    names = [*FORETOLD_BY, "window under noise"]
+    for i, name in enumerate(names):
+        for j, n in enumerate(AFTER):
+            chosen = of_components[(of_components["by"] == name) & (of_components["steps"] == n)]["spearman"]
+            mean, low, high = map(float, dy.statistics.mean_interval(chosen.to_numpy()))
+            colour = ("#56B4E9", "#0072B2", "#000000")[j]
+            left.errorbar(
+                i + 0.2 * (j - 1), mean, [[mean - low], [high - mean]], fmt="o", color=colour, markersize=5
+            )
+    for j, n in enumerate(AFTER):
+        left.plot([], [], "o", color=("#56B4E9", "#0072B2", "#000000")[j], label=f"{n} steps")
+    left.set_xticks(range(len(names)), names, rotation=20, ha="right", fontsize=8)
+    left.set_ylabel("Spearman's correlation over components")
+    left.set_title("What foretells a window of exchanged tags", fontsize=10)
+    left.legend(frameon=False, fontsize=8, loc="lower left")
+    for i, name in enumerate(halves):
+        mean, low, high = map(float, dy.statistics.mean_interval(halves[name].to_numpy()))
+        right.errorbar(i, mean, [[mean - low], [high - mean]], fmt="o", color="#000000", markersize=5)
+    right.set_xticks(range(halves.shape[1]), list(halves), rotation=20, ha="right", fontsize=8)
+    right.set_ylabel("linear datamodeling score")
+    right.set_title("Definitions left out", fontsize=10)
+    for axes in (left, right):
+        axes.axhline(0, color="#888888", linewidth=0.8, zorder=1)
+        axes.set_ylim(-1, 1.05)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compute what is missing."""
+    """Compute what is missing, and say what it comes to."""
     parser = parser_of_runs(__doc__, "account")
     parser.add_argument("--workers", type=int, default=1, help="processes")
     given: Any = parser.parse_args(arguments)
-    each(of_run, [(folder, given.out) for folder in given.runs], given.workers)
+    found = each(of_run, [(folder, given.out) for folder in given.runs], given.workers)
+    table, halves = agreements(found), linear_datamodeling(found)
+    text = [
+        *written(found),
+        "",
+        *foretold(table),
+        "",
+        *markdown(
+            ["score of definitions", "linear datamodeling score"], [[n, interval(halves[n])] for n in halves]
+        ),
+        "",
+        f"n = {len(found)} runs; means with 95 % t intervals over runs. Analysis fixed beforehand in "
+        f"`docs/analyses/account.md`. {stamp(__file__)}",
+    ]
+    conclude(given, "account", "\n".join(text), draw(table, halves), {"script": Path(__file__).name})
 
 
 if __name__ == "__main__":

@@ -113,14 +113,6 @@ def test_a_tensor_larger_than_a_chunk_survives():
     assert same_bits(decode(encode(replace(EMPTY, parameters={"w": tensor}))).parameters["w"], tensor)
 
 
-@given(shapes.filter(lambda shape: shape and math.prod(shape)), st.integers(1, 30))
-def test_chunks_cover_a_tensor_without_exceeding_it(shape, scale):
-    shape = tuple(scale * length for length in shape)
-    chunks = encoding._chunks(shape, itemsize=8 << 10)
-    assert all(1 <= chunk <= length for chunk, length in zip(chunks, shape, strict=True))
-    assert math.prod(chunks) * (8 << 10) <= encoding._CHUNK_BYTES
-
-
 def test_a_whole_checkpoint_survives_storage(trained):
     model, optimizer = trained
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)

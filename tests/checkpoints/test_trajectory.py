@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from checkpoints import Checkpoint, Trajectory, TrajectoryError, TrajectoryWriter
+from tests.zoo.older_runs import as_schema_1
 
 
 def edit_manifest(run, edit):
-    path = run / "manifest.json"
-    document = json.loads(path.read_text())
+    """Change a manifest of schema version 1, which has no checksum."""
+    document = as_schema_1(run)
     edit(document)
-    path.write_text(json.dumps(document))
+    (run / "manifest.json").write_text(json.dumps(document))
 
 
 def test_what_was_appended_comes_back_bit_for_bit(tmp_path, trained):
@@ -35,6 +36,7 @@ def test_a_run_folder_has_the_promised_layout_and_may_hold_other_files(tmp_path,
         ".writer.lock",
         "config.yaml",
         "manifest.json",
+        "trajectory/index.jsonl",
         "trajectory/step-00000010.h5",
     ]
 

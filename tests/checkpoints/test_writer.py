@@ -75,13 +75,21 @@ class FullFile:
     def __exit__(self, *error):
         self.file.close()
 
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
     def write(self, data):
         self.file.write(data[: len(data) // 2])
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("file", ["step-00000030.h5", "manifest.json"])
-@pytest.mark.parametrize("operation", ["write", "fsync", "replace"])
+@pytest.mark.parametrize(
+    ("file", "operation"),
+    [
+        *(("step-00000030.h5", operation) for operation in ("write", "fsync", "replace")),
+        *(("index.jsonl", operation) for operation in ("write", "fsync")),
+    ],
+)
 def test_a_full_disk_is_an_os_error_and_leaves_the_run_valid(run, monkeypatch, file, operation, small, files):
     current = []
     real_open, real_fsync, real_replace = Path.open, os.fsync, os.replace
@@ -92,7 +100,7 @@ def test_a_full_disk_is_an_os_error_and_leaves_the_run_valid(run, monkeypatch, f
     def full_open(path, mode="r", *args, **kwargs):
         current.append(path.name)
         opened = real_open(path, mode, *args, **kwargs)
-        return FullFile(opened) if "w" in mode and operation == "write" and fails() else opened
+        return FullFile(opened) if mode != "r" and operation == "write" and fails() else opened
 
     def full_fsync(descriptor):
         if operation == "fsync" and fails():
@@ -112,6 +120,8 @@ def test_a_full_disk_is_an_os_error_and_leaves_the_run_valid(run, monkeypatch, f
             with pytest.raises(OSError, match="No space left") as raised:
                 writer.append(small(30))
             assert raised.value.errno == errno.ENOSPC
+            assert file in str(raised.value)
+            assert "bytes are free" in str(raised.value)
         assert Trajectory.open(run).steps == (0, 10, 20)
         assert Trajectory.open(run).verify() == []
         assert not [name for name in files(run) if name.endswith(".partial")]

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+import xarray as xr
 
 import dynamics as dy
 from checkpoints import Trajectory
@@ -65,3 +66,21 @@ def test_what_needs_a_task_says_so_in_one_line(own_run, capsys, words):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("ConfigError: ")
     assert "task" in line
+
+
+def test_a_damaged_file_of_results_in_a_run_is_named_and_the_command_fails(own_run, capsys):
+    path = own_run / "results" / "one.h5"
+    dy.results.save(xr.Dataset({"effect": ("example", [1.0, 2.0])}), path)
+    (own_run / "notes.txt").write_text("mine")
+    main(["verify", str(own_run)])
+    said = capsys.readouterr().out
+    assert said.startswith(
+        "5 files match their checksums.\nnote: 1 carry none and are unchecked: notes.txt\n"
+    )
+    data = bytearray(path.read_bytes())
+    data[-200] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(SystemExit) as left:
+        main(["verify", str(own_run)])
+    assert left.value.code == 1
+    assert "one.h5 is damaged" in capsys.readouterr().out

@@ -96,6 +96,33 @@ def test_the_example_on_a_users_own_model_runs():
         assert all(result[name].notnull().all() for name in ("effect", "attribution") if name in result)
 
 
+def test_the_example_of_an_account_runs():
+    net = nn.Linear(3, 4)
+    batches = {
+        name: (torch.randn(8, 3), torch.arange(8) % 4) for name in ("unreliable", "reliable", "questions")
+    }
+
+    def loss(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    (example,) = [block for block in blocks() if "attribute_training" in block]
+    recipe = dy.Recipe(net, loss, lambda parameters: torch.optim.AdamW(parameters, lr=1e-2))
+    names = {
+        "dy": dy,
+        "recipe": recipe,
+        "state": None,
+        "parts": dy.sites.matching(net, {"all": "*"}),
+        "measure": loss,
+        **batches,
+    }
+    exec(example, names)
+    account = names["account"]
+    assert account["source"].values.tolist() == ["0", "1", "2", "3", "before", "decay"]
+    written = account["attribution"].sum(("step", "source", "site"))
+    change = account["value"].isel(step=-1) - account["value"].isel(step=0)
+    assert float(abs(written - change).max()) < 1e-3 * float(abs(change).max())
+
+
 def test_the_example_of_two_checkpoints_of_a_run_runs(tmp_path):
     (example,) = [block for block in blocks() if "CheckpointPair" in block]
     run = short_run(tmp_path / "run")

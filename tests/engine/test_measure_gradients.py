@@ -7,6 +7,7 @@ from torch import nn
 import dynamics as dy
 from dynamics.engine.measure_gradients import MeasureGradients, MeasureQuery
 from dynamics.steps import NonFiniteGradient
+from dynamics.steps.fallbacks import ComputePaths
 from dynamics.steps.states import starting_point
 from tests.zoo.small_models import classifier_recipe, points, tokens, transformer, transformer_recipe
 
@@ -161,3 +162,68 @@ def test_a_finite_gradient_whose_norm_overflows_is_finite(n):
     found = MeasureGradients(recipe, state).summed(asked, leaves, WEIGHTS[:n])
     assert max(float(g.abs().max()) for g in found.values()) > 1e20
     assert all(bool(g.isfinite().all()) for g in found.values())
+
+
+# --- several probes ---------------------------------------------------------------------------------------
+
+PROBES = [tokens(seed) for seed in range(4)] + [tokens(9, rows=3)]
+
+
+def of_probes(recipe, measure=dy.measures.correct_logit, probes=PROBES, paths=None):
+    state, others, leaves = at_several(recipe, 1)
+    leaves = {name: leaf[0] for name, leaf in leaves.items()}
+    gradients = MeasureGradients(recipe, state, paths or ComputePaths("a test"))
+    queries = [MeasureQuery("m", measure, probe, others, "a test") for probe in probes]
+    values, found = gradients.of_probes(queries, leaves)
+    for i, probe in enumerate(probes):
+        expected = by_hand(
+            recipe, others, {n: leaf[None] for n, leaf in leaves.items()}, (1.0,), measure, probe
+        )
+        assert_alike({name: g[i] for name, g in found.items()}, expected)
+        with torch.no_grad():
+            assert float(values[i]) == pytest.approx(float(measure(recipe.model, probe).mean()), abs=1e-12)
+    return gradients.paths.facts()["gradients of the measure"]
+
+
+def test_probes_of_one_shape_are_taken_at_once_and_each_is_what_it_is_alone():
+    assert of_probes(transformer_recipe()) == "vmap over probes"
+    assert "vmap" not in of_probes(transformer_recipe(), lambda m, b: dy.measures.correct_logit(m, b))
+
+
+class OddTokens(Odd):
+    def forward(self, ids):
+        return self.inner(ids) * (2.0 if torch._C._functorch.is_gradtrackingtensor(ids) else 1.0)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Odd("branches on a value"), Odd("calls .item()"), OddTokens("does otherwise")],
+    ids=lambda m: m.how,
+)
+def test_probes_of_a_model_that_vmap_does_not_take_are_taken_one_by_one(model):
+    assert of_probes(transformer_recipe(model=model)).startswith("one model at a time")
+
+
+def test_where_memory_runs_out_fewer_probes_are_taken_at_a_time(monkeypatch):
+    over = MeasureGradients._over_probes
+
+    def two_at_most(self, queries, leaves):
+        if len(queries) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return over(self, queries, leaves)
+
+    monkeypatch.setattr(MeasureGradients, "_over_probes", two_at_most)
+    assert "fewer models at a time" in of_probes(transformer_recipe(), probes=PROBES[:4] * 2)
+
+
+def test_a_parameter_that_no_probe_reads_has_gradient_zero():
+    recipe = classifier_recipe()
+    state, others, leaves = at_several(recipe, 1)
+    leaves = {name: leaf[0] for name, leaf in leaves.items()}
+    asked = [
+        MeasureQuery("m", lambda model, batch: model.encoder(batch[0]).mean(), points(i), others, "a test")
+        for i in range(2)
+    ]
+    _, found = MeasureGradients(recipe, state).of_probes(asked, leaves)
+    assert not found["head.weight"].any()
+    assert all(found["encoder.weight"][i].any() for i in range(2))

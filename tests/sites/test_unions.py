@@ -7,6 +7,7 @@ import dynamics as dy
 from dynamics import measures, sites
 from dynamics.measures import target_logits
 from dynamics.sites import Site, SiteError
+from dynamics.sites.site import is_partition
 from tests.zoo.small_models import tokens, transformer
 
 ALL = slice(None)
@@ -104,3 +105,20 @@ def test_slices_are_refused_and_what_is_no_submodule_is_named(model):
         sites.union(model, halves)
     with pytest.raises(SiteError, match=r"covers 'blocks\.7\.attn\.hook_z', which is no submodule"):
         sites.union(model, [Site("none", {"blocks.7.attn.hook_z": ...})])
+
+
+def test_sites_are_a_partition_where_every_trained_element_is_in_exactly_one():
+    model = transformer()
+    heads = sites.heads(model)
+    assert is_partition(sites.components(model), model)
+    assert is_partition(sites.matrices(model), model)
+    assert is_partition(sites.parameters(model), model)
+    assert not is_partition(sites.components(model)[1:], model)
+    assert not is_partition([*sites.components(model), heads[0]], model)
+    name, parameter = next(iter(model.named_parameters()))
+    rest = [site for site in sites.parameters(model) if name not in site.covers]
+    halves = [Site("first", {name: (0,)}), Site("rest", {name: (slice(1, None),)})]
+    assert is_partition([*rest, *halves], model)
+    assert not is_partition([*rest, halves[0]], model)
+    parameter.requires_grad_(False)
+    assert is_partition(rest, model)

@@ -236,9 +236,8 @@ def test_other_code_of_the_package_and_other_versions_are_another_question(run, 
 
 def test_a_checkpoint_that_was_trained_anew_is_another(tmp_path, run):
     other = trained(tmp_path / "run", 1)
-    manifest = json.loads((other.path / "manifest.json").read_text())
-    manifest["config"] = json.loads((run.path / "manifest.json").read_text())["config"]
-    (other.path / "manifest.json").write_text(json.dumps(manifest))
+    with TrajectoryWriter.resume(other.path) as writer:
+        writer.configure(run.config)
     assert not keys(run) & keys(Trajectory.open(other.path))
 
 

@@ -343,7 +343,7 @@ def test_an_interrupted_import_goes_on_even_from_files_that_were_moved(steps, tm
     partly = Trajectory.open(tmp_path / "run")
     assert partly.steps == (499, 550)
     assert partly.verify() == []
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run/trajectory").iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run/trajectory").glob("*.h5")}
     steps.rename(tmp_path / "moved")
     seen = []
 
