@@ -3,6 +3,7 @@
 A site is a value; a list of sites is patched one by one and never as a union, so sites may overlap.
 """
 
+from dynamics.sites.adapters import adapters as adapters
 from dynamics.sites.any_module import everything as everything
 from dynamics.sites.any_module import matching as matching
 from dynamics.sites.any_module import parameters as parameters

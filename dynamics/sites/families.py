@@ -374,9 +374,14 @@ class Attention:
 _IN_A_BLOCK = re.compile("|".join(rf"(?:{re.escape(f.body)})?{f.blocks}\.(\d+)\." for f in FAMILIES))
 
 
+def unadapted(name: str) -> str:
+    """The name that a parameter has in a model without peft's adapters around it: seen through a PeftModel."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
 def layer_of(name: str) -> int:
     """The block that a parameter of that name lies in, in any family; −1 for none."""
-    found = _IN_A_BLOCK.match(name)
+    found = _IN_A_BLOCK.match(unadapted(name))
     return int(found[found.lastindex or 0]) if found else -1
 
 
