@@ -9,8 +9,7 @@ import copy
 import inspect
 import logging
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -293,7 +292,7 @@ class HeldScheduler(LRScheduler):
 
 
 class _ForLogging:
-    """Stands where an optimizer or a scheduler would, for a step that logs its learning rate.
+    """Stands where an optimizer would, for a step that logs its learning rate.
 
     Whatever is looked up in it is another of these, and every setting is NaN: no number is made up, and a loss that
     is computed from one shows it.
@@ -307,32 +306,25 @@ class _ForLogging:
     def __getitem__(self, key: Any) -> Any:
         return math.nan if isinstance(key, str) else _ForLogging()
 
-    def get_last_lr(self) -> Any:
-        """A rate for each group, however many."""
-        return defaultdict(lambda: math.nan)
+    def __iter__(self) -> Iterator[Any]:
+        return iter([_ForLogging()])
 
 
 class _NoTrainer:
     """Stands where the Trainer would and says what is asked of it; there is one process and no logger.
 
-    Of its optimizers and schedulers a step may log the rates.
+    Of its optimizers a step may log the rates.
     """
 
     logger = None
     loggers = ()
-    optimizers = lr_scheduler_configs = (_ForLogging(),)
-    _lightning_optimizers = _ForLogging()  # of the strategy, which `self.optimizers()` asks for them
+    optimizers = (_ForLogging(),)
     global_rank = 0
     local_rank = 0
 
     def __init__(self, method: str, instead: str) -> None:
         self._method = method
         self._instead = instead
-
-    @property
-    def strategy(self) -> _NoTrainer:
-        """Missed as the Trainer is."""
-        return self
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

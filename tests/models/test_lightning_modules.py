@@ -137,9 +137,9 @@ def test_accumulated_batches_replay_with_their_dropout(tmp_path):
 
 def logs_its_rate(module, batch, batch_idx):
     module.log("rate", module.trainer.optimizers[0].param_groups[0]["lr"])
-    module.log("own", module.optimizers().param_groups[0]["lr"] * 1e3)
-    if module.lr_schedulers() is not None:
-        module.log("scheduled", module.lr_schedulers().get_last_lr()[0])
+    for i, group in enumerate(module.trainer.optimizers[0].param_groups):
+        module.log(f"rate {i}", group["lr"])
+    module.log("decay", module.trainer.optimizers[0].param_groups[-1]["weight_decay"] * 1e3)
     return Plain.training_step(module, batch, batch_idx)
 
 
@@ -150,7 +150,9 @@ def test_a_step_that_logs_its_learning_rate_replays(tmp_path):
 
 def test_a_loss_made_of_a_logged_rate_is_not_finite():
     def step(module, batch, batch_idx):
-        return Plain.training_step(module, batch, batch_idx) * module.optimizers().param_groups[0]["lr"]
+        return (
+            Plain.training_step(module, batch, batch_idx) * module.trainer.optimizers[0].param_groups[0]["lr"]
+        )
 
     recipe = dy.Recipe.from_lightning(with_step(step))
     with pytest.raises(dy.steps.NonFiniteGradient):
