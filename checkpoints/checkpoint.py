@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -22,6 +23,7 @@ from checkpoints.optimizer import (
     restore_optimizer,
 )
 from checkpoints.rng import RngState, as_value, replayed
+from checkpoints.wrappers import own_buffers, own_modules, own_parameters
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -37,6 +39,8 @@ class Checkpoint:
         rng: the random number generators; None where they are unknown.
         fingerprint: the numeric environment; bits are promised only where it matches.
         begins_optimizer: training began with a new optimizer at this step, whatever came before.
+        evaluating: the submodules in eval mode, by name; None where it is unknown.
+        scaler: state_dict of the GradScaler; None where there was none.
     """
 
     step: int
@@ -47,6 +51,8 @@ class Checkpoint:
     rng: RngState | None
     fingerprint: dict[str, str]
     begins_optimizer: bool = False
+    evaluating: tuple[str, ...] | None = None
+    scaler: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.step, int) or self.step < 0:
@@ -66,23 +72,26 @@ class Checkpoint:
         scheduler: LRScheduler | None = None,
         step: int = 0,
         begins_optimizer: bool = False,
+        scaler: GradScaler | None = None,
     ) -> "Checkpoint":
         """Clone everything as it stands; later training does not change the result.
 
         Args:
-            model: its own names are used, so pass the model and not a wrapper around it.
+            model: its own names are used, also within `torch.compile` or DistributedDataParallel; tensors that are
+                sharded over devices are gathered.
             optimizer: its parameters are matched to the model's by identity, never by position.
             scheduler: what its state_dict holds, except functions.
             step: the number of the batch that comes next.
             begins_optimizer: whether this optimizer is new at this step; pass the new one.
+            scaler: of the loss, in training with float16.
 
         Raises:
             ValueError: the optimizer holds a parameter that the model does not have.
         """
         return cls(
             step=step,
-            parameters=values.copied(dict(model.named_parameters())),
-            buffers=values.copied(dict(model.named_buffers())),
+            parameters=values.copied(own_parameters(model)),
+            buffers=values.copied(own_buffers(model)),
             optimizer=None if optimizer is None else capture_optimizer(model, optimizer),
             scheduler=None
             if scheduler is None
@@ -90,6 +99,8 @@ class Checkpoint:
             rng=RngState.capture(),
             fingerprint=_fingerprint(model),
             begins_optimizer=begins_optimizer,
+            evaluating=tuple(name for name, module in own_modules(model).items() if not module.training),
+            scaler=None if scaler is None else values.copied(scaler.state_dict()),
         )
 
     def restore(
@@ -103,13 +114,14 @@ class Checkpoint:
         Parameters and buffers are overwritten in place. The optimizer's groups are matched to the recorded
         ones by the parameters they hold; its state is replaced by copies, and parameters without recorded
         state begin anew. Random number generators are left alone: see `random_state`. Nothing is changed
-        unless everything fits.
+        unless everything fits. Modes (train or eval) are the model's own, and of a GradScaler
+        `scaler.load_state_dict(checkpoint.scaler)` takes care.
 
         Raises:
             ValueError: names, shapes, dtypes or groups differ, or an optimizer or scheduler is given and this
                 checkpoint holds none.
         """
-        parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+        parameters, buffers = own_parameters(model), own_buffers(model)
         _check_fit(f"checkpoint {self.step}", "parameters", self.parameters, parameters)
         _check_fit(f"checkpoint {self.step}", "buffers", self.buffers, buffers)
         for given, recorded, kind in (
@@ -140,6 +152,47 @@ class Checkpoint:
         """
         groups = () if self.optimizer is None else values.copied(self.optimizer.groups)
         return replace(self, optimizer=OptimizerState(groups, {}))
+
+    def with_settings(self, **settings: Any) -> "Checkpoint":
+        """The same checkpoint with other settings in its optimizer's groups: "what if the rate were larger?"
+
+        A replay takes settings from the checkpoint and not from the recipe. A scheduler sets its own rate for the
+        steps after the next.
+
+        Args:
+            settings: `lr=`, `weight_decay=`, `betas=` and the like: a value for all groups, or a list of one for
+                each.
+
+        Raises:
+            ValueError: there are no groups, a group has no such setting, or a list is of another length.
+
+        >>> model = nn.Linear(2, 1)
+        >>> checkpoint = Checkpoint.capture(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+        >>> checkpoint.with_settings(lr=1e-2).optimizer.groups[0]["lr"]
+        0.01
+        """
+        groups = self.optimizer.groups if self.optimizer else ()
+        if not groups:
+            raise ValueError(
+                f"Checkpoint {self.step} holds no optimizer's groups to set {', '.join(settings)} in; the recipe's "
+                "own settings are taken from it."
+            )
+        by_group = {}
+        for name, value in settings.items():
+            by_group[name] = value if isinstance(value, list) else [value] * len(groups)
+            if len(by_group[name]) != len(groups):
+                raise ValueError(f"{name}= lists {len(value)} values, and there are {len(groups)} groups.")
+            if missing := [i for i, group in enumerate(groups) if name not in group]:
+                raise ValueError(
+                    f"the optimizer's group {missing[0]} has no {name!r}; it has "
+                    f"{', '.join(key for key in groups[missing[0]] if key != 'params')}."
+                )
+        changed = tuple(
+            {**group, **{name: of[i] for name, of in by_group.items()}} for i, group in enumerate(groups)
+        )
+        return replace(
+            self, optimizer=OptimizerState(changed, self.optimizer.state if self.optimizer else {})
+        )
 
     def to(self, device: torch.device | str) -> "Checkpoint":
         """The same checkpoint with its tensors on `device`; step counts where torch keeps them."""
@@ -182,6 +235,7 @@ class Checkpoint:
             "buffers": self.buffers,
             "optimizer": self.optimizer and {"groups": self.optimizer.groups, "state": self.optimizer.state},
             "scheduler": self.scheduler,
+            "scaler": self.scaler,
         }
 
 

@@ -32,7 +32,7 @@ from checkpoints.errors import TrajectoryError
 from checkpoints.optimizer import OptimizerState
 from checkpoints.rng import RngState, as_value
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: evaluating, scaler
 
 _DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
@@ -145,6 +145,8 @@ def _as_document(checkpoint: Checkpoint) -> dict[str, Any]:
         "scheduler": checkpoint.scheduler,
         "rng": as_value(checkpoint.rng),
         "fingerprint": checkpoint.fingerprint,
+        "evaluating": checkpoint.evaluating,
+        "scaler": checkpoint.scaler,
     }
 
 

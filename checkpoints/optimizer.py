@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from checkpoints import values
+from checkpoints.wrappers import own_parameters
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -32,7 +33,7 @@ class OptimizerState:
 
 
 def names_by_identity(model: nn.Module) -> dict[int, str]:
-    return {id(parameter): name for name, parameter in model.named_parameters()}
+    return {id(parameter): name for name, parameter in own_parameters(model).items()}
 
 
 def capture_optimizer(model: nn.Module, optimizer: Optimizer) -> OptimizerState:

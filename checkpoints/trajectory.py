@@ -172,6 +172,37 @@ class Trajectory:
         found = foreign.huggingface(repo, revisions, step, names, load, progress)
         return _stored(found, out, config, progress)
 
+    @classmethod
+    def from_trainer(
+        cls,
+        folder: str | os.PathLike[str],
+        out: str | os.PathLike[str],
+        *,
+        load: foreign.Load | None = None,
+        prefix: str = "",
+        ignore: Sequence[str] = (),
+        model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        config: Mapping[str, Any] | None = None,
+        progress: Progress = iter,
+    ) -> "Trajectory":
+        """Convert a Hugging Face Trainer's `checkpoint-500` folders: weights, optimizer, scheduler, random numbers.
+
+        A step is the number in a folder's name. Without the files beside the weights (`save_only_model`) there are
+        weights alone. With `recipe = dy.Recipe.from_trainer(trainer)`, `model` is its model and `optimizer` what
+        `recipe.build_optimizer(model.parameters())` makes.
+
+        Args:
+            folder: the Trainer's `output_dir`.
+            load: as in `from_huggingface`, such as `type(model).from_pretrained`: needed where a model names its
+                tensors otherwise than its files, as GPT-NeoX does.
+            optimizer: over the parameters of `model`, as in `from_lightning`: the Trainer's has two groups.
+
+        The other arguments, and what is raised, are those of `from_state_dicts`.
+        """
+        names = Naming(prefix, ignore, model, optimizer)
+        return _stored(foreign.trainer_folders(folder, names, load, progress), out, config, progress)
+
     def __repr__(self) -> str:
         span = f", steps {self._steps[0]} to {self._steps[-1]}" if self._steps else ""
         return f"Trajectory({str(self._path)!r}, {len(self)} checkpoints{span})"

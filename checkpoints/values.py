@@ -33,7 +33,10 @@ def moved(value: Any, device: torch.device) -> Any:
 
 def _copied_leaf(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
-        return leaf.detach().clone()
+        whole = (
+            leaf.full_tensor() if hasattr(leaf, "full_tensor") else leaf
+        )  # of a DTensor, from all its devices
+        return whole.detach().clone()
     return leaf.item() if isinstance(leaf, np.generic) else copy.deepcopy(leaf)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -23,6 +24,8 @@ class Batch:
         targets: [batch] that next token.
         distractors: [batch, n] wrong answers to compare with, for `logit_difference`.
         example_ids: [batch] which example a row belongs to (an acronym has three rows).
+        attention_mask: [batch, pos] 1 for a token and 0 for padding, left or right, where rows differ in length.
+            Hugging Face's models and bridges to them take it. `target_pos` counts padding as well.
     """
 
     tokens: Tensor
@@ -30,6 +33,7 @@ class Batch:
     targets: Tensor
     distractors: Tensor | None = None
     example_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
 
     def __repr__(self) -> str:
         return described(self)
@@ -50,6 +54,20 @@ class Batch:
     def _map(self, change: Any) -> Batch:
         present = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         return Batch(**{name: change(value) for name, value in present.items()})
+
+
+def output_of(model: Any, batch: Batch) -> Any:
+    """What a model gives for a batch: `model(tokens)`, or with padding `model(tokens, attention_mask=...)`.
+
+    Position ids count from each row's first token; models that count from the mask themselves are not given any.
+    """
+    mask = batch.attention_mask
+    if mask is None:
+        return model(batch.tokens)
+    extra = {}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        extra["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    return model(batch.tokens, attention_mask=mask, **extra)
 
 
 def concatenate(batches: Sequence[Batch]) -> Batch:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynamics.batch import Batch
+from dynamics.batch import Batch, output_of
 from dynamics.config.checks import did_you_mean
 
 Measure = Callable[[Any, Any], Tensor]
@@ -46,7 +46,7 @@ class LogitMeasure:
 
 def target_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Logits that predict each row's target: [rows, vocab]. Reads `.logits` of Hugging Face outputs."""
-    return at_target_pos(model(batch.tokens), batch)
+    return at_target_pos(output_of(model, batch), batch)
 
 
 def at_target_pos(output: Any, batch: Batch) -> Tensor:

@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree
 
-from dynamics.models import lightning_modules
+from dynamics.models import lightning_modules, trainers
 from dynamics.models.lightning_modules import RecipeError as RecipeError
 from dynamics.trees import described
 
 
 @dataclass(frozen=True)
 class ByNorm:
-    """Scale the whole gradient by min(1, max_norm / (‖g‖₂ + 1e-6)), as `clip_grad_norm_` does."""
+    """Scale the whole gradient by min(1, max_norm / (‖g‖₂ + 1e-6)), as `clip_grad_norm_` does.
+
+    Attributes:
+        max_norm: the largest ‖g‖₂ that is left as it is.
+        over: whose gradients ‖g‖₂ counts: of every parameter of the "model", in its order, as
+            `clip_grad_norm_(model.parameters(), max_norm)` and the Hugging Face Trainer do; or of the "optimizer"
+            alone, group by group, as Lightning does. With several groups the two differ in the last bit, and
+            where the optimizer holds only a part of the model in the norm itself.
+
+    Raises:
+        RecipeError: `over` is neither.
+    """
 
     max_norm: float
+    over: Literal["model", "optimizer"] = "model"
+
+    def __post_init__(self) -> None:
+        if self.over not in ("model", "optimizer"):
+            raise RecipeError(
+                f"ByNorm(over={self.over!r}): expected 'model' (every parameter with a gradient) or 'optimizer' "
+                "(those that the optimizer holds)."
+            )
 
 
 @dataclass(frozen=True)
@@ -33,6 +53,7 @@ class ByValue:
 
 
 Clip = ByNorm | ByValue | None
+Rates = float | Sequence[float] | Mapping[int | str, float]
 
 
 @dataclass(frozen=True)
@@ -45,11 +66,22 @@ class Recipe:
         optimizer: parameters -> torch.optim.Optimizer, such as `partial(torch.optim.AdamW, lr=1e-3)`.
         scheduler: optimizer -> learning-rate scheduler stepped after each step, or None.
         clip: `ByNorm`, `ByValue` or None; `max_grad_norm=` is the shorthand for by norm.
+        learning_rate: step -> the rate that is assigned to the optimizer's groups before that step: a number for
+            all, a list by group, or a dict by the group's number or its "name". In place of a scheduler.
+        unused: what becomes of a parameter that a batch does not use: "skip" (`zero_grad()`: it has no gradient and
+            stays) or "coast" (`zero_grad(set_to_none=False)`: its gradient is zero, so it decays and its momentum
+            carries it, from its first gradient on).
+        accumulate: micro-batches in a step. With several, a step's batch is a list of them, and each one's loss is
+            divided by this number.
+        scaler: makes the GradScaler of training with float16, such as `torch.amp.GradScaler`; or None. Replays
+            scale, unscale and skip steps by it; what verbs exchange are gradients without it.
 
-    The loss runs in the mode (train or eval) the model is in; measures run in eval mode.
+    The loss runs in the mode (train or eval) the model is in, and in a replay in that which the checkpoint recorded
+    for each submodule, if it did; measures run in eval mode.
 
     Raises:
-        RecipeError: an optimizer or a scheduler where what makes one belongs, or both clip and max_grad_norm.
+        RecipeError: an optimizer or a scheduler where what makes one belongs, two ways to say one thing, or a value
+            that is none of those above.
     """
 
     model: nn.Module
@@ -58,6 +90,10 @@ class Recipe:
     scheduler: Callable[[Optimizer], LRScheduler] | None = None
     clip: Clip = None
     max_grad_norm: InitVar[float | None] = None
+    learning_rate: Callable[[int], Rates] | None = None
+    unused: Literal["skip", "coast"] = "skip"
+    accumulate: int = 1
+    scaler: Callable[[], GradScaler] | None = None
 
     def __post_init__(self, max_grad_norm: float | None) -> None:
         for kind, given, made, example in (
@@ -69,6 +105,14 @@ class Recipe:
                     f"{kind}= is an existing {type(given).__name__}; steps are taken on copies of the "
                     f"model, so expected is what makes a new one: {kind}=partial({example})."
                 )
+        if self.scheduler is not None and self.learning_rate is not None:
+            raise RecipeError("give scheduler= or learning_rate=, not both: each sets the groups' rates.")
+        if self.unused not in ("skip", "coast"):
+            raise RecipeError(f"unused={self.unused!r}: expected 'skip' or 'coast'.")
+        if not isinstance(self.accumulate, int) or self.accumulate < 1:
+            raise RecipeError(
+                f"accumulate={self.accumulate!r}: expected a number of micro-batches, 1 or more."
+            )
         if max_grad_norm is None:
             return
         if self.clip is not None:
@@ -83,6 +127,14 @@ class Recipe:
                 parts.append(f"{name}={_name(function)}")
         if self.clip is not None:
             parts.append(f"clip={self.clip}")
+        if self.learning_rate is not None:
+            parts.append(f"learning_rate={_name(self.learning_rate)}")
+        if self.unused != "skip":
+            parts.append(f"unused={self.unused!r}")
+        if self.accumulate > 1:
+            parts.append(f"accumulate={self.accumulate}")
+        if self.scaler is not None:
+            parts.append(f"scaler={_name(self.scaler)}")
         return f"Recipe({', '.join(parts)})"
 
     @classmethod
@@ -93,7 +145,8 @@ class Recipe:
         keeps of it; the module itself is not changed. On the copy `log`, `log_dict` and `print` do nothing,
         the batch index is 0, and after every call metrics and other attributes are what they were before.
 
-        What the Trainer holds is not read: clipping (give it as clip=), precision, accumulation of batches.
+        What the Trainer holds is not read: clipping (give it as clip=), accumulation of batches (then
+        `dataclasses.replace(recipe, accumulate=n)`), precision. A step that logs its learning rate logs nothing.
         Nor are the hooks that only a Trainer calls, such as `on_after_backward`; a module that has some is
         logged. Layers that `setup` or `configure_model` make must be there already.
 
@@ -104,7 +157,8 @@ class Recipe:
 
         Args:
             module: any LightningModule with automatic optimization and at most one optimizer.
-            clip: the Trainer's `gradient_clip_val`, as `ByNorm` or `ByValue`.
+            clip: the Trainer's `gradient_clip_val`, as `ByNorm` or `ByValue`; a norm is taken over the optimizer's
+                parameters, as Lightning does.
 
         Raises:
             RecipeError: the module optimizes by hand, cannot be copied, or configures what is not one
@@ -116,15 +170,68 @@ class Recipe:
         loss = (
             lightning_modules.training_loss if lightning_modules.overrides(model, "training_step") else None
         )
+        if isinstance(clip, ByNorm):
+            clip = replace(clip, over="optimizer")
         return cls(model, loss, optimizer, scheduler, clip)
 
+    @classmethod
+    def from_trainer(cls, trainer: Any) -> Recipe:
+        """The step that a Hugging Face Trainer takes, before it trains or after; TRL's Trainers inherit from it.
+
+        The model is a copy; the Trainer itself is not changed. Its `compute_loss` is the loss, under its autocast;
+        its optimizer with its groups, its scheduler, `max_grad_norm` and `gradient_accumulation_steps` are read.
+        `dy.training.batches_of(trainer)` gives the batch of each step, `dy.training.HuggingFaceRecorder` keeps the
+        trajectory.
+
+        Args:
+            trainer: of one process and device, in single precision or bfloat16.
+
+        Raises:
+            RecipeError: it is no Trainer, or another kind. Where the Trainer was given a scheduler, the recipe
+                raises when it needs it; `dataclasses.replace` gives it one.
+        """
+        model, limit = trainers.own_copy(trainer), trainer.args.max_grad_norm
+        return cls(
+            model=model,
+            loss=partial(trainers.trainer_loss, trainer),
+            optimizer=trainers.optimizer_factory(trainer),
+            scheduler=trainers.scheduler_factory(trainer),
+            clip=ByNorm(limit, over="model") if limit else None,
+            accumulate=trainer.args.gradient_accumulation_steps,
+        )
+
     def require_loss(self) -> Callable[[Any, Any], Tensor]:
-        """The loss, or an error that says to give one."""
+        """The loss of a step's batch, of all its micro-batches at once; or an error that says to give one."""
         if self.loss is None:
             raise RecipeError(
                 "this verb takes a training step: give the recipe loss=(model, batch) -> scalar."
             )
-        return self.loss
+        return self.loss if self.accumulate == 1 else self._accumulated
+
+    def micro_batches(self, batch: Any) -> Sequence[Any]:
+        """What the losses of a step eat one after another.
+
+        Raises:
+            RecipeError: gradients are accumulated, and the batch is no list of at most that many.
+        """
+        if self.accumulate == 1:
+            return [batch]
+        if not isinstance(batch, list) or not 1 <= len(batch) <= self.accumulate:
+            raise RecipeError(
+                f"a step of accumulate={self.accumulate} takes a list of that many micro-batches, or of fewer at "
+                f"an epoch's end; it was given {described(batch)}."
+            )
+        return batch
+
+    def micro_loss(self, model: Any, batch: Any) -> Tensor:
+        """One micro-batch's part of the step's loss."""
+        assert self.loss is not None, "require_loss() comes first"
+        loss = self.loss(model, batch)
+        return loss if self.accumulate == 1 else loss / self.accumulate
+
+    def _accumulated(self, model: Any, batch: Any) -> Tensor:
+        first, *others = (self.micro_loss(model, each) for each in self.micro_batches(batch))
+        return sum(others, first)
 
     def build_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         """A new optimizer over the given parameters, or an error that says to give one.

@@ -15,9 +15,12 @@ from dynamics.recipe import Contrast
 def batch(n_rows: int = 4, first: int = 0, optional: bool = True) -> Batch:
     """Rows whose every entry tells which row and column it came from."""
     row = torch.arange(first, first + n_rows)
-    extra = (
-        {"distractors": torch.stack([300 + row, 400 + row], 1), "example_ids": 500 + row} if optional else {}
-    )
+    extra = {
+        "distractors": torch.stack([300 + row, 400 + row], 1),
+        "example_ids": 500 + row,
+        "attention_mask": torch.stack([600 + row, 700 + row, 800 + row], 1),
+    }
+    extra = extra if optional else {}
     return Batch(tokens=10 * row[:, None] + torch.arange(3), target_pos=100 + row, targets=200 + row, **extra)
 
 
@@ -31,6 +34,7 @@ ROWS_2_AND_0 = {
     "targets": [202, 200],
     "distractors": [[302, 402], [300, 400]],
     "example_ids": [502, 500],
+    "attention_mask": [[602, 702, 802], [600, 700, 800]],
 }
 
 
@@ -109,7 +113,7 @@ def test_flattening_as_a_pytree_and_unflattening_gives_the_batch_back(optional):
     again = _pytree.tree_unflatten(leaves, shape)
     assert isinstance(again["base"], Batch)
     assert as_lists(again["base"]) == as_lists(batch(2, 0, optional))
-    assert sum(isinstance(leaf, torch.Tensor) for leaf in leaves) == (5 if optional else 3)
+    assert sum(isinstance(leaf, torch.Tensor) for leaf in leaves) == (6 if optional else 3)
 
 
 def test_a_pytree_map_reaches_every_tensor():

@@ -81,7 +81,7 @@ NOUNS = {
         recipe,
         [
             *("GPT2LMHeadModel of 124,439,808 parameters", "loss=cross_entropy"),
-            *("optimizer=AdamW(lr=0.001, betas=float32[2])", "clip=ByNorm(max_norm=1.0)"),
+            *("optimizer=AdamW(lr=0.001, betas=float32[2])", "clip=ByNorm(max_norm=1.0, over='model')"),
         ],
     ),
     "a site": (

@@ -17,6 +17,7 @@ from checkpoints import encoding
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import TrajectoryError
 from checkpoints.formats.naming import Naming, Split, optimizer_state, split
+from checkpoints.rng import RngState
 
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
 
@@ -30,6 +31,7 @@ class Contents:
     optimizers: Sequence[Mapping[str, Any]] = ()
     schedulers: Sequence[dict[str, Any]] = ()
     model: nn.Module | None = None
+    rng: RngState | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def _converted(source: Source, names: Naming) -> tuple[Checkpoint, Split]:
-    """A source as a checkpoint; its generators and numeric environment are not known."""
+    """A source as a checkpoint; its numeric environment is not known."""
     contents = source.read()
     try:
         found = split(contents.tensors, replace(names, model=contents.model or names.model))
@@ -119,7 +121,7 @@ def _converted(source: Source, names: Naming) -> tuple[Checkpoint, Split]:
         buffers=found.buffers,
         optimizer=optimizers[0] if optimizers else None,
         scheduler=contents.schedulers[0] if contents.schedulers else None,
-        rng=None,
+        rng=contents.rng,
         fingerprint={},
         begins_optimizer=bool(optimizers) and contents.step == 0,
     )

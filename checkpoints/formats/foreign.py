@@ -8,15 +8,18 @@ that may. The way back is here too: one checkpoint as a state dict.
 import json
 import os
 import pickle
+import random
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from glob import glob
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,12 +28,21 @@ from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import TrajectoryError
 from checkpoints.formats.conversion import Contents, Import, Progress, Source, checked
 from checkpoints.formats.naming import Naming, some
+from checkpoints.rng import RngState, replayed
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 StepOf = Callable[[str], int] | str | None
 Load = Callable[[Path], nn.Module]
 
+_reconstruct: Any = np.zeros(0).__reduce__()[0]
+_HARMLESS: list[Any] = [
+    *((_reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    *(np.ndarray, np.dtype, type(np.dtype(np.uint32))),
+]
+"""NumPy's arrays of numbers, of which a Trainer's random numbers are made."""
+
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_TRAINERS_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
 # --- formats ----------------------------------------------------------------------------------------------
@@ -78,6 +90,22 @@ def huggingface(
         read = partial(_shards, files, number) if load is None else partial(_loaded, load, folder, number)
         sources.append(Source(f"{repo}@{revision}", files, read))
     return checked("huggingface", sources, names, progress)
+
+
+def trainer_folders(
+    folder: str | os.PathLike[str], names: Naming, load: Load | None, progress: Progress
+) -> Import:
+    """The `checkpoint-500` folders of a Hugging Face Trainer; see `Trajectory.from_trainer`."""
+    inside = [each for each in Path(folder).glob("checkpoint-*") if each.name.rpartition("-")[2].isdigit()]
+    if not inside:
+        raise TrajectoryError(f"{str(folder)!r} has no folders like checkpoint-500, which a Trainer writes.")
+    sources = []
+    for each in sorted(inside):
+        beside = tuple(each / name for name in _TRAINERS_FILES if (each / name).is_file())
+        step, weights = int(each.name.rpartition("-")[2]), _weights(each)
+        read = partial(_trainer_folder, each, weights, step, load)
+        sources.append(Source(str(each), (*weights, *beside), read))
+    return checked("trainer", sources, names, progress)
 
 
 # --- where sources are, and of which step -----------------------------------------------------------------
@@ -177,7 +205,8 @@ def _weights(folder: Path) -> tuple[Path, ...]:
 def _unpickled(path: Path) -> Any:
     """What `torch.save` wrote, if it is tensors and plain values; of a zip file only what is used is read."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         needed = re.findall(r"GLOBAL (\S+)", str(error))
         if not needed:
@@ -244,6 +273,26 @@ def _trainers(path: Path) -> Contents:
     return Contents(
         saved["global_step"], state, saved.get("optimizer_states", ()), saved.get("lr_schedulers", ())
     )
+
+
+def _trainer_folder(folder: Path, weights: Sequence[Path], step: int, load: Load | None) -> Contents:
+    contents = _shards(weights, step) if load is None else _loaded(load, folder, step)
+    optimizers, schedulers, generators = (
+        [_unpickled(folder / name)] if (folder / name).is_file() else [] for name in _TRAINERS_FILES
+    )
+    rng = [_rng(saved) for saved in generators]
+    return replace(contents, optimizers=optimizers, schedulers=schedulers, rng=rng[0] if rng else None)
+
+
+def _rng(saved: Mapping[str, Any]) -> RngState:
+    """The generators as a Trainer saves them."""
+    with replayed(None):
+        random.setstate(saved["python"])
+        np.random.set_state(saved["numpy"])  # noqa: NPY002  (the global generator is what is kept)
+        torch.set_rng_state(saved["cpu"])
+        state = RngState.capture()
+    cuda = saved.get("cuda", ())
+    return replace(state, cuda=(cuda,) if isinstance(cuda, Tensor) else tuple(cuda))
 
 
 # --- the way back -----------------------------------------------------------------------------------------

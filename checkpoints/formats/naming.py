@@ -19,7 +19,9 @@ from torch.optim import Optimizer
 from checkpoints import values
 from checkpoints.errors import TrajectoryError
 from checkpoints.optimizer import OptimizerState, capture_optimizer
+from checkpoints.wrappers import own_name
 
+_PARALLEL = "module."
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "sum")
 
 
@@ -28,7 +30,8 @@ class Naming:
     """How the names in a file become a model's.
 
     Attributes:
-        prefix: taken off every name.
+        prefix: taken off every name. Without one, what `torch.compile` and DistributedDataParallel put before all
+            names (`_orig_mod.`, `module.`) is taken off.
         ignore: globs of names, as they stand in the file, that are left out.
         model: whose parameters and buffers these are, where it is known.
         optimizer: over the model's parameters, grouped as in training, where it is known.
@@ -44,6 +47,18 @@ class Naming:
             object.__setattr__(self, "ignore", (self.ignore,))
         if self.optimizer is not None and self.model is None:
             raise ValueError("optimizer= is matched to a model's parameters by identity: give model= as well")
+
+    def own(self, names: Sequence[str]) -> dict[str, str]:
+        """Names of a file -> the model's."""
+        if self.prefix:
+            return {name: name.removeprefix(self.prefix) for name in names}
+        bare = {name: own_name(name) for name in names}
+        held = () if self.model is None else (name for name, _ in self.model.named_parameters())
+        if all(name.startswith(_PARALLEL) for name in bare.values()) and not any(
+            name.startswith(_PARALLEL) for name in held
+        ):
+            bare = {name: own.removeprefix(_PARALLEL) for name, own in bare.items()}
+        return bare
 
 
 @dataclass(frozen=True)
@@ -85,12 +100,13 @@ def split(contents: Mapping[str, Any], naming: Naming) -> Split:
             f"{some(foreign)} do not begin with prefix={naming.prefix!r}; the names begin with "
             f"{some(sorted({name.split('.')[0] for name in kept}))}. ignore= leaves names out."
         )
-    tensors = {name.removeprefix(naming.prefix): tensor.detach() for name, tensor in kept.items()}
+    own = naming.own(list(kept))
+    tensors = {own[name]: tensor.detach() for name, tensor in kept.items()}
     if naming.model is None:
         tied = _sharing_memory(tensors)
-        own = {name: tensor for name, tensor in tensors.items() if name not in tied}
-        parameters = {name: t for name, t in own.items() if t.is_floating_point() or t.is_complex()}
-        buffers = {name: t for name, t in own.items() if name not in parameters}
+        first = {name: tensor for name, tensor in tensors.items() if name not in tied}
+        parameters = {name: t for name, t in first.items() if t.is_floating_point() or t.is_complex()}
+        buffers = {name: t for name, t in first.items() if name not in parameters}
         return Split(parameters, buffers, tied, [], left_out)
     return _fitted(tensors, naming.model, left_out)
 
@@ -216,7 +232,8 @@ def optimizer_state(saved: Mapping[str, Any], found: Split, naming: Naming) -> O
 
 def _names_in_groups(groups: Sequence[Mapping[str, Any]], found: Split, naming: Naming) -> list[list[str]]:
     if all("param_names" in group for group in groups):
-        bare = [[name.removeprefix(naming.prefix) for name in group["param_names"]] for group in groups]
+        own = naming.own([name for group in groups for name in group["param_names"]])
+        bare = [[own[name] for name in group["param_names"]] for group in groups]
         return [[found.tied.get(name, name) for name in names] for names in bare]
     if naming.optimizer is not None and naming.model is not None:
         return [group["params"] for group in capture_optimizer(naming.model, naming.optimizer).groups]

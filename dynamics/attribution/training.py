@@ -24,7 +24,7 @@ from dynamics.engine.progress import progress_bar
 from dynamics.engine.site_sums import SiteSums
 from dynamics.engine.stack_memory import trim_freed_memory
 from dynamics.measures import Measure
-from dynamics.recipe import Contrast, Recipe
+from dynamics.recipe import Contrast, Recipe, RecipeError
 from dynamics.results.labels import Labels
 from dynamics.sites import Site, check
 from dynamics.sites.site import check_whole, is_partition
@@ -74,7 +74,8 @@ def attribute_training(
         sites: parts of the parameters, as `attribute_step`. Sums over sites are whole where these are a partition.
         probes: {label: batch}, what the measure is evaluated on; the labels become the dim `example`.
         measure: as `attribute_step`; in eval mode, averaged over a probe's rows.
-        sources: batch -> a label for each row, such as `task.sources`; the labels become the dim `source`.
+        sources: batch -> a label for each row, such as `task.sources`; the labels become the dim `source`. Where
+            the recipe accumulates, it is asked of each micro-batch.
         every: steps summed into one entry of the dim `step`.
         tolerance: of each step, |ΣA − change of the measure| / Σ|A| over the parameter tensors, above which it
             gets more nodes.
@@ -113,6 +114,10 @@ def attribute_training(
             "expected one batch or more, every of 1 or more and a tolerance of 0 or more."
         )
     recipe.require_loss()
+    if sources is not None and recipe.scaler is not None:
+        raise RecipeError(
+            "a GradScaler may skip a step, whose update then has no sources. Leave out sources=, or scaler=."
+        )
     state = starting_point(recipe, checkpoint)
     paths = ComputePaths("attribute_training")
     with resumed(recipe, state) as loop, progress_bar("attribute_training", len(batches), "step") as bar:
@@ -204,9 +209,7 @@ class _Stretch:
         scale = self.loop.clipped_to
         whole = {n: None if p.grad is None else p.grad / scale for n, p in self.loop.model.named_parameters()}
         self._by_source.begin()
-        for label, share in source_gradients(
-            self.loop.recipe, state, batch, self.sources(batch), whole, self.paths
-        ):
+        for label, share in source_gradients(self.loop.recipe, state, batch, self.sources, whole, self.paths):
             self._by_source.add(label, share, scale)
             del share
         trim_freed_memory(self._parameters)

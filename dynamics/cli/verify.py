@@ -58,6 +58,8 @@ def run(words: Sequence[str]) -> None:
         print(
             f"step {verdict.start} replayed to {verdict.stop} differs in {len(verdict.differences)}: {names}"
         )
+        if verdict.cause:
+            print(f"  explained: {verdict.cause}")
     print(f"{len(verdicts) - len(different)} of {len(verdicts)} stored neighbours replay bit for bit.")
     if different:
         sys.exit(1)

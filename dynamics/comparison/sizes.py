@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,8 +23,8 @@ from dynamics.recipe import ByNorm, Recipe
 from dynamics.results.labels import site_columns
 from dynamics.sites import Site, check, check_whole
 from dynamics.steps import gradient, steps_from
-from dynamics.steps.clipping import coefficient
-from dynamics.steps.states import restored_copy, starting_point
+from dynamics.steps.clipping import coefficient, counted
+from dynamics.steps.states import held_names, restored_copy, starting_point
 from dynamics.trees import squared_norm
 
 
@@ -44,8 +45,8 @@ def step_sizes(
         `effective_step`, Adam's own learning rate η / (√v̂ + ε) as its geometric mean over the site's elements (an
         element that never had a gradient has η / ε, which would make up any other mean; NaN without second moments:
         a new optimizer, or another kind).
-        Without a dim: `total_norm` of the optimizer's gradient and `clip`, the factor min(1, τ / N) it is scaled by
-        (1 where nothing is clipped by norm).
+        Without a dim: `total_norm` of the gradient that clipping counts (without clipping, the optimizer's) and
+        `clip`, the factor min(1, τ / N) it is scaled by (1 where nothing is clipped by norm).
 
     Raises:
         SiteError: a site covers what the model does not have, or positions.
@@ -62,10 +63,9 @@ def step_sizes(
     products = Products(sites, weights)
     gradients, update = presented(step.gradients, weights), differences(after, weights)
     squares, norms = products(gradients, gradients), products(weights, weights)
-    _, optimizer, _ = restored_copy(recipe, state)
-    groups = state.optimizer.groups if state.optimizer else ()
-    held = {name for group in groups for name in group["params"]} or set(weights)
-    total = sum(squared_norm(g) for name, g in step.gradients.items() if name in held)
+    model, optimizer, _ = restored_copy(recipe, state)
+    limit = recipe.clip if isinstance(recipe.clip, ByNorm) else ByNorm(math.inf, over="optimizer")
+    total = sum(map(squared_norm, counted(step.gradients, limit, held_names(model, optimizer))))
     moved = np.sqrt(products(update, update))
     rates = {name: torch.full_like(w, float("nan"), dtype=torch.float64) for name, w in weights.items()}
     rates |= {name: rate.log() for name, rate in _effective(state, optimizer.defaults).items()}
@@ -84,9 +84,9 @@ def step_sizes(
             "geometric mean of η / (√v̂ + ε)",
             "1",
         ),
-        "total_norm": (total**0.5, "‖g‖ of all parameters", "1"),
+        "total_norm": (total**0.5, "‖g‖ that clipping counts", "1"),
         "clip": (
-            coefficient(total, recipe.clip.max_norm) if isinstance(recipe.clip, ByNorm) else 1.0,
+            coefficient(total, limit.max_norm),
             "factor of clipping by norm",
             "1",
         ),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -56,45 +57,49 @@ def source_gradients(
     recipe: Recipe,
     state: Checkpoint,
     batch: Any,
-    labels: Sequence[Any],
+    labels: Callable[[Any], Sequence[Any]],
     whole: dict[str, Tensor | None],
     paths: ComputePaths,
 ) -> Iterator[tuple[str, Gradients]]:
     """Each source's part of a batch's gradient, one after another: g^(j) = (n_j / n) ∇L(its rows), before clipping.
 
+    Of accumulated micro-batches each has its own parts.
+
     Args:
         recipe, state: as `gradient`.
-        batch, labels: as `rows_of_sources`.
+        batch: of a step.
+        labels: (micro-)batch -> as `rows_of_sources`.
         whole: the batch's own gradient, before clipping; what the parts miss of it is left there.
         paths: where it is noted which way gradients were taken.
 
     Raises:
         ValueError: the parts do not add up to the whole: the loss is no mean over rows.
     """
-    rows = rows_of_sources(batch, labels)
-    n_rows = sum(map(len, rows.values()))
-    parts = {label: some_rows(batch, numbers) for label, numbers in rows.items()}
-    prefetch = GradientPrefetch(recipe, state, [Contrast(part, part) for part in parts.values()], paths)
-    rest = whole
-    lengths = 0.0
-    for label, part in parts.items():
-        found = prefetch.gradient(part, f"source {label!r} of the batch").gradients
-        weight = len(rows[label]) / n_rows
-        share = {
-            n: None if g is None else (g.to_dense() if g.is_sparse else g).mul_(weight)
-            for n, g in found.items()
-        }
-        for n, g in share.items():
-            if g is not None:
-                known = rest[n]
-                rest[n] = -g if known is None else known.sub_(g)
-        lengths += math.sqrt(sum(map(squared_norm, share.values())))
-        del found
-        yield label, share
-        del share
-    missed = math.sqrt(sum(map(squared_norm, rest.values())))
+    alone, lengths, n_parts = replace(recipe, accumulate=1), 0.0, 0
+    for micro in recipe.micro_batches(batch):
+        rows = rows_of_sources(micro, labels(micro))
+        n_rows = sum(map(len, rows.values())) * recipe.accumulate
+        parts = {label: some_rows(micro, numbers) for label, numbers in rows.items()}
+        prefetch = GradientPrefetch(alone, state, [Contrast(part, part) for part in parts.values()], paths)
+        n_parts += len(parts)
+        for label, part in parts.items():
+            found = prefetch.gradient(part, f"source {label!r} of the batch").gradients
+            weight = len(rows[label]) / n_rows
+            share = {
+                n: None if g is None else (g.to_dense() if g.is_sparse else g).mul_(weight)
+                for n, g in found.items()
+            }
+            for n, g in share.items():
+                if g is not None:
+                    known = whole[n]
+                    whole[n] = -g if known is None else known.sub_(g)
+            lengths += math.sqrt(sum(map(squared_norm, share.values())))
+            del found
+            yield label, share
+            del share
+    missed = math.sqrt(sum(map(squared_norm, whole.values())))
     if missed > MOST_DISAGREEMENT * lengths:
         raise ValueError(
-            f"the gradients of the batch's {len(parts)} sources miss the batch's own by {missed:.2g}, with "
+            f"the gradients of the batch's {n_parts} sources miss the batch's own by {missed:.2g}, with "
             f"{lengths:.2g} the sum of their lengths. {NO_MEAN}"
         )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from checkpoints import Checkpoint, CheckpointPair
 from checkpoints.rng import RngState, replayed
-from dynamics.batch import Batch, concatenate
+from dynamics.batch import Batch, concatenate, output_of
 from dynamics.engine.arguments import named
 from dynamics.measures import LogitMeasure, Measure, at_target_pos, one_for_each_row
 from dynamics.models.functional import call_with, eval_mode, is_bridge
@@ -123,7 +123,7 @@ class MeasurePass:
         """
         if self.alone is not None:
             return [one_for_each_row(self.names[0], self.alone(model, batch))]
-        return self.read(model(batch.tokens), batch)
+        return self.read(output_of(model, batch), batch)
 
     def read(self, output: Any, batch: Batch) -> list[Tensor]:
         """The measures of the logits that the model has given."""

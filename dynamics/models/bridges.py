@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 
-def bridge(model: nn.Module, tokenizer: Any) -> TransformerBridge:
+def bridge(model: nn.Module, tokenizer: Any = None) -> TransformerBridge:
     """A `TransformerBridge` to a copy of a Hugging Face model: its own weights under TransformerLens's hooks.
 
     It is in eval mode. TransformerLens puts its components in place of the modules of the model that it is given,
@@ -17,17 +18,21 @@ def bridge(model: nn.Module, tokenizer: Any) -> TransformerBridge:
 
     Args:
         model: of an architecture that TransformerLens knows: `AutoModelForCausalLM.from_pretrained("gpt2")`.
-        tokenizer: its tokenizer, loaded by `from_pretrained` as TransformerLens loads it again.
+        tokenizer: its tokenizer, loaded by `from_pretrained` as TransformerLens loads it again. Without one the
+            bridge takes token ids alone, and nothing is asked of a hub.
     """
-    known = copy.deepcopy(model)
-    config: Any = known.config
+    known: Any = copy.deepcopy(model)
+    config = known.config
+    if tokenizer is None:
+        known.set_attn_implementation("eager")
+        return build_bridge_from_module(known, type(model).__name__, hf_config=config).eval()
     name = config._name_or_path or config.model_type
     dtype = next(known.parameters()).dtype
     booted = TransformerBridge.boot_transformers(name, hf_model=known, dtype=dtype, tokenizer=tokenizer)
     return booted.eval()
 
 
-def processed_bridge(model: nn.Module, tokenizer: Any) -> TransformerBridge:
+def processed_bridge(model: nn.Module, tokenizer: Any = None) -> TransformerBridge:
     """The bridge with weights as HookedTransformer processed them: another basis, the same probabilities.
 
     Norms are folded into the layers that read them, what writes to the residual stream is centred and so is the

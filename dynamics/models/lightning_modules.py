@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -290,11 +291,34 @@ class HeldScheduler(LRScheduler):
 # --- without a Trainer ------------------------------------------------------------------------------------
 
 
+class _ForLogging:
+    """Stands where an optimizer would, for a step that logs its learning rate.
+
+    Whatever is looked up in it is another of these, and every setting is NaN: no number is made up, and a loss that
+    is computed from one shows it.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _ForLogging()
+
+    def __getitem__(self, key: Any) -> Any:
+        return math.nan if isinstance(key, str) else _ForLogging()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([_ForLogging()])
+
+
 class _NoTrainer:
-    """Stands where the Trainer would and says what is asked of it; there is one process and no logger."""
+    """Stands where the Trainer would and says what is asked of it; there is one process and no logger.
+
+    Of its optimizers a step may log the rates.
+    """
 
     logger = None
     loggers = ()
+    optimizers = (_ForLogging(),)
     global_rank = 0
     local_rank = 0
 

@@ -12,6 +12,7 @@ from dynamics.sites.edges import paths as paths
 from dynamics.sites.edges import together as together
 from dynamics.sites.fine import neurons as neurons
 from dynamics.sites.fine import rows as rows
+from dynamics.sites.low_rank import adapters as adapters
 from dynamics.sites.outputs import activations as activations
 from dynamics.sites.outputs import at_positions as at_positions
 from dynamics.sites.outputs import check_outputs as check_outputs

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ class AttentionTensor:
         name: within its block.
         parts: which of Q, K, V, O it holds, in their order.
         shape: its axes; those that share one stand in parentheses, the slowest first, and there `n_parts`
-            runs over `parts`: "d_model (n_parts n_heads d_head)" is [d_model, 3 · n_heads · d_head].
+            runs over `parts`: "d_model (n_parts n_heads d_head)" is [d_model, 3 · n_heads · d_head]. Parts of
+            different length that follow each other are divided by "|".
     """
 
     name: str
@@ -34,9 +35,15 @@ class AttentionTensor:
         return re.findall(r"\(.*?\)|\S+", self.shape)
 
     @property
-    def heads(self) -> str:
-        """What its heads are counted by: "n_heads", or "n_kv_heads" where several queries share one."""
-        return "n_kv_heads" if "n_kv_heads" in self.shape else "n_heads"
+    def axis(self) -> int:
+        """The number of the axis along which its heads lie."""
+        return next(i for i, axis in enumerate(self.axes) if "heads" in axis)
+
+    def heads(self, part: str) -> str:
+        """What the heads of a part are counted by: "n_heads", or "n_kv_heads" where several queries share one."""
+        pieces = segments(self.axes[self.axis])
+        piece = pieces[self.parts.index(part)] if len(pieces) > 1 else pieces[0]
+        return "n_kv_heads" if "n_kv_heads" in piece else "n_heads"
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class Family:
         components: the components of a block -> names within it.
         matrices: the matrices of a block that belong to no head -> names within it.
         attention: the tensors that are divided into heads.
+        config: what the model's config must say besides, for models of the same names with other layouts.
     """
 
     name: str
@@ -62,7 +70,38 @@ class Family:
     components: Mapping[str, tuple[str, ...]]
     matrices: Mapping[str, tuple[str, ...]]
     attention: tuple[AttentionTensor, ...]
+    config: Mapping[str, object] = field(default_factory=dict)
 
+
+def _separate(
+    start: str, output: str, names: Sequence[str] = ("q_proj", "k_proj", "v_proj")
+) -> tuple[AttentionTensor, ...]:
+    """The tensors of an attention with a linear layer for each of Q, K and V, whose biases may be absent."""
+    heads = {"Q": "n_heads", "K": "n_kv_heads", "V": "n_kv_heads"}
+    return (
+        *(
+            AttentionTensor(f"{start}{name}.weight", part, f"({heads[part]} d_head) d_model")
+            for name, part in zip(names, "QKV", strict=True)
+        ),
+        AttentionTensor(f"{output}.weight", "O", "d_model (n_heads d_head)"),
+        *(
+            AttentionTensor(f"{start}{name}.bias", part, f"({heads[part]} d_head)")
+            for name, part in zip(names, "QKV", strict=True)
+        ),
+    )
+
+
+def _fused(name: str, output: str, rows: str) -> tuple[AttentionTensor, ...]:
+    """The tensors of an attention whose Q, K and V are one linear layer of these rows."""
+    return (
+        AttentionTensor(f"{output}.weight", "O", "d_model (n_heads d_head)"),
+        AttentionTensor(f"{name}.weight", "QKV", f"{rows} d_model"),
+        AttentionTensor(f"{name}.bias", "QKV", rows),
+    )
+
+
+_IN_TURN = "(n_heads n_parts d_head)"
+_ONE_AFTER_ANOTHER = "(n_heads d_head | n_kv_heads d_head | n_kv_heads d_head)"
 
 _LENS = Family(
     name="TransformerLens",
@@ -135,11 +174,7 @@ _NEOX = Family(
         "ln1.w,b": ("input_layernorm.",),
         "ln2.w,b": ("post_attention_layernorm.",),
     },
-    attention=(
-        AttentionTensor("attention.query_key_value.weight", "QKV", "(n_heads n_parts d_head) d_model"),
-        AttentionTensor("attention.query_key_value.bias", "QKV", "(n_heads n_parts d_head)"),
-        AttentionTensor("attention.dense.weight", "O", "d_model (n_heads d_head)"),
-    ),
+    attention=_fused("attention.query_key_value", "attention.dense", _IN_TURN),
 )
 _LLAMA = Family(
     name="Llama",
@@ -160,17 +195,134 @@ _LLAMA = Family(
         "ln1.w,b": ("input_layernorm.",),
         "ln2.w,b": ("post_attention_layernorm.",),
     },
-    attention=(
-        AttentionTensor("self_attn.q_proj.weight", "Q", "(n_heads d_head) d_model"),
-        AttentionTensor("self_attn.k_proj.weight", "K", "(n_kv_heads d_head) d_model"),
-        AttentionTensor("self_attn.v_proj.weight", "V", "(n_kv_heads d_head) d_model"),
-        AttentionTensor("self_attn.o_proj.weight", "O", "d_model (n_heads d_head)"),
-        AttentionTensor("self_attn.q_proj.bias", "Q", "(n_heads d_head)"),
-        AttentionTensor("self_attn.k_proj.bias", "K", "(n_kv_heads d_head)"),
-        AttentionTensor("self_attn.v_proj.bias", "V", "(n_kv_heads d_head)"),
-    ),
+    attention=_separate("self_attn.", "self_attn.o_proj"),
 )
-FAMILIES = (_LENS, _GPT2, _NEOX, _LLAMA)
+_PHI3 = replace(
+    _LLAMA,
+    name="Phi-3",
+    known_by="self_attn.qkv_proj.",
+    matrices={
+        "b_O": ("self_attn.o_proj.bias",),
+        "W_gate,in": ("mlp.gate_up_proj.",),
+        "W_out": ("mlp.down_proj.",),
+        "ln1.w,b": ("input_layernorm.",),
+        "ln2.w,b": ("post_attention_layernorm.",),
+    },
+    attention=_fused("self_attn.qkv_proj", "self_attn.o_proj", _ONE_AFTER_ANOTHER),
+)
+_PHI = replace(
+    _LLAMA,
+    name="Phi",
+    known_by="self_attn.dense.",
+    outside={"embed": ("embed_tokens.",), "ln_final": ("final_layernorm.",), "unembed": ("lm_head.",)},
+    components={"attn": ("self_attn.",), "mlp": ("mlp.",), "ln": ("input_layernorm.",)},
+    matrices={
+        "b_O": ("self_attn.dense.bias",),
+        "W_in": ("mlp.fc1.",),
+        "W_out": ("mlp.fc2.",),
+        "ln1.w,b": ("input_layernorm.",),
+    },
+    attention=_separate("self_attn.", "self_attn.dense"),
+)
+_OPT = Family(
+    name="OPT",
+    body="model.decoder.",
+    blocks="layers",
+    known_by="self_attn_layer_norm.",
+    outside={
+        "embed": ("embed_tokens.", "project_in."),
+        "pos_embed": ("embed_positions.",),
+        "ln_final": ("final_layer_norm.",),
+        "unembed": ("lm_head.", "project_out."),
+    },
+    components={
+        "attn": ("self_attn.",),
+        "mlp": ("fc1.", "fc2."),
+        "ln": ("self_attn_layer_norm.", "final_layer_norm."),
+    },
+    matrices={
+        "b_O": ("self_attn.out_proj.bias",),
+        "W_in": ("fc1.",),
+        "W_out": ("fc2.",),
+        "ln1.w,b": ("self_attn_layer_norm.",),
+        "ln2.w,b": ("final_layer_norm.",),
+    },
+    attention=_separate("self_attn.", "self_attn.out_proj"),
+)
+_GPT_NEO = replace(
+    _GPT2,
+    name="GPT-Neo",
+    known_by="attn.attention.",
+    matrices={**_GPT2.matrices, "b_O": ("attn.attention.out_proj.bias",)},
+    attention=_separate("attn.attention.", "attn.attention.out_proj"),
+)
+_GPT_J = replace(
+    _GPT2,
+    name="GPT-J",
+    known_by="attn.out_proj.",
+    components={**_GPT2.components, "ln": ("ln_1.",)},
+    matrices={"W_in": ("mlp.fc_in.",), "W_out": ("mlp.fc_out.",), "ln1.w,b": ("ln_1.",)},
+    attention=_separate("attn.", "attn.out_proj"),
+)
+_BIG_CODE = replace(
+    _GPT2,
+    name="GPT-BigCode",
+    attention=_fused("attn.c_attn", "attn.c_proj", _ONE_AFTER_ANOTHER),
+    config={"multi_query": True},
+)
+_BLOOM = Family(
+    name="Bloom",
+    body="transformer.",
+    blocks="h",
+    known_by="self_attention.query_key_value.",
+    outside={
+        "embed": ("word_embeddings.", "word_embeddings_layernorm."),
+        "ln_final": ("ln_f.",),
+        "unembed": ("lm_head.",),
+    },
+    components={**_NEOX.components, "attn": ("self_attention.",)},
+    matrices={**_NEOX.matrices, "b_O": ("self_attention.dense.bias",)},
+    attention=_fused("self_attention.query_key_value", "self_attention.dense", _IN_TURN),
+)
+_FALCON = replace(
+    _BLOOM,
+    name="Falcon",
+    attention=_fused("self_attention.query_key_value", "self_attention.dense", _ONE_AFTER_ANOTHER),
+    config={"multi_query": True, "new_decoder_architecture": False},
+)
+_BERT = Family(
+    name="BERT",
+    body="bert.",
+    blocks="encoder.layer",
+    known_by="attention.self.query.",
+    outside={
+        "embed": (
+            "embeddings.word_embeddings.",
+            "embeddings.token_type_embeddings.",
+            "embeddings.LayerNorm.",
+        ),
+        "pos_embed": ("embeddings.position_embeddings.",),
+        "unembed": ("cls.",),
+    },
+    components={
+        "attn": ("attention.self.", "attention.output.dense."),
+        "mlp": ("intermediate.", "output.dense."),
+        "ln": ("attention.output.LayerNorm.", "output.LayerNorm."),
+    },
+    matrices={
+        "b_O": ("attention.output.dense.bias",),
+        "W_in": ("intermediate.dense.",),
+        "W_out": ("output.dense.",),
+        "ln1.w,b": ("attention.output.LayerNorm.",),
+        "ln2.w,b": ("output.LayerNorm.",),
+    },
+    attention=_separate("attention.self.", "attention.output.dense", ("query", "key", "value")),
+)
+FAMILIES = (
+    *(_LENS, _BIG_CODE, _GPT2, _GPT_NEO, _GPT_J, _FALCON, _BLOOM, _NEOX),
+    *(_PHI3, _PHI, _LLAMA, _OPT, _BERT),
+)
+"""The first that fits is a model's."""
 
 
 @dataclass(frozen=True)
@@ -187,35 +339,49 @@ class Attention:
 
     def n_heads(self, part: str) -> int:
         """How many heads there are of Q, K, V or O: of K and V fewer, where queries share them."""
-        return next(self.sizes[tensor.heads] for tensor in self.tensors.values() if part in tensor.parts)
+        return next(
+            self.sizes[tensor.heads(part)] for tensor in self.tensors.values() if part in tensor.parts
+        )
 
     def of_head(self, head: int, parts: str) -> dict[str, Index]:
         """What a query head uses of Q, K, V, O: {parameter: index}."""
         return {
-            name: self._index(tensor, head, [i for i, part in enumerate(tensor.parts) if part in parts])
+            name: self._index(tensor, head, [part for part in tensor.parts if part in parts])
             for name, tensor in self.tensors.items()
             if set(tensor.parts) & set(parts)
         }
 
-    def _index(self, tensor: AttentionTensor, head: int, parts: list[int]) -> Index:
-        axis = next(i for i, axis in enumerate(tensor.axes) if tensor.heads in axis)
-        inner = words(tensor.axes[axis])
-        before = (slice(None),) * axis
-        own = head // (self.sizes["n_heads"] // self.sizes[tensor.heads])
-        if len(inner) == 1:
-            return (*before, own)
-        wanted: dict[str, int | list[int]] = {tensor.heads: own, "n_parts": parts}
-        shape = [{**self.sizes, "n_parts": len(tensor.parts)}[word] for word in inner]
-        places = torch.arange(math.prod(shape), device="cpu").reshape(shape)
-        return (*before, _sliced(places[tuple(wanted.get(word, slice(None)) for word in inner)].flatten()))
+    def _index(self, tensor: AttentionTensor, head: int, parts: list[str]) -> Index:
+        before = (slice(None),) * tensor.axis
+        pieces = segments(tensor.axes[tensor.axis])
+        own = {p: head // (self.sizes["n_heads"] // self.sizes[tensor.heads(p)]) for p in parts}
+        if pieces == [["n_heads"]]:
+            return (*before, own[parts[0]])
+        sizes = {**self.sizes, "n_parts": len(tensor.parts)}
+        shapes = [[sizes[word] for word in piece] for piece in pieces]
+        lengths = [math.prod(shape) for shape in shapes]
+        spans = torch.split(torch.arange(sum(lengths), device="cpu"), lengths)
+        found = []
+        for part in parts:
+            place = tensor.parts.index(part)
+            number = place if len(pieces) > 1 else 0
+            wanted = {tensor.heads(part): own[part], "n_parts": place}
+            at = tuple(wanted.get(word, slice(None)) for word in pieces[number])
+            found.append(spans[number].reshape(shapes[number])[at].flatten())
+        return (*before, _sliced(torch.cat(found)))
 
 
 _IN_A_BLOCK = re.compile("|".join(rf"(?:{re.escape(f.body)})?{f.blocks}\.(\d+)\." for f in FAMILIES))
 
 
+def unadapted(name: str) -> str:
+    """The name that a parameter has in a model without peft's adapters around it: seen through a PeftModel."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
 def layer_of(name: str) -> int:
     """The block that a parameter of that name lies in, in any family; −1 for none."""
-    found = _IN_A_BLOCK.match(name)
+    found = _IN_A_BLOCK.match(unadapted(name))
     return int(found[found.lastindex or 0]) if found else -1
 
 
@@ -235,9 +401,9 @@ def tied(label: str, others: Iterable[str]) -> str:
     return f"{label} (tied: {said})" if said else label
 
 
-def words(axis: str) -> list[str]:
-    """What runs along an axis: ["n_parts", "n_heads", "d_head"]."""
-    return axis.strip("()").split()
+def segments(axis: str) -> list[list[str]]:
+    """What runs along an axis, piece by piece: [["n_parts", "n_heads", "d_head"]]."""
+    return [piece.split() for piece in axis.strip("()").split("|")]
 
 
 def _sliced(places: Tensor) -> slice | Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from checkpoints.rng import replayed
-from dynamics.batch import Batch
+from dynamics.batch import Batch, output_of
 from dynamics.models.functional import call_with, eval_mode, is_bridge
 from dynamics.sites.site import Site, SiteError, check_labels, coords_of, some
 
@@ -250,7 +250,7 @@ def _shapes(model: nn.Module, names: Sequence[str], like: Any) -> dict[str, torc
 def called(model: nn.Module, like: Any) -> Any:
     """The model called with a `Batch`, a tensor, a tuple of arguments or a dict of keyword arguments."""
     if isinstance(like, Batch):
-        return model(like.tokens)
+        return output_of(model, like)
     if isinstance(like, Mapping):
         return model(**like)
     return model(*like) if isinstance(like, tuple) else model(like)

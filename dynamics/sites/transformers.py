@@ -20,8 +20,9 @@ from dynamics.sites.families import (
     Family,
     layer_of,
     other_names,
+    segments,
     tied,
-    words,
+    unadapted,
 )
 from dynamics.sites.site import Site, SiteError, coords_of
 from dynamics.trees import Index
@@ -119,8 +120,8 @@ def up_to_layer(model: nn.Module) -> list[Site]:
     for layer in range(known.n_layers):
         covers |= known.whole(known.block(layer))
         coords = coords_of("up_to_layer", "up to block", layer)
-        sites.append(Site(f"+ block {layer}", dict(covers), coords))
-    everything = dict.fromkeys(known.tensors, ...)
+        sites.append(Site(f"+ block {layer}", known.own(covers), coords))
+    everything = known.own(dict.fromkeys(known.tensors, ...))
     return [*sites, Site("+ unembedding", everything, coords_of("up_to_layer", "up to unembedding"))]
 
 
@@ -148,7 +149,7 @@ def _site(
     shown = _MATRICES if level == "matrices" else {}
     others = [known.part_of(other) for name in covers for other in known.others.get(name, ())]
     label = tied(label, (shown.get(other, other) for other in others))
-    return Site(label, covers, coords_of(level, component, layer, head))
+    return Site(label, known.own(covers), coords_of(level, component, layer, head))
 
 
 def _outside(known: Transformer, level: str, part: str, label: str) -> Site:
@@ -165,9 +166,9 @@ def _in_block(known: Transformer, level: str, layer: int, table: Mapping[str, tu
 def _partition(known: Transformer, level: str, sites: list[Site]) -> list[Site]:
     """The sites that cover something, and one for each parameter that none of them covers."""
     covered = {name for site in sites for name in site.covers}
-    rest = [name for name in known.tensors if name not in covered]
+    rest = [(name, own) for name, own in known.names.items() if own not in covered]
     return [site for site in sites if site.covers] + [
-        _site(known, name, {name: ...}, level, name, layer_of(name)) for name in rest
+        _site(known, own, {name: ...}, level, own, layer_of(own)) for name, own in rest
     ]
 
 
@@ -194,8 +195,9 @@ class Transformer:
         model: the model.
         family: the table its names are read by.
         body: the family's, or nothing in a model without its language-model head.
-        tensors: its parameters by name, tied ones by their first.
+        tensors: its parameters by name, tied ones by their first; as they are without adapters.
         others: the further names of tied ones.
+        names: those names -> the model's own, which differ within a PeftModel.
     """
 
     model: nn.Module
@@ -203,6 +205,11 @@ class Transformer:
     body: str
     tensors: Mapping[str, Tensor]
     others: Mapping[str, list[str]]
+    names: Mapping[str, str]
+
+    def own(self, covers: Mapping[str, Index]) -> dict[str, Index]:
+        """What is covered, under the model's own names."""
+        return {self.names[name]: index for name, index in covers.items()}
 
     @property
     def n_layers(self) -> int:
@@ -237,6 +244,11 @@ class Transformer:
         sizes = {size: n for size, name in _CONFIG if isinstance(n := getattr(config, name, None), int)}
         for name, tensor in present.items():
             self._measure(name, tensor, sizes)
+        if sizes.get("n_kv_heads", 1) < 1 or sizes["n_heads"] % sizes.get("n_kv_heads", 1):
+            raise SiteError(
+                f"{type(self.model).__name__} has {sizes['n_heads']} query heads and {sizes['n_kv_heads']} key and "
+                "value heads, of which each should serve as many queries: see config.num_key_value_heads."
+            )
         return Attention(present, sizes)
 
     def _measure(self, name: str, tensor: AttentionTensor, sizes: dict[str, int]) -> None:
@@ -245,16 +257,19 @@ class Transformer:
         fits = len(shape) == len(tensor.axes)
         for axis, size in zip(tensor.axes, shape, strict=False):
             known = {"n_parts": len(tensor.parts), **sizes}
-            unknown = [word for word in words(axis) if word not in known]
-            times = math.prod(known.get(word, 1) for word in words(axis))
+            pieces = segments(axis)
+            unknown = list(dict.fromkeys(word for piece in pieces for word in piece if word not in known))
+            counted = [math.prod(known.get(word, 1) for word in piece) for piece in pieces]
+            times = sum(n for n, piece in zip(counted, pieces, strict=True) if set(unknown) & set(piece))
+            fixed = sum(counted) - times
             if len(unknown) > 1:
                 raise SiteError(
                     f"{type(self.model).__name__} does not say how many heads share an axis of {name}: it has "
                     "no config.num_attention_heads. Use sites.matching(model, {label: glob})."
                 )
             if unknown:
-                sizes[unknown[0]] = size // times
-            fits &= size == times * (sizes[unknown[0]] if unknown else 1)
+                sizes[unknown[0]] = (size - fixed) // times
+            fits &= size == fixed + (times * sizes[unknown[0]] if unknown else 0)
         if not fits:
             told = ", ".join(f"{word} {size}" for word, size in sizes.items())
             raise self._misshapen(name, tensor, f"it is {shape}, with {told}")
@@ -273,12 +288,17 @@ def transformer(model: nn.Module) -> Transformer:
     Raises:
         SiteError: its names are those of no family; the families are listed.
     """
-    tensors = dict(model.named_parameters())
+    names = {unadapted(name): name for name, _ in model.named_parameters()}
+    tensors = {unadapted(name): p for name, p in model.named_parameters()}
+    others = {unadapted(name): list(map(unadapted, of)) for name, of in other_names(model).items()}
+    config = getattr(model, "config", None)
     for family in FAMILIES:
+        if any(getattr(config, name, None) != value for name, value in family.config.items()):
+            continue
         for body in dict.fromkeys((family.body, "")):
             begins = re.compile(rf"{re.escape(body)}{family.blocks}\.\d+\.{re.escape(family.known_by)}")
             if any(begins.match(name) for name in tensors):
-                return Transformer(model, family, body, tensors, other_names(model))
+                return Transformer(model, family, body, tensors, others, names)
     known = [f"{f.body}{f.blocks}.0.{f.known_by}.. as {f.name} names them" for f in FAMILIES]
     raise SiteError(
         f"{type(model).__name__} has no parameters named {', '.join(known[:-1])} or {known[-1]}. "

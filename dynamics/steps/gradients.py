@@ -13,6 +13,7 @@ from checkpoints import Checkpoint
 from checkpoints.rng import RngState
 from dynamics.models.functional import call_with
 from dynamics.recipe import Recipe, RecipeError
+from dynamics.steps.states import coasts
 from dynamics.steps.taps import Taps
 from dynamics.trees import described, not_finite
 
@@ -28,7 +29,8 @@ class StepGradient:
     Attributes:
         loss: the scalar loss.
         gradients: by parameter name; None where the loss does not depend on a parameter, which torch's
-            optimizers then skip; sparse, each row once, where a module makes them so.
+            optimizers then skip, or zero where the recipe lets it coast; sparse, each row once, where a module
+            makes them so.
         buffers: the model's buffers after the forward pass (batch statistics move there).
         rng: the random number generators after the pass.
     """
@@ -92,8 +94,12 @@ def gradient(
     if not bool(torch.isfinite(loss)):
         raise NonFiniteGradient(f"The loss of {where} at step {checkpoint.step} is {loss.item()}.")
     gradients: dict[str, Tensor | None] = dict.fromkeys(parameters)
+    moments = checkpoint.optimizer.state if checkpoint.optimizer else {}
     for name, g in zip(inputs, found, strict=False):
-        gradients[name] = g.coalesce() if g is not None and g.is_sparse else g
+        if g is None and coasts(recipe, name, moments, checkpoint.step):
+            gradients[name] = torch.zeros_like(parameters[name])
+        else:
+            gradients[name] = g.coalesce() if g is not None and g.is_sparse else g
     if culprit := not_finite(gradients):
         raise NonFiniteGradient(
             f"The gradient of {culprit} for {where} at step {checkpoint.step} is not finite."

@@ -108,7 +108,11 @@ def _together(
 
         return call_with(passes, recipe.model, {**parameters, **own, **kept, **buffers}, batch_of(tensors))
 
-    with warnings.catch_warnings(), checkpoint.random_state(), attributes_restored(recipe.model):
+    with (
+        warnings.catch_warnings(),
+        checkpoint.random_state(),
+        attributes_restored(recipe.model),
+    ):
         warnings.simplefilter("error")  # of loops that vmap falls back to
         of_each = torch.func.grad(loss, has_aux=True)
         found, (losses, moved) = torch.vmap(of_each, in_dims=(None, 0, 0), randomness="same")(

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from checkpoints import Checkpoint, Trajectory
 from dynamics.recipe import ByNorm, ByValue, Recipe
 from dynamics.steps.clipping import coefficient
-from dynamics.steps.states import restored_copy
+from dynamics.steps.states import assign_rates, coasts, restored_copy
 
 
 def replay(recipe: Recipe, checkpoint: Checkpoint, batch: Any) -> Checkpoint:
@@ -50,7 +51,7 @@ def advance(recipe: Recipe, checkpoint: Checkpoint, step: int, batch_of: Callabl
     with resumed(recipe, checkpoint) as loop:
         while loop.step < step:
             loop.take(batch_of(loop.step))
-        return Checkpoint.capture(loop.model, loop.optimizer, loop.scheduler, loop.step)
+        return Checkpoint.capture(loop.model, loop.optimizer, loop.scheduler, loop.step, scaler=loop.scaler)
 
 
 @dataclass
@@ -60,6 +61,7 @@ class TrainingLoop:
     Attributes:
         recipe: how a step is taken.
         model, optimizer, scheduler: the loop's own.
+        scaler: of the loss, in training with float16.
         step: steps taken since the run began.
         clipped_to: what clipping by norm multiplied the last step's gradient by; 1 where it did nothing.
     """
@@ -69,6 +71,7 @@ class TrainingLoop:
     optimizer: Optimizer
     scheduler: LRScheduler | None
     step: int
+    scaler: GradScaler | None = None
     clipped_to: float = 1.0
 
     def take(
@@ -84,18 +87,32 @@ class TrainingLoop:
             before_optimizer: called when gradients are clipped, before the optimizer's step.
             after_optimizer: called after it, when groups have their learning rates still.
         """
-        loss_of, clip = self.recipe.require_loss(), self.recipe.clip
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        recipe, optimizer, clip, scaler = self.recipe, self.optimizer, self.recipe.clip, self.scaler
+        recipe.require_loss()
+        held = [p for group in optimizer.param_groups for p in group["params"]]
         with torch.enable_grad():
-            self.optimizer.zero_grad()
-            loss_of(self.model, batch).backward()  # type: ignore[no-untyped-call]
+            assign_rates(recipe, optimizer.param_groups, self.step)
+            self.model.zero_grad()
+            for p in held:
+                if coasts(recipe, p, optimizer.state, self.step):
+                    p.grad = torch.zeros_like(p)
+            for each in recipe.micro_batches(batch):
+                loss = recipe.micro_loss(self.model, each)
+                (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+            if scaler is not None:
+                scaler.unscale_(optimizer)
             if isinstance(clip, ByNorm):
-                norm = torch.nn.utils.clip_grad_norm_(parameters, clip.max_norm)
+                counted = self.model.parameters() if clip.over == "model" else held
+                norm = torch.nn.utils.clip_grad_norm_(counted, clip.max_norm)
                 self.clipped_to = coefficient(float(norm) ** 2, clip.max_norm)
             elif isinstance(clip, ByValue):
-                torch.nn.utils.clip_grad_value_(parameters, clip.limit)
+                torch.nn.utils.clip_grad_value_(held, clip.limit)
             before_optimizer()
-            self.optimizer.step()
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
             after_optimizer()
             if self.scheduler is not None:
                 self.scheduler.step()
@@ -107,7 +124,10 @@ def resumed(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[TrainingLoop]:
     """Training resumed at a checkpoint, with its random numbers and kernels; the caller's come back afterwards."""
     deterministic = checkpoint.fingerprint.get("deterministic") == "True"
     with checkpoint.random_state(), _deterministic(deterministic):
-        loop = TrainingLoop(recipe, *restored_copy(recipe, checkpoint), checkpoint.step)
+        scaler = recipe.scaler() if recipe.scaler else None
+        if scaler is not None and checkpoint.scaler is not None:
+            scaler.load_state_dict(checkpoint.scaler)
+        loop = TrainingLoop(recipe, *restored_copy(recipe, checkpoint), checkpoint.step, scaler)
         del checkpoint  # the loop has copies of what is in it
         yield loop
 

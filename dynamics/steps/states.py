@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from dynamics.recipe import Recipe, RecipeError
 
 
 def restored_copy(recipe: Recipe, checkpoint: Checkpoint) -> tuple[nn.Module, Optimizer, LRScheduler | None]:
-    """A copy of the recipe's model, with optimizer and scheduler, in the checkpoint's state.
+    """A copy of the recipe's model, with optimizer and scheduler, in the checkpoint's state and modes.
 
     What the checkpoint holds nothing for begins as the recipe makes it.
 
@@ -25,6 +26,7 @@ def restored_copy(recipe: Recipe, checkpoint: Checkpoint) -> tuple[nn.Module, Op
         ValueError: the checkpoint is of another model.
     """
     model = copy.deepcopy(recipe.model)
+    set_modes(model, checkpoint)
     optimizer = recipe.build_optimizer(model.parameters())
     scheduler = recipe.build_scheduler(optimizer)
     check_optimizer_kind(checkpoint, optimizer)
@@ -34,6 +36,59 @@ def restored_copy(recipe: Recipe, checkpoint: Checkpoint) -> tuple[nn.Module, Op
         scheduler if checkpoint.scheduler else None,
     )
     return model, optimizer, scheduler
+
+
+def set_modes(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Put each submodule into the mode, train or eval, that was recorded for it, if one was."""
+    if checkpoint.evaluating is not None:
+        for name, module in model.named_modules():
+            module.training = name not in checkpoint.evaluating
+
+
+def assign_rates(recipe: Recipe, groups: Sequence[dict[str, Any]], step: int) -> None:
+    """Give an optimizer's groups the recipe's learning rates for a step, where it says some.
+
+    Raises:
+        RecipeError: there is not one rate for each group.
+    """
+    if recipe.learning_rate is None:
+        return
+    rates = recipe.learning_rate(step)
+    if isinstance(rates, Mapping):
+        keys: list[tuple[Any, int]] = [(group.get("name"), i) for i, group in enumerate(groups)]
+        by_group = [rates[key] for both in keys for key in both if key in rates]
+    else:
+        by_group = list(rates) if isinstance(rates, Sequence) else [rates] * len(groups)
+    if len(by_group) != len(groups):
+        raise RecipeError(
+            f"learning_rate({step}) gives {rates!r}, and the optimizer has {len(groups)} groups: expected a "
+            "number, a list of one for each, or a dict by their numbers or names."
+        )
+    for group, rate in zip(groups, by_group, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"] = group["lr"].clone().fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def coasts(recipe: Recipe, parameter: Any, state: Collection[Any], step: int) -> bool:
+    """Whether a parameter that the batch does not use has a gradient of zero, and not none.
+
+    It has if it had one before, of which its optimizer's state tells; plain SGD, which keeps none, is taken to have
+    moved every parameter in the first step.
+
+    Args:
+        parameter: itself, or its name.
+        state: the optimizer's, by parameter or by name.
+        step: that is taken.
+    """
+    return recipe.unused == "coast" and (parameter in state or (step > 0 and not state))
+
+
+def held_names(model: nn.Module, optimizer: Optimizer) -> set[str]:
+    """The names of the parameters that an optimizer holds."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return {name for name, p in model.named_parameters() if id(p) in held}
 
 
 def check_optimizer_kind(checkpoint: Checkpoint, optimizer: Optimizer) -> None:

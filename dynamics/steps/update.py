@@ -19,11 +19,11 @@ from torch.optim import Optimizer
 
 from checkpoints import Checkpoint
 from dynamics.recipe import ByNorm, ByValue, Recipe
-from dynamics.steps.clipping import clipped, coefficient
+from dynamics.steps.clipping import clipped, coefficient, counted
 from dynamics.steps.elementwise_optimizers import Moved, rule, step_into
 from dynamics.steps.fallbacks import ComputePaths
 from dynamics.steps.stacks import Stack, Workspace, stack
-from dynamics.steps.states import check_optimizer_kind, restored_copy
+from dynamics.steps.states import assign_rates, check_optimizer_kind, held_names, restored_copy
 from dynamics.trees import Gradients, squared_norm
 
 
@@ -36,7 +36,8 @@ def step_from(recipe: Recipe, checkpoint: Checkpoint, gradients: Gradients) -> d
         gradients: by parameter name, before clipping; None skips a parameter, zero lets it coast.
     """
     model, optimizer, _ = restored_copy(recipe, checkpoint)
-    for name, g in clipped(_of_optimizer(gradients, model, optimizer), recipe.clip).items():
+    assign_rates(recipe, optimizer.param_groups, checkpoint.step)
+    for name, g in clipped(gradients, recipe.clip, held_names(model, optimizer)).items():
         model.get_parameter(name).grad = g
     optimizer.step()
     return {name: p.detach() for name, p in model.named_parameters()}
@@ -133,8 +134,10 @@ class Steps:
             return False
         if any((one[name] is None) != (other[name] is None) for name in rules):
             return False
-        longest = sum(self._norm(gs[name]) for gs in (one, other) for name in rules)
-        return not isinstance(clip, ByNorm) or coefficient(longest, clip.max_norm) == 1
+        if not isinstance(clip, ByNorm):
+            return True
+        longest = sum(self._norm(g) for gs in (one, other) for g in counted(gs, clip, rules))
+        return coefficient(longest, clip.max_norm) == 1
 
     @cached_property
     def _rules(self) -> dict[str, Moved] | str:
@@ -149,7 +152,9 @@ class Steps:
         check_optimizer_kind(self.checkpoint, template)
         recorded = self.checkpoint.optimizer.state if self.checkpoint.optimizer else {}
         rules: dict[str, Moved] = {}
-        for group in _groups(self.checkpoint, template, {id(p): name for name, p in dummies.items()}):
+        groups = _groups(self.checkpoint, template, {id(p): name for name, p in dummies.items()})
+        assign_rates(self.recipe, groups, self.checkpoint.step)
+        for group in groups:
             for name in group["params"]:
                 moved = rule(type(template), group, recorded.get(name, {}), self.checkpoint.parameters[name])
                 if isinstance(moved, str):
@@ -158,11 +163,11 @@ class Steps:
         return rules
 
     def _scales(self, many: Sequence[Gradients], held: Mapping[str, Moved]) -> list[float]:
-        """What clipping by norm multiplies each gradient by; norms count the optimizer's parameters alone."""
+        """What clipping by norm multiplies each gradient by."""
         clip = self.recipe.clip
         if not isinstance(clip, ByNorm):
             return [1.0] * len(many)
-        totals = (sum(self._norm(g) for name, g in gradients.items() if name in held) for gradients in many)
+        totals = (sum(map(self._norm, counted(gradients, clip, held))) for gradients in many)
         return [coefficient(total, clip.max_norm) for total in totals]
 
     def _norm(self, gradient: Tensor | None) -> float:
@@ -181,8 +186,3 @@ def _groups(checkpoint: Checkpoint, template: Optimizer, names: Mapping[int, str
     if checkpoint.optimizer is not None and checkpoint.optimizer.groups:
         return [{**template.defaults, **group} for group in checkpoint.optimizer.groups]
     return [{**group, "params": [names[id(p)] for p in group["params"]]} for group in template.param_groups]
-
-
-def _of_optimizer(gradients: Gradients, model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor | None]:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return {name: gradients[name] for name, p in model.named_parameters() if id(p) in held}

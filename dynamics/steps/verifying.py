@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from checkpoints import Checkpoint, Trajectory, index, store
 from dynamics import results
-from dynamics.recipe import Recipe
+from dynamics.recipe import ByNorm, Recipe
 from dynamics.steps.replaying import advance
+from dynamics.steps.states import assign_rates
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,14 @@ class Verdict:
     Attributes:
         start, stop: the two steps.
         differences: names of what is not bitwise equal; empty where everything is.
+        cause: which of the usual causes explains them, and what to change: with it the replay is the same bits.
+            None where nothing differs, or none does.
     """
 
     start: int
     stop: int
     differences: tuple[str, ...]
+    cause: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,11 @@ def verify_files(run: Trajectory) -> FileReport:
 def verify(recipe: Recipe, run: Trajectory, batch_of: Callable[[int], Any]) -> Iterator[Verdict]:
     """Replay every pair of neighbouring checkpoints of a run and compare, bit for bit.
 
-    Parameters, buffers, optimizer state, learning rates and the scheduler are compared. Where training began with
-    a new optimizer, the replayed state drops its moments as training did.
+    Parameters, buffers, optimizer state, learning rates and the scheduler are compared; rates that the recipe's
+    `learning_rate` assigns are those of the step that comes next on both sides. Where training began with a new
+    optimizer, the replayed state drops its moments as training did. Of a step that differs the usual causes are
+    tried: the learning rate, what clipping counts, None or zero as the gradient of what is unused, train or eval
+    mode, and the batch of a step before or after.
 
     Bits are promised only where torch, the CPU's capability and the number of threads are those recorded
     in `checkpoint.fingerprint`; `environment_changes` says what differs.
@@ -89,11 +97,96 @@ def verify(recipe: Recipe, run: Trajectory, batch_of: Callable[[int], Any]) -> I
         TrajectoryError: a file is damaged.
     """
     for start, stop in pairwise(run.steps):
-        recorded = run.at(stop)
-        replayed = advance(recipe, run.at(start), stop, batch_of)
-        if recorded.begins_optimizer:
-            replayed = replace(replayed.with_fresh_optimizer(), begins_optimizer=True)
-        yield Verdict(start, stop, tuple(recorded.differences(replayed)))
+        before, recorded = run.at(start), run.at(stop)
+        differences = _differences(recipe, before, recorded, batch_of)
+        cause = _cause(recipe, before, recorded, batch_of) if differences else None
+        yield Verdict(start, stop, differences, cause)
+
+
+def _differences(
+    recipe: Recipe, before: Checkpoint, recorded: Checkpoint, batch_of: Callable[[int], Any]
+) -> tuple[str, ...]:
+    replayed = advance(recipe, before, recorded.step, batch_of)
+    if recorded.begins_optimizer:
+        replayed = replace(replayed.with_fresh_optimizer(), begins_optimizer=True)
+    return tuple(_at_next_rates(recipe, recorded).differences(_at_next_rates(recipe, replayed)))
+
+
+def _at_next_rates(recipe: Recipe, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the rates that the recipe assigns before its step, be it taken before that or after."""
+    if checkpoint.optimizer is None:
+        return checkpoint
+    groups = tuple(map(dict, checkpoint.optimizer.groups))
+    assign_rates(recipe, groups, checkpoint.step)
+    return replace(checkpoint, optimizer=replace(checkpoint.optimizer, groups=groups))
+
+
+def _cause(
+    recipe: Recipe, before: Checkpoint, recorded: Checkpoint, batch_of: Callable[[int], Any]
+) -> str | None:
+    """The first of the usual causes with which the replay has the recorded parameters, buffers and moments."""
+    for words, other, state, batches in _usual_causes(recipe, before, recorded, batch_of):
+        try:
+            differences = _differences(other, state, recorded, batches)
+        except LookupError:  # no batch lies before the first, or after the last
+            continue
+        if all(name.startswith(("scheduler", "optimizer/groups")) for name in differences):
+            return words
+    return None
+
+
+def _usual_causes(
+    recipe: Recipe, before: Checkpoint, recorded: Checkpoint, batch_of: Callable[[int], Any]
+) -> Iterator[tuple[str, Recipe, Checkpoint, Callable[[int], Any]]]:
+    """Each in words, with the recipe, the state and the batches that it would mean."""
+    if recorded.optimizer is not None:
+        rates = [group["lr"] for group in recorded.optimizer.groups]
+        numbers = ", ".join(f"{float(rate):.6g}" for rate in dict.fromkeys(rates))
+        yield (
+            f"the learning rate was {numbers}, as recorded after the step: give the recipe learning_rate="
+            "step -> rate, or the scheduler that set it",
+            replace(recipe, scheduler=None, learning_rate=lambda _: rates),
+            before,
+            batch_of,
+        )
+    if isinstance(recipe.clip, ByNorm):
+        over: Literal["model", "optimizer"] = "optimizer" if recipe.clip.over == "model" else "model"
+        clip = replace(recipe.clip, over=over)
+        yield (
+            f"clipping counted the {over}'s gradients: clip={clip}",
+            replace(recipe, clip=clip),
+            before,
+            batch_of,
+        )
+    unused: Literal["skip", "coast"] = "coast" if recipe.unused == "skip" else "skip"
+    gradient = "zero, and not None" if unused == "coast" else "None, and not zero"
+    yield (
+        f"parameters that a batch does not use had a gradient of {gradient}: unused={unused!r}",
+        replace(recipe, unused=unused),
+        before,
+        batch_of,
+    )
+    for mode in ("train", "eval"):
+        evaluating = tuple(name for name, _ in recipe.model.named_modules()) if mode == "eval" else ()
+        yield (
+            f"the model was in {mode} mode, which the checkpoint does not say: checkpoints are captured after "
+            f"model.{mode}()",
+            recipe,
+            replace(before, evaluating=evaluating),
+            batch_of,
+        )
+    for shift, which in ((1, "after it"), (-1, "before it")):
+        if before.step + shift >= 0:
+            yield (
+                f"the batch was that of the step {which}",
+                recipe,
+                before,
+                partial(_shifted, batch_of, shift),
+            )
+
+
+def _shifted(batch_of: Callable[[int], Any], shift: int, step: int) -> Any:
+    return batch_of(step + shift)
 
 
 def environment_changes(recorded: Checkpoint) -> list[str]:

@@ -11,7 +11,7 @@ from checkpoints import Checkpoint
 from dynamics.recipe import Recipe
 from dynamics.steps.clipping import clipped
 from dynamics.steps.gradients import StepGradient
-from dynamics.steps.states import restored_copy
+from dynamics.steps.states import assign_rates, coasts, held_names, restored_copy
 
 
 def walk(
@@ -31,14 +31,14 @@ def walk(
         is the first one's: the walk carries the living optimizer.
     """
     model, optimizer, scheduler = restored_copy(recipe, checkpoint)
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    parameters = dict(model.named_parameters())
+    parameters, held = dict(model.named_parameters()), held_names(model, optimizer)
     state = replace(checkpoint, parameters={n: p.detach() for n, p in parameters.items()})
     for _ in range(n_steps):
         step = gradient_at(state)
-        ours = {name: g for name, g in step.gradients.items() if id(parameters[name]) in held}
-        for name, g in clipped(ours, recipe.clip).items():
-            parameters[name].grad = g
+        assign_rates(recipe, optimizer.param_groups, state.step)
+        for name, g in clipped(step.gradients, recipe.clip, held).items():
+            unused = g is None and coasts(recipe, parameters[name], optimizer.state, state.step)
+            parameters[name].grad = torch.zeros_like(parameters[name]) if unused else g
         with torch.no_grad():
             optimizer.step()
         if scheduler is not None:

@@ -73,6 +73,7 @@ class Question:
             self.sites,
             self.measure,
             (recipe.loss, recipe.optimizer, recipe.scheduler, recipe.clip),
+            (recipe.learning_rate, recipe.unused, recipe.accumulate, recipe.scaler),
             (
                 repr(model),
                 [type(module) for module in model.modules()],

@@ -18,7 +18,7 @@ from dynamics.config import RunConfig
 from dynamics.measures import cross_entropy, cross_entropy_in_bf16
 from dynamics.models.toy import ToyTransformer
 from dynamics.randomness import generator
-from dynamics.recipe import Contrast, Recipe
+from dynamics.recipe import ByNorm, Contrast, Recipe
 
 
 class Task(ABC):
@@ -93,7 +93,7 @@ class Task(ABC):
                 torch.optim.AdamW, lr=1.0, betas=phases.betas, weight_decay=phases.weight_decay
             ),
             scheduler=partial(LambdaLR, lr_lambda=phases.learning_rate),
-            max_grad_norm=phases.max_grad_norm,
+            clip=ByNorm(phases.max_grad_norm, over="optimizer"),  # as Lightning, which trains it
         )
 
 

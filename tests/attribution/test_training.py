@@ -314,3 +314,21 @@ def test_sites_with_positions_are_refused():
     part = sites.at_positions(sites.matrices(recipe.model)[-1:], {"first": 0})
     with pytest.raises(SiteError, match="positions"):
         dy.attribute_training(recipe, None, [tokens(0)], part, {"p": tokens(1)}, measures.correct_logit)
+
+
+def test_a_scaler_that_may_skip_a_step_has_no_sources():
+    recipe = classifier_recipe(scaler=partial(torch.amp.GradScaler, "cpu"))
+    with pytest.raises(RecipeError, match="GradScaler may skip"):
+        account(recipe, sources=by_parity)
+
+
+def test_accumulated_micro_batches_have_the_account_of_one_batch_of_all_their_rows():
+    micro = [[points(seed, 4), points(seed + 20, 4)] for seed in range(4)]
+    whole = [tuple(map(torch.cat, zip(*pair, strict=True))) for pair in micro]
+    one = account(
+        classifier_recipe(clip=CLIPS["by norm"]), batches=whole, sources=lambda b: ["even", "odd"] * 4
+    )
+    accumulated = classifier_recipe(clip=CLIPS["by norm"], accumulate=2)
+    found = account(accumulated, batches=micro, sources=by_parity)
+    for name in ("attribution", "value", "residual"):
+        np.testing.assert_allclose(found[name], one[name], rtol=0, atol=1e-12)

@@ -191,3 +191,37 @@ def test_the_fingerprint_names_the_numeric_environment(tiny):
     assert fingerprint["device"] == "cpu"
     assert {"cpu_capability", "machine", "deterministic", "matmul_precision"} <= set(fingerprint)
     assert all(isinstance(value, str) for value in fingerprint.values())
+
+
+# --- other settings ---------------------------------------------------------------------------------------
+
+
+def two_groups(model):
+    return torch.optim.AdamW(
+        [{"params": [model.weight]}, {"params": [model.bias], "weight_decay": 0.0}], lr=0.1
+    )
+
+
+def test_other_settings_are_those_of_every_group_or_of_each():
+    model = nn.Linear(2, 1)
+    checkpoint = Checkpoint.capture(model, two_groups(model), step=3)
+    changed = checkpoint.with_settings(lr=0.2, weight_decay=[0.3, 0.4], betas=(0.5, 0.6))
+    found = [(g["params"], g["lr"], g["weight_decay"], g["betas"]) for g in changed.optimizer.groups]
+    assert found == [(["weight"], 0.2, 0.3, (0.5, 0.6)), (["bias"], 0.2, 0.4, (0.5, 0.6))]
+    assert [g["lr"] for g in checkpoint.optimizer.groups] == [0.1, 0.1]
+    assert changed.step == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"momentum": 0.9}, "group 0 has no 'momentum'; it has lr, betas"),
+        ({"lr": [0.1]}, "lr= lists 1 values, and there are 2 groups"),
+    ],
+)
+def test_settings_that_the_groups_do_not_have_are_refused(settings, message):
+    model = nn.Linear(2, 1)
+    with pytest.raises(ValueError, match=message):
+        Checkpoint.capture(model, two_groups(model)).with_settings(**settings)
+    with pytest.raises(ValueError, match="holds no optimizer's groups to set lr in"):
+        Checkpoint.capture(model).with_settings(lr=0.1)

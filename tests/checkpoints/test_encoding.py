@@ -255,3 +255,20 @@ def test_flipped_bits_are_noticed_even_without_the_manifest():
         damaged[start + position // 8] ^= 1 << (position % 8)
         with pytest.raises(TrajectoryError, match="not a readable checkpoint"):
             decode(bytes(damaged))
+
+
+def test_modes_and_a_scalers_state_come_back_and_files_from_before_they_were_kept_are_read():
+    scaler = {"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 3}
+    kept = replace(EMPTY, evaluating=("", "norm"), scaler=scaler)
+    assert decode(encode(kept)).evaluating == ("", "norm")
+    assert decode(encode(kept)).scaler == scaler
+
+    def as_before(file):
+        index = json.loads(file["index"][0])
+        del index["evaluating"], index["scaler"], file["index"]
+        file.attrs["schema_version"] = 1
+        file.create_dataset("index", data=np.array([json.dumps(index)], "S"), chunks=(1,), fletcher32=True)
+
+    older = decode(image_with(as_before, kept))
+    assert older.evaluating is None
+    assert older.scaler is None

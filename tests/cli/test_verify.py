@@ -84,3 +84,14 @@ def test_a_damaged_file_of_results_in_a_run_is_named_and_the_command_fails(own_r
         main(["verify", str(own_run)])
     assert left.value.code == 1
     assert "one.h5 is damaged" in capsys.readouterr().out
+
+
+def test_the_cause_of_a_mismatch_is_printed_below_it(own_run, capsys, monkeypatch):
+    found = dy.steps.verifying.Verdict(0, 2, ("parameters/0.weight",), "the learning rate was 0.2")
+    monkeypatch.setattr("dynamics.cli.verify.task_name", lambda config: "aliases")
+    monkeypatch.setattr("dynamics.studies.verify", lambda run: iter([found]))
+    with pytest.raises(SystemExit):
+        main(["verify", str(own_run)])
+    said = capsys.readouterr().out.splitlines()
+    assert "step 0 replayed to 2 differs in 1: parameters/0.weight" in said
+    assert "  explained: the learning rate was 0.2" in said

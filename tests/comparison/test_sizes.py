@@ -15,6 +15,7 @@ from checkpoints import Checkpoint, Trajectory
 from dynamics import sites, tasks
 from dynamics.comparison import compare_updates, compare_weights, over_training, score, step_sizes
 from dynamics.measures import cross_entropy
+from dynamics.recipe import ByNorm
 from tests.zoo.comparison_models import living, questions
 
 EXACT = {"rtol": 1e-11, "atol": 1e-14}
@@ -108,7 +109,7 @@ def test_what_the_optimizer_does_not_hold_is_no_part_of_the_norm(recipe):
     def only_heads(parameters):
         return SGD([p for p in parameters if p.ndim == 3], lr=0.1)
 
-    recipe = replace(recipe, optimizer=only_heads)
+    recipe = replace(recipe, optimizer=only_heads, clip=ByNorm(1.0, over="optimizer"))
     found = step_sizes(recipe, None, questions(70), sites.components(recipe.model))
     model = living(recipe, Checkpoint.capture(recipe.model))
     cross_entropy(model, questions(70)).backward()

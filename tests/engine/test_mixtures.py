@@ -64,7 +64,7 @@ def test_a_norm_that_a_mixture_may_reach_couples(setting):
 def test_norms_of_parameters_that_are_not_the_optimizers_do_not_count(setting):
     recipe, checkpoint, base, source = setting
     most = {name: g * 1e3 if name == "unembed.W_U" else g for name, g in base.items()}
-    clip = ByNorm(2 * both_norms(setting) ** 0.5)
+    clip = ByNorm(2 * both_norms(setting) ** 0.5, over="optimizer")
 
     def without(parameters):
         *kept, _ = parameters

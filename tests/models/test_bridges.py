@@ -18,6 +18,7 @@ from dynamics import measures, sites
 from dynamics.recipe import RecipeError
 from dynamics.sites import Site
 from tests.patching.test_activations import ALL, head_logit, pairs
+from tests.test_batch_padding import padded, prompts
 from tests.zoo.hugging_face import gpt2
 from tests.zoo.small_models import D_VOCAB, perturbed, tokens
 
@@ -408,4 +409,16 @@ def test_a_hook_that_does_not_fire_is_refused(bridge):
             pairs(),
             [Site("x", {"blocks.0.attn.hook_result": ...})],
             measures.correct_logit,
+        )
+
+
+# --- padding ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_bridge_gives_for_padded_prompts_what_the_model_gives(model, bridge, side):
+    together = padded(prompts(0), side)
+    for measure in (measures.correct_log_prob, measures.logit_difference):
+        torch.testing.assert_close(
+            measure(bridge, together).detach(), measure(model, together).detach(), rtol=1e-5, atol=1e-6
         )

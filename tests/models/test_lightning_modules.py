@@ -1,12 +1,13 @@
 """Recipe.from_lightning beside real Trainers: the steps a LightningModule takes."""
 
+import dataclasses
 import gc
 import warnings
 
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD
+from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import ChainedScheduler, OneCycleLR, ReduceLROnPlateau, StepLR
 
 with warnings.catch_warnings():
@@ -109,6 +110,53 @@ def test_the_wrong_clipping_does_not_replay(tmp_path):
     run = recorded(tmp_path / "run", Rich(), gradient_clip_val=0.1)
     replayed = dy.steps.replay(dy.Recipe.from_lightning(Rich(), ByNorm(0.2)), run.at(1), BATCHES[1])
     assert replayed.differences(run.at(2)) != []
+
+
+def in_two_groups(optimizer):
+    given = optimizer.param_groups[0]["params"]
+    vectors, matrices = ([p for p in given if (p.ndim > 1) == several] for several in (False, True))
+    return AdamW([{"params": vectors}, {"params": matrices, "weight_decay": 0.1}], lr=0.01)
+
+
+def test_a_clip_counts_the_optimizers_parameters_as_lightning_does(tmp_path):
+    run = recorded(tmp_path / "run", with_optimizers(in_two_groups), epochs=5, gradient_clip_val=0.1)
+    recipe = dy.Recipe.from_lightning(with_optimizers(in_two_groups), ByNorm(0.1))
+    assert recipe.clip == ByNorm(0.1, over="optimizer")
+    for step in range(20):
+        replayed = dy.steps.replay(recipe, run.at(step), BATCHES[step % len(BATCHES)])
+        assert replayed.differences(run.at(step + 1)) == []
+
+
+def test_accumulated_batches_replay_with_their_dropout(tmp_path):
+    run = recorded(tmp_path / "run", Rich(), accumulate_grad_batches=2)
+    recipe = dataclasses.replace(dy.Recipe.from_lightning(Rich()), accumulate=2)
+    for step in (0, 1):
+        replayed = dy.steps.replay(recipe, run.at(step), BATCHES[2 * step : 2 * step + 2])
+        assert replayed.differences(run.at(step + 1)) == []
+
+
+def logs_its_rate(module, batch, batch_idx):
+    module.log("rate", module.trainer.optimizers[0].param_groups[0]["lr"])
+    for i, group in enumerate(module.trainer.optimizers[0].param_groups):
+        module.log(f"rate {i}", group["lr"])
+    module.log("decay", module.trainer.optimizers[0].param_groups[-1]["weight_decay"] * 1e3)
+    return Plain.training_step(module, batch, batch_idx)
+
+
+def test_a_step_that_logs_its_learning_rate_replays(tmp_path):
+    run = recorded(tmp_path / "run", with_step(logs_its_rate))
+    assert_replays(dy.Recipe.from_lightning(with_step(logs_its_rate)), run)
+
+
+def test_a_loss_made_of_a_logged_rate_is_not_finite():
+    def step(module, batch, batch_idx):
+        return (
+            Plain.training_step(module, batch, batch_idx) * module.trainer.optimizers[0].param_groups[0]["lr"]
+        )
+
+    recipe = dy.Recipe.from_lightning(with_step(step))
+    with pytest.raises(dy.steps.NonFiniteGradient):
+        dy.steps.gradient(recipe, dy.Checkpoint.capture(recipe.model), BATCHES[0])
 
 
 every_step = {"interval": "step"}

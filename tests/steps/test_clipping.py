@@ -56,7 +56,7 @@ def test_the_clip_coefficient_from_additive_norms_is_torchs_at_every_site(gradie
         assert factor == pytest.approx(torch_coefficient(patched, max_norm), rel=1e-12)
         name = "unembed.W_U"
         assert torch.equal(
-            clipped(patched, ByNorm(max_norm))[name],
+            clipped(patched, ByNorm(max_norm), patched)[name],
             patched[name] * coefficient(sum(squared_norm(g) for g in patched.values()), max_norm),
         )
         factors.add(factor)
@@ -103,7 +103,7 @@ def test_a_higher_limit_never_clips_more(norm, low, high):
 def test_clipping_keeps_what_is_missing_missing_and_changes_no_given_tensor(clip):
     g = torch.randn(5, 3, generator=draws(0), dtype=torch.float64)
     given_gradients = {"a": g.clone(), "none": None, "b": torch.zeros(2, dtype=torch.float64)}
-    found = clipped(given_gradients, clip)
+    found = clipped(given_gradients, clip, given_gradients)
     assert list(found) == ["a", "none", "b"]
     assert found["none"] is None
     assert torch.equal(given_gradients["a"], g)

@@ -63,7 +63,7 @@ def sparse_pieces(model: nn.Module) -> list[Site]:
 
 @pytest.mark.slow
 @sparse_optimizers
-@pytest.mark.parametrize("clip", [None, ByNorm(0.05)], ids=["unclipped", "by norm"])
+@pytest.mark.parametrize("clip", [None, ByNorm(0.05, over="optimizer")], ids=["unclipped", "by norm"])
 @pytest.mark.parametrize("n", [1, 3])
 def test_sparse_gradients_are_exchanged_as_in_a_loop_that_overwrites_grad(optimizer, clip, n):
     recipe, live = sparse(optimizer, clip)
@@ -213,11 +213,11 @@ def test_the_norm_of_a_sparse_gradient_is_that_of_its_sums_and_clipping_scales_i
     for repeated in (False, True):
         g = table({0: [1.0, 2.0], 2: [3.0, -4.0]}, repeated)
         assert squared_norm(g) == 30.0
-        found = clipped({"w": g, "b": torch.tensor([6.0]), "none": None}, ByNorm(1.0))
+        found = clipped({"w": g, "b": torch.tensor([6.0]), "none": None}, ByNorm(1.0), ("w", "b", "none"))
         assert found["w"].is_sparse
         assert found["none"] is None
         assert torch.allclose(found["w"].to_dense(), g.to_dense() / (66**0.5 + 1e-6), rtol=1e-15)
-        assert clipped({"w": g}, ByNorm(1e6))["w"].to_dense().tolist() == g.to_dense().tolist()
+        assert clipped({"w": g}, ByNorm(1e6), "w")["w"].to_dense().tolist() == g.to_dense().tolist()
 
 
 @pytest.mark.parametrize("clip", [dy.ByValue(0.1), dy.ByNorm(0.1)])

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import dynamics as dy
 from checkpoints import Checkpoint
+from dynamics.recipe import ByNorm
 from tests.zoo.small_models import (
     CLIPS,
     LOOPED,
@@ -158,12 +159,15 @@ def test_an_optimizer_that_takes_only_what_requires_a_gradient_steps_the_same(na
     assert gap(dy.steps.steps_from(recipe, live.last, [gradient])[0], expected) < 1e-12
 
 
-def test_an_optimizer_over_some_parameters_leaves_the_others_alone_and_out_of_the_clip_norm():
+@pytest.mark.parametrize("over", ["model", "optimizer"])
+def test_an_optimizer_over_some_parameters_leaves_the_others_alone_and_the_recipe_says_if_clipping_counts_them(
+    over,
+):
     model = classifier()
     recipe = classifier_recipe(
         model=model,
         optimizer=lambda ps: torch.optim.AdamW([p for p in ps if p.ndim > 1], lr=0.01),
-        max_grad_norm=0.1,
+        clip=ByNorm(0.1, over=over),
     )
     live = trained(classifier_recipe(model=model), [points(0)])
     checkpoint = Checkpoint.capture(live.model)
@@ -171,7 +175,11 @@ def test_an_optimizer_over_some_parameters_leaves_the_others_alone_and_out_of_th
     weights = {n: p.detach().clone().requires_grad_() for n, p in live.model.named_parameters() if p.ndim > 1}
     for name, weight in weights.items():
         weight.grad = gradient[name].clone()
-    nn.utils.clip_grad_norm_(weights.values(), 0.1)
+    others = {n: nn.Parameter(p.detach()) for n, p in live.model.named_parameters() if p.ndim <= 1}
+    for name, other in others.items():
+        other.grad = gradient[name].clone()
+    counted = [*weights.values(), *others.values()] if over == "model" else weights.values()
+    nn.utils.clip_grad_norm_(counted, 0.1)
     torch.optim.AdamW(weights.values(), lr=0.01).step()
     for after in (
         dy.steps.step_from(recipe, checkpoint, gradient),

@@ -81,18 +81,56 @@ WITH_HEAD: dict[str, Callable[..., nn.Module]] = {
     "qwen2": partial(other, "Qwen2"),
     "qwen3": partial(other, "Qwen3", head_dim=4),
 }
+SMALL = {"num_attention_heads": 4, "hidden_size": 16, "num_hidden_layers": 2}
+OPENAI = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 16}
+
+
+def of_config(name: str, head: str = "ForCausalLM", **shape: Any) -> nn.Module:
+    """A model of a class by name, in eval mode: some families have dropout."""
+    config = getattr(transformers, f"{name}Config")(**{**QUIET, **shape})
+    return built(getattr(transformers, f"{name}{head}"), config).eval()
+
+
+OF_MORE_FAMILIES: dict[str, Callable[..., nn.Module]] = {
+    "gpt-neo": partial(
+        of_config,
+        "GPTNeo",
+        hidden_size=16,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global"], 2]],
+        max_position_embeddings=16,
+    ),
+    "gpt-j": partial(of_config, "GPTJ", **OPENAI, rotary_dim=4),
+    "gpt-bigcode": partial(of_config, "GPTBigCode", **OPENAI),
+    "opt": partial(of_config, "OPT", **SMALL, ffn_dim=24, max_position_embeddings=16, word_embed_proj_dim=16),
+    "phi": partial(of_config, "Phi", **SMALL, intermediate_size=24, max_position_embeddings=16),
+    "phi-3": partial(of_config, "Phi3", **GROUPED, pad_token_id=0),
+    "falcon": partial(of_config, "Falcon", **SMALL),
+    "falcon with a key head for each query": partial(of_config, "Falcon", **SMALL, multi_query=False),
+    "bloom": partial(of_config, "Bloom", hidden_size=16, n_layer=2, n_head=4),
+    "bert": partial(
+        of_config, "Bert", "ForMaskedLM", **SMALL, intermediate_size=24, max_position_embeddings=16
+    ),
+    "gemma": partial(other, "Gemma", head_dim=4),
+    "gemma 2": partial(other, "Gemma2", head_dim=4, sliding_window=8),
+    "olmo 2": partial(other, "Olmo2", pad_token_id=0),
+    "stablelm": partial(other, "StableLm"),
+    "granite": partial(other, "Granite"),
+}
 WITHOUT_HEAD: dict[str, Callable[..., nn.Module]] = {
     "gpt2 without its head": lambda: gpt2().transformer,
     "neox without its head": lambda: neox().gpt_neox,
     "llama without its head": lambda: llama().model,
 }
 BUILDERS = {**WITH_HEAD, **WITHOUT_HEAD}
+EVERY_FAMILY = {**WITH_HEAD, **OF_MORE_FAMILIES}
 
 
 @cache
 def model_of(name: str) -> nn.Module:
     """Built once; a test that changes a model builds its own."""
-    return BUILDERS[name]()
+    return {**BUILDERS, **OF_MORE_FAMILIES}[name]()
 
 
 def times_covered(model: nn.Module, parts: Sequence[Site]) -> dict[str, Tensor]:
