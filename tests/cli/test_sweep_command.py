@@ -61,7 +61,7 @@ def test_a_dry_run_says_what_it_will_take_and_the_sweep_then_does_it_once(run, t
 
 def test_by_default_every_stored_step_of_x2_is_swept(run, tmp_path):
     said = succeed("sweep", run, "--out", tmp_path, *SMALL, "--dry-run", "--workers", 1)
-    stored = [int(file.stem.removeprefix("step-")) for file in (run / "trajectory").iterdir()]
+    stored = [int(file.stem.removeprefix("step-")) for file in (run / "trajectory").glob("step-*.h5")]
     assert said.startswith(f"{PER_STEP * sum(40 <= step < 60 for step in stored)} replays: about ")
     assert said.endswith("MB each, by 1 workers and this process.\n")
 

@@ -10,7 +10,7 @@ from tests.scripts.calling import call, in_small, named, rows_of
 
 @pytest.mark.slow
 def test_what_wrote_it_and_whether_it_is_causal_is_kept_and_told(alias_runs, tmp_path):
-    small = {"AFTER": (2, 4), "HEADS_UNTIL": 2, "HALVES": 6, "RETRAINED": 6, "EVERY": 3, "EARLY": 20}
+    small = {"AFTER": (1, 2), "HEADS_UNTIL": 1, "HALVES": 4, "RETRAINED": 3, "EVERY": 2, "EARLY": 20}
     with in_small(account, **small):
         printed = call(account, *alias_runs)
         assert call(account, *alias_runs) == printed  # from what is kept
