@@ -40,10 +40,11 @@ def test_it_is_the_account_of_the_same_steps_taken_by_hand(run):
     assert set(found["example"].values) == {"Dt3", "Df4"}
 
 
-def test_in_stretches_it_says_the_same_but_for_momentum_from_before_each(run):
+@pytest.mark.parametrize("stretch", [2, 4], ids=["that divide it", "the last of them shorter"])
+def test_in_stretches_it_says_the_same_but_for_momentum_from_before_each(run, stretch):
     whole, parts = (
         accounted(run, sources=AliasTask.sources),
-        accounted(run, sources=AliasTask.sources, stretch=2),
+        accounted(run, sources=AliasTask.sources, stretch=stretch),
     )
     assert list(parts["step"].values) == list(whole["step"].values)
     for name in ("value", "residual", "nodes"):
