@@ -443,7 +443,7 @@ def draw(table: pd.DataFrame, halves: pd.DataFrame) -> Figure:
     left.set_xticks(range(len(names)), names, rotation=20, ha="right", fontsize=8)
     left.set_ylabel("Spearman's correlation over components")
     left.set_title("What foretells a window of exchanged tags", fontsize=10)
-    left.legend(frameon=False, fontsize=8, loc="lower left")
+    figure.legend(loc="outside lower left", ncols=len(AFTER), frameon=False, fontsize=8)
     for i, name in enumerate(halves):
         mean, low, high = map(float, dy.statistics.mean_interval(halves[name].to_numpy()))
         right.errorbar(i, mean, [[mean - low], [high - mean]], fmt="o", color="#000000", markersize=5)

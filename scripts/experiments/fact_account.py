@@ -136,9 +136,10 @@ def table(found: Sequence[xr.Dataset]) -> list[str]:
 
 def draw(found: Sequence[xr.Dataset]) -> Figure:
     """Left what was written at each component, by statement; right what patching its output brings back."""
-    names = [str(s) for s in found[0]["site"].values if s in found[0]["read_site"]]
-    figure = Figure(figsize=(9.2, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    read = [str(s) for s in found[0]["site"].values if s in found[0]["read_site"]]
+    names = [*read, "unembed"]
+    figure = Figure(figsize=(10.8, 3.9), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(5, 4))
     colours = ("#0072B2", "#56B4E9", "#E69F00", "#888888")
     for i, (statement, colour) in enumerate(zip(STATEMENTS, colours, strict=True)):
         of_runs = np.array(
@@ -155,20 +156,18 @@ def draw(found: Sequence[xr.Dataset]) -> Figure:
             label=statement,
             error_kw={"lw": 0.8},
         )
-    recovered = np.array(
-        [[float(one["recovered"].sel(read_site=n).median()) for n in names] for one in found]
-    )
+    recovered = np.array([[float(one["recovered"].sel(read_site=n).median()) for n in read] for one in found])
     mean, low, high = (np.asarray(v) for v in dy.statistics.mean_interval(recovered.T))
     right.bar(
-        range(len(names)), mean, 0.6, yerr=[mean - low, high - mean], color="#009E73", error_kw={"lw": 0.8}
+        range(len(read)), mean, 0.6, yerr=[mean - low, high - mean], color="#009E73", error_kw={"lw": 0.8}
     )
     left.set_ylabel("written in 64 steps (logits)")
     left.set_title("Where late facts were written", fontsize=10)
     right.set_ylabel("share of the answer brought back")
     right.set_title("Where their recall is read", fontsize=10)
-    left.legend(frameon=False, fontsize=8)
-    for axes in (left, right):
-        axes.set_xticks(range(len(names)), names, fontsize=8)
+    figure.legend(loc="outside lower left", ncols=len(STATEMENTS), frameon=False, fontsize=8)
+    for axes, shown in ((left, names), (right, read)):
+        axes.set_xticks(range(len(shown)), shown, fontsize=7)
         axes.axhline(0, color="#888888", linewidth=0.8, zorder=1)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
