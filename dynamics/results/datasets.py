@@ -31,6 +31,7 @@ DIMS = (
     "factor",
     "direction",
     "optimizer",
+    "draw",
 )
 """Every dim a result of this toolkit may have."""
 
