@@ -11,6 +11,7 @@ import xarray as xr
 from checkpoints import Checkpoint
 from dynamics import results
 from dynamics.config.checks import require
+from dynamics.randomness import generator
 
 SCALE = 1e-6
 
@@ -49,16 +50,16 @@ def perturbed(checkpoint: Checkpoint, seed: int, scale: float = SCALE) -> Checkp
 
     Args:
         checkpoint: it is not changed.
-        seed: of the noise; the same seed gives the same noise.
+        seed: of the noise, a stream of its own: not that of weights drawn after `torch.manual_seed` of this number.
         scale: relative size of the noise.
 
     Raises:
         ConfigError: a scale that is not above 0.
     """
     require(scale > 0, f"found scale={scale}; expected a relative size above 0, such as {SCALE}.")
-    draws = torch.Generator().manual_seed(seed)
+    draws = generator(seed, "noise on parameters")
     noisy = {
-        name: value * (1 + scale * torch.randn(value.shape, generator=draws).to(value))
+        name: value * (1 + scale * torch.as_tensor(draws.standard_normal(value.shape)).to(value))
         for name, value in checkpoint.parameters.items()
     }
     return replace(checkpoint, parameters=noisy)

@@ -23,7 +23,6 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 import dynamics as dy
-from checkpoints import Trajectory
 from dynamics import results, steps
 from dynamics.config import FactsRun
 from dynamics.sites import Site
@@ -51,7 +50,7 @@ def of_run(folder: Path, config: FactsRun) -> xr.Dataset:
     """What each statement wrote at each component into each late fact, and what patching its recall brings back."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    run = Trajectory.open(folder) if folder.exists() else dy.training.fit(config, folder)
+    run = dy.training.fit(config, folder)
     task: Any = dy.tasks.load(run.config)
     recipe, first = task.recipe(), run.config["phases"]["learn"]["steps"]
     start = steps.reach(recipe, run, first, task.batch)

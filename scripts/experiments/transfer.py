@@ -31,6 +31,7 @@ from checkpoints import Checkpoint, CheckpointPair, Trajectory
 from dynamics import results
 from dynamics.batch import Batch
 from dynamics.config import AcronymsRun, FactsRun, IoiRun, RunConfig
+from dynamics.randomness import generator
 from dynamics.sites import Site
 from scripts.shared.into_readme import conclude, interval, markdown, stamp
 from scripts.shared.runs import each, parser_of_runs, run_key, stored
@@ -73,7 +74,9 @@ def of_aliases(folder: Path, out: Path) -> xr.Dataset:
 
 def of_language(name: str, folder: Path, config: RunConfig, out: Path) -> xr.Dataset:
     """The step before against the step after a language, or the late facts, were learnt."""
-    run = _open(folder) if folder.exists() else dy.training.fit(config, folder)
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    run = dy.training.fit(config, folder)
     task: Any = dy.tasks.load(run.config)
     asked, first = task.evaluation[LANGUAGES[name][1]], task.config.phases.starts.get("late", 0)
 
@@ -134,11 +137,13 @@ def exchanged(
 
 def _shuffled(pair: CheckpointPair, seed: int) -> Checkpoint:
     """The base with the source's changes in other places of the same tensors: as large, and nothing learnt."""
-    draws = torch.Generator().manual_seed(seed)
+    draws = generator(seed, "shuffled changes")
     parameters = {}
     for name, value in pair.base.parameters.items():
         change = (pair.source.parameters[name] - value).flatten()
-        parameters[name] = value + change[torch.randperm(len(change), generator=draws)].reshape(value.shape)
+        parameters[name] = value + change[torch.from_numpy(draws.permutation(len(change)))].reshape(
+            value.shape
+        )
     return replace(pair.base, parameters=parameters)
 
 

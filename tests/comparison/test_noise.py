@@ -47,7 +47,7 @@ def test_answers_of_every_draw_are_kept_beside_each_other(checkpoint):
 
 
 def test_the_spread_of_a_sum_is_that_of_its_terms_noise(checkpoint):
-    """var Σ θ(1 + s ξ) = s² Σ θ²."""
+    """var Σ θ(1 + s ξ) = s² Σ θ²: noise has nothing to do with weights, even those drawn from the same seed."""
     floor = dy.comparison.under_noise(_sum, checkpoint, draws=200, scale=1e-2)
     squares = sum(float(p.square().sum()) for p in checkpoint.parameters.values())
     assert float(floor["effect"].std("draw", ddof=1)[0]) == pytest.approx(1e-2 * squares**0.5, rel=0.2)
