@@ -19,12 +19,12 @@ SCALE = 1e-6
 def under_noise(
     ask: Callable[[Checkpoint], xr.Dataset], checkpoint: Checkpoint, draws: int = 8, scale: float = SCALE
 ) -> xr.Dataset:
-    """Ask the same question from perturbed copies of a checkpoint, as draws of the answer's noise floor.
+    """Ask the same question from perturbed copies of a checkpoint, as samples of the answer's noise floor.
 
         floor = dy.comparison.under_noise(
             lambda start: dy.patch_window(recipe, start, contrasts, sites, measure), checkpoint
         )
-        floor["effect"].std("draw")
+        floor["effect"].std("noise")
 
     An effect over many training steps that is not above this floor says nothing about its site: parameters that
     differ by one part in a million train apart by as much. Show it beside every counterfactual over a window.
@@ -36,13 +36,13 @@ def under_noise(
         scale: relative size of the noise, as `perturbed` takes it.
 
     Returns:
-        The answers, along a new dim `draw`: 0 to draws − 1, the seeds of the noise.
+        The answers, along a new dim `noise`: 0 to draws − 1, the seeds of the noise.
 
     Raises:
         ConfigError: fewer than two draws.
     """
     require(draws >= 2, f"found draws={draws}; a noise floor is the spread of two or more.")
-    return results.concat([ask(perturbed(checkpoint, n, scale)) for n in range(draws)], "draw", range(draws))
+    return results.concat([ask(perturbed(checkpoint, n, scale)) for n in range(draws)], "noise", range(draws))
 
 
 def perturbed(checkpoint: Checkpoint, seed: int, scale: float = SCALE) -> Checkpoint:

@@ -31,7 +31,7 @@ DIMS = (
     "factor",
     "direction",
     "optimizer",
-    "draw",
+    "noise",
 )
 """Every dim a result of this toolkit may have."""
 

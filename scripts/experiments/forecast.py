@@ -13,7 +13,6 @@ once, on the others.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,7 +22,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import torch
 import xarray as xr
 from matplotlib.figure import Figure
 from sklearn.linear_model import LogisticRegression
@@ -37,10 +35,8 @@ from checkpoints import Checkpoint, Trajectory
 from dynamics import results, steps
 from dynamics.tasks import AliasTask
 from dynamics.tasks.aliases import SetName
-from scripts.experiments.runs import CONFIRMED, EXPLORED
-from scripts.shared.forks import ROLES
+from scripts.shared.forks import asked, parser_of_forks
 from scripts.shared.into_readme import conclude, interval, markdown, stamp
-from scripts.shared.runs import each, parser_of_runs, run_key, stored
 
 SETS: tuple[SetName, SetName] = ("Dt3", "Df4")
 KNOWN_AFTER = 20
@@ -59,15 +55,6 @@ KINDS = {
 """What is known of an alias, by kind; ablations leave a kind out."""
 
 Array = npt.NDArray[np.float64]
-
-
-def of_fork(folder: Path, out: Path) -> xr.Dataset:
-    """What is known of each alias of a fork after 20 steps, and whether it is internalised."""
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    run = Trajectory.open(folder)
-    task = dy.tasks.aliases.load(run.config)
-    return stored(out / f"{run_key(run)}.h5", partial(known, task, run))
 
 
 def known(task: AliasTask, run: Trajectory) -> xr.Dataset:
@@ -191,7 +178,7 @@ def columns(kinds: Iterable[str]) -> list[str]:
     return [name for kind in kinds for name in KINDS[kind]]
 
 
-def asked_of(rows: pd.DataFrame) -> npt.NDArray[np.int64]:
+def internalised(rows: pd.DataFrame) -> npt.NDArray[np.int64]:
     """Whether each alias is internalised."""
     return (rows["internalised"] >= INTERNALISED).to_numpy().astype(np.int64)
 
@@ -201,7 +188,7 @@ def explored(rows: pd.DataFrame, kinds: Iterable[str]) -> list[float]:
     found = cross_val_predict(
         plain(),
         rows[columns(kinds)],
-        asked_of(rows),
+        internalised(rows),
         groups=rows["seed"],
         cv=LeaveOneGroupOut(),
         method="decision_function",
@@ -212,13 +199,15 @@ def explored(rows: pd.DataFrame, kinds: Iterable[str]) -> list[float]:
 def confirmed(fitted_on: pd.DataFrame, rows: pd.DataFrame, kinds: Iterable[str]) -> list[float]:
     """The AUROC of each seed, foretold by one fit to the seeds explored."""
     names = columns(kinds)
-    model = plain().fit(fitted_on[names], asked_of(fitted_on))
+    model = plain().fit(fitted_on[names], internalised(fitted_on))
     return _by_seed(rows, model.decision_function(rows[names]))
 
 
 def _by_seed(rows: pd.DataFrame, scores: npt.ArrayLike) -> list[float]:
     """One AUROC a seed; NaN where all of its aliases, or none, are internalised."""
-    told = pd.DataFrame({"seed": rows["seed"].to_numpy(), "is": asked_of(rows), "score": np.asarray(scores)})
+    told = pd.DataFrame(
+        {"seed": rows["seed"].to_numpy(), "is": internalised(rows), "score": np.asarray(scores)}
+    )
     return [
         float(roc_auc_score(part["is"], part["score"])) if part["is"].nunique() == 2 else np.nan
         for _, part in told.groupby("seed")
@@ -273,28 +262,14 @@ def draw(rows: pd.DataFrame) -> Figure:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Look up what is known, foretell, say and draw."""
-    parser = parser_of_runs(__doc__, "forecast", "the one folder that scripts/experiments/runs.py filled")
-    parser.add_argument("--workers", type=int, default=1, help="processes")
-    parser.add_argument(
-        "--confirm", action="store_true", help="open the seeds that confirm; once, at the end"
-    )
-    given: Any = parser.parse_args(arguments)
-    (folder,) = given.runs
-
-    def rows_of(seeds: Iterable[int]) -> pd.DataFrame:
-        jobs = [(s, r) for s in seeds if (folder / f"seed-{s}").exists() for r in ROLES]
-        found = each(of_fork, [(folder / f"seed-{s}" / r, given.out) for s, r in jobs], given.workers)
-        by_seed: dict[int, list[xr.Dataset]] = {}
-        for (seed, _), one in zip(jobs, found, strict=True):
-            by_seed.setdefault(seed, []).append(one)
-        return frame(by_seed)
-
-    known_of = rows_of(EXPLORED)
-    confirming = rows_of(CONFIRMED) if given.confirm else None
+    given = parser_of_forks(__doc__, "forecast").parse_args(arguments)
+    on_explored, on_others = asked(known, given)
+    known_of = frame(on_explored)
+    confirming = frame(on_others) if on_others else None
     text = [
         *table(known_of, confirming),
         "",
-        f"AUROC by seed (both forks), mean [95 % t interval over seeds]; {asked_of(known_of).mean():.0%} of "
+        f"AUROC by seed (both forks), mean [95 % t interval over seeds]; {internalised(known_of).mean():.0%} of "
         f"{len(known_of)} aliases explored are internalised. {stamp(__file__)}",
     ]
     conclude(given, "forecast", "\n".join(text), draw(known_of), {"script": Path(__file__).name})

@@ -16,11 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from dynamics.config import StudyConfig
-from scripts.shared.forks import forked, sparse
+from scripts.shared.forks import CONFIRMED, EXPLORED, forked, sparse
 from scripts.shared.runs import each
-
-EXPLORED, CONFIRMED = range(400, 412), range(412, 424)
-"""Seeds."""
 
 
 def one_seed(seed: int, out: Path) -> str:

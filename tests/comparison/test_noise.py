@@ -42,15 +42,15 @@ def test_the_same_seed_is_the_same_noise_and_another_seed_another(checkpoint):
 def test_answers_of_every_draw_are_kept_beside_each_other(checkpoint):
     floor = dy.comparison.under_noise(_sum, checkpoint, draws=3, scale=1e-2)
     expected = [float(_sum(dy.comparison.perturbed(checkpoint, n, 1e-2))["effect"][0]) for n in range(3)]
-    np.testing.assert_array_equal(floor["effect"].transpose("draw", "site").values[:, 0], expected)
-    assert floor["draw"].values.tolist() == [0, 1, 2]
+    np.testing.assert_array_equal(floor["effect"].transpose("noise", "site").values[:, 0], expected)
+    assert floor["noise"].values.tolist() == [0, 1, 2]
 
 
 def test_the_spread_of_a_sum_is_that_of_its_terms_noise(checkpoint):
     """var Σ θ(1 + s ξ) = s² Σ θ²: noise has nothing to do with weights, even those drawn from the same seed."""
     floor = dy.comparison.under_noise(_sum, checkpoint, draws=200, scale=1e-2)
     squares = sum(float(p.square().sum()) for p in checkpoint.parameters.values())
-    assert float(floor["effect"].std("draw", ddof=1)[0]) == pytest.approx(1e-2 * squares**0.5, rel=0.2)
+    assert float(floor["effect"].std("noise", ddof=1)[0]) == pytest.approx(1e-2 * squares**0.5, rel=0.2)
 
 
 def test_no_generator_is_moved(checkpoint):

@@ -53,11 +53,11 @@ def test_ablations_leave_out_one_kind_and_use_every_other():
 
 
 @pytest.mark.slow
-def test_what_is_known_of_an_alias_is_read_from_its_run(alias_runs, tmp_path):
+def test_what_is_known_of_an_alias_is_read_from_its_run(alias_runs):
     with in_small(forecast, KNOWN_AFTER=3):
-        found = forecast.of_fork(alias_runs[0], tmp_path)
-    run = Trajectory.open(alias_runs[0])
-    task = dy.tasks.load(run.config)
+        run = Trajectory.open(alias_runs[0])
+        task = dy.tasks.load(run.config)
+        found = forecast.known(task, run)
     starts = task.config.phases.starts
     recipe = task.recipe()
     start, end = run.at(starts["x2"]), run.at(starts["end"])
@@ -67,12 +67,12 @@ def test_what_is_known_of_an_alias_is_read_from_its_run(alias_runs, tmp_path):
         assert row["set"] == contrast.coords["set"]
         assert float(row["reliable"]) == (contrast.coords["set"] == "Dt3")
         end.restore(recipe.model)
-        right = float(dy.measures.accuracy(recipe.model, contrast.probe).mean())
+        right = float(dy.measures.accuracy(recipe.model, contrast.probe).detach().mean())
         assert float(row["internalised"]) == pytest.approx(right)
         way = state.parameters["embed.W_E"][token] - start.parameters["embed.W_E"][token]
         assert float(row["row's way so far"]) == pytest.approx(float(way.norm()), rel=1e-5)
         values = []
         for at in (start, state):
             at.restore(recipe.model)
-            values.append(float(dy.measures.centred_logit(recipe.model, contrast.probe).mean()))
+            values.append(float(dy.measures.centred_logit(recipe.model, contrast.probe).detach().mean()))
         assert float(row["account"]) == pytest.approx(values[1] - values[0], abs=0.02)
