@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from checkpoints import values
+from checkpoints.html import facts
 from checkpoints.optimizer import (
     OptimizerState,
     capture_optimizer,
@@ -62,6 +63,19 @@ class Checkpoint:
         return (
             f"Checkpoint(step={self.step}, {len(self.parameters)} parameters, {len(self.buffers)} buffers, "
             f"{'an' if self.optimizer else 'no'} optimizer)"
+        )
+
+    def _repr_html_(self) -> str:
+        numbers = sum(tensor.numel() for tensor in self.parameters.values())
+        return facts(
+            "Checkpoint",
+            [
+                ("step", f"{self.step} (the state before it)"),
+                ("parameters", f"{len(self.parameters)} tensors, {numbers:,} numbers"),
+                ("buffers", len(self.buffers)),
+                ("optimizer", "stored" if self.optimizer else "none"),
+                ("scheduler", "stored" if self.scheduler else "none"),
+            ],
         )
 
     @classmethod

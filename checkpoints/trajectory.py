@@ -16,6 +16,7 @@ from checkpoints.errors import TrajectoryError
 from checkpoints.formats import foreign
 from checkpoints.formats.conversion import Import, Progress
 from checkpoints.formats.naming import Naming, some
+from checkpoints.html import facts
 from checkpoints.writer import TrajectoryWriter
 
 logger = logging.getLogger(__name__)
@@ -206,6 +207,12 @@ class Trajectory:
     def __repr__(self) -> str:
         span = f", steps {self._steps[0]} to {self._steps[-1]}" if self._steps else ""
         return f"Trajectory({str(self._path)!r}, {len(self)} checkpoints{span})"
+
+    def _repr_html_(self) -> str:
+        shown = [str(step) for step in self._steps]
+        steps = ", ".join(shown if len(shown) < 13 else [*shown[:6], "...", *shown[-6:]])
+        rows = [("folder", self._path), ("checkpoints", len(self)), ("steps", steps or "none")]
+        return facts("Trajectory", [*rows, ("config", ", ".join(map(str, self.config)))])
 
     def __len__(self) -> int:
         return len(self._steps)

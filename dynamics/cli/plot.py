@@ -42,14 +42,18 @@ def run(words: Sequence[str]) -> None:
         "that dynamics compare draws.",
     )
     parser.add_argument("file", type=Path, metavar="FILE.h5", help="a file of results")
-    parser.add_argument("--out", type=Path, help="the figure's file, .png; default: beside the file")
+    parser.add_argument(
+        "--out", type=Path, help="its file: .png, .svg or .pdf; default: .png beside the file"
+    )
     datasets.add_at(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a figure that is there")
     given = parser.parse_args(list(words))
 
     out = given.out or given.file.with_suffix(".png")
-    if out.suffix.lower() != ".png":
-        raise CommandError(f"--out {out}: figures are saved as PNG; expected {out.with_suffix('.png')}.")
+    if out.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise CommandError(
+            f"--out {out}: figures are saved as PNG, SVG or PDF; expected {out.with_suffix('.png')}."
+        )
     if out.exists() and not given.overwrite:
         raise CommandError(f"{out} is there already. Give --out FILE.png, or --overwrite to replace it.")
     from dynamics import plots

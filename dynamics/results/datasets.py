@@ -15,8 +15,12 @@ import pandas as pd
 import xarray as xr
 
 from dynamics.results.provenance_json import common, parse, paths_taken
+from dynamics.site_coordinates import MEANINGS
 from dynamics.site_coordinates import PLACEBO as PLACEBO
 from dynamics.site_coordinates import SITE_COORDS as SITE_COORDS
+
+Coordinate = tuple[str, npt.NDArray[Any]] | tuple[str, npt.NDArray[Any], dict[str, str]]
+"""A dim, the values along it, and attributes, as xarray takes them."""
 
 DIMS = (
     "example",
@@ -219,7 +223,7 @@ class _Frame:
     """The dims, sizes, coordinates and units of one result, before its numbers."""
 
     sizes: dict[str, int]
-    coords: dict[str, tuple[str, npt.NDArray[Any]]]
+    coords: dict[str, Coordinate]
     attrs: dict[str, str]
 
     @property
@@ -415,7 +419,7 @@ def concat(datasets: Iterable[xr.Dataset], dim: str, values: Sequence[int | floa
     return joined
 
 
-def coordinates(columns: Mapping[str, Sequence[Any]], dim: str) -> dict[str, tuple[str, npt.NDArray[Any]]]:
+def coordinates(columns: Mapping[str, Sequence[Any]], dim: str) -> dict[str, Coordinate]:
     """Columns along one dim as coordinates with the dtypes that survive a file.
 
     Args:
@@ -429,13 +433,14 @@ def coordinates(columns: Mapping[str, Sequence[Any]], dim: str) -> dict[str, tup
     found = _columns(columns, dim)
     if dim == "site":
         for name, missing in SITE_COORDS.items():
-            found.setdefault(name, ("site", np.full(found["site"][1].size, missing)))
+            values = found[name][1] if name in found else np.full(found["site"][1].size, missing)
+            found[name] = ("site", values, {"long_name": MEANINGS[name]})
     return found
 
 
 def crossed(
     example_coords: Mapping[str, Sequence[Any]], along: str, other_coords: Mapping[str, Sequence[Any]]
-) -> dict[str, tuple[str, npt.NDArray[Any]]]:
+) -> dict[str, Coordinate]:
     """The coordinates of examples, and those of the sites or rows that each of them is measured at.
 
     Args:
@@ -472,12 +477,12 @@ def expect_free(owner: str, names: Iterable[str], of_sites: Iterable[str] = ()) 
         )
 
 
-def _columns(columns: Mapping[str, Sequence[Any]], dim: str) -> dict[str, tuple[str, npt.NDArray[Any]]]:
+def _columns(columns: Mapping[str, Sequence[Any]], dim: str) -> dict[str, Coordinate]:
     """Coordinates along one dim, with the dtypes that survive a file: int64, float64, str."""
     if dim not in columns:
         raise ValueError(f"coordinates along '{dim}' lack the labels '{dim}'; found {sorted(columns)}")
     n = len(columns[dim])
-    found: dict[str, tuple[str, npt.NDArray[Any]]] = {}
+    found: dict[str, Coordinate] = {}
     for name, column in columns.items():
         if len(column) != n:
             raise ValueError(f"coordinate '{name}' has length {len(column)}; '{dim}' has {n}")

@@ -9,10 +9,11 @@ import sys
 
 import pytest
 
+from scripts.shared import into_readme
 from tests.scripts.calling import ROOT
 
 SCRIPTS = ROOT / "scripts"
-SHELL = ("setup", "study", "test")
+SHELL = ("setup", "study", "test", "docs")
 SHARED = ("scripts/shared/forks.py", "scripts/shared/into_readme.py", "scripts/shared/runs.py")
 SHARED += ("scripts/reproductions/subjects.py", "scripts/benchmarks/seed_loop.py")
 """Modules that scripts import and nobody runs."""
@@ -83,14 +84,14 @@ def test_a_script_that_imports_others_runs_by_its_path(tmp_path):
     assert "--readme" in done.stdout
 
 
-def test_every_mark_that_a_script_writes_between_is_in_the_readme_once():
-    readme = (ROOT / "README.md").read_text()
+def test_every_mark_that_a_script_writes_between_is_in_one_page_once():
+    written = "\n".join(page.read_text() for page in into_readme.pages())
     marks = [
         mark for name in RUN for mark in re.findall(r'conclude\(given, "(\w+)"', (ROOT / name).read_text())
     ]
     assert len(marks) > 10
     for mark in marks:
-        assert readme.count(f"<!-- {mark}: begin -->") == readme.count(f"<!-- {mark}: end -->") == 1, mark
+        assert written.count(f"<!-- {mark}: begin -->") == written.count(f"<!-- {mark}: end -->") == 1, mark
 
 
 def test_every_script_that_is_named_is_there():

@@ -50,7 +50,7 @@ def reproduce(monkeypatch, capsys, tmp_path):
     def run(name: str, *arguments) -> tuple[str, set[str]]:
         readme = tmp_path / "README.md"
         readme.write_text("<!-- attribution: begin -->\n<!-- attribution: end -->\n")
-        monkeypatch.setattr(into_readme, "README", readme)
+        monkeypatch.setattr(into_readme, "HOME", tmp_path)
         importlib.import_module(f"scripts.reproductions.seed_{name}").main(
             [*map(str, arguments), "--out", str(tmp_path)]
         )
