@@ -50,10 +50,10 @@ ASKED = ("sufficient", "necessary")
 SHUFFLED = tuple(f"{name}, shuffled" for name in ASKED)
 COLOURS = ("#0072B2", "#E69F00", "#009E73")
 TITLES = {
-    "aliases": "Dt3's answers: end of X2 against end of X1",
-    "facts": "late facts",
-    "acronyms": "acronyms",
-    "ioi": "indirect objects",
+    "aliases": "The answers to new aliases under the reliable tag: end of X1 against end of X2",
+    "facts": "Late facts",
+    "acronyms": "Acronyms",
+    "ioi": "Indirect objects",
 }
 
 
@@ -189,13 +189,13 @@ def _shares(
 
 
 def draw(found: Mapping[str, Sequence[xr.Dataset]], accounts: Sequence[xr.DataArray]) -> Figure:
-    """One panel a task: by component the share that suffices, that is necessary, that the account finds."""
-    figure = Figure(figsize=(11, 2.4 * ((len(found) + 1) // 2) + 0.6), layout="constrained")
-    panels = figure.subplots(-(-len(found) // 2), 2, squeeze=False)
-    for axes in panels.flat[len(found) :]:
-        axes.remove()
-    for axes, (task, runs) in zip(panels.flat, found.items(), strict=False):
-        names = list(map(str, runs[0]["site"].values))
+    """By component the share that suffices, that is necessary, that the account finds; aliases above the rest."""
+    below = [task for task in found if task != "aliases"]
+    figure = Figure(figsize=(9.6, 5.6 if below else 3.2), layout="constrained")
+    layout: Any = [["aliases"] * max(1, len(below)), *([below] if below else [])]
+    panels = figure.subplot_mosaic(layout, height_ratios=[5, 4][: len(layout)], sharey=True)
+    for task, runs in found.items():
+        axes, names = panels[task], list(map(str, runs[0]["site"].values))
         bars: dict[str, list[list[float]]] = {n: [_shares(runs, n, site) for site in names] for n in ASKED}
         if task == "aliases" and len(accounts) == len(runs):
             inside = [site for site in names if site in accounts[0]["site"]]
@@ -203,22 +203,19 @@ def draw(found: Mapping[str, Sequence[xr.Dataset]], accounts: Sequence[xr.DataAr
         for i, ((name, values), colour) in enumerate(zip(bars.items(), COLOURS, strict=False)):
             mean, low, high = (np.asarray(v) for v in dy.statistics.mean_interval(np.array(values)))
             places = np.arange(len(values)) + 0.27 * (i - (len(bars) - 1) / 2)
-            axes.bar(
-                places,
-                mean,
-                0.25,
-                yerr=[mean - low, high - mean],
-                color=colour,
-                label=name,
-                error_kw={"lw": 0.8},
-            )
-        axes.set_xticks(range(len(names)), names, fontsize=7, rotation=30, ha="right")
-        axes.set_title(TITLES[task], fontsize=9)
-        axes.set_ylabel("share of the change", fontsize=8)
+            bounds = [mean - low, high - mean]
+            axes.bar(places, mean, 0.25, yerr=bounds, color=colour, label=name, error_kw={"lw": 0.8})
+        axes.set_xticks(
+            range(len(names)), names, fontsize=8 if task == "aliases" else 6, rotation=40, ha="right"
+        )
+        axes.set_title(f"{TITLES[task]} ({len(runs)} runs)", fontsize=9)
         axes.axhline(0, color="#888888", linewidth=0.8, zorder=1)
+        axes.axhline(1, color="#888888", linewidth=0.8, linestyle=":", zorder=1)
         axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = panels.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.supylabel("share of the change, exchanged alone", fontsize=8)
+    figure.legend(
+        *panels["aliases"].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
+    )
     return figure
 
 
