@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import time
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +28,7 @@ from dynamics.patching import (
     patch_window,
 )
 from dynamics.recipe import Contrast, Recipe
-from dynamics.sweeps import SweepError, planning, units, working
+from dynamics.sweeps import SweepError, planning, units
 from dynamics.tasks import AliasTask
 from tests.zoo.sweep_runs import (
     STEPS,
@@ -212,28 +208,20 @@ def test_other_peoples_runs_are_swept_by_their_own_task(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.fixture(scope="module")
-def two_workers():
-    with working.local(2) as client:
-        yield client
-
-
-@pytest.fixture
-def workers_at_hand(two_workers, monkeypatch):
-    """`workers=2` finds two that have started and imported everything already."""
-
-    def local(n):
-        assert n == 2
-        return nullcontext(two_workers)
-
-    monkeypatch.setattr(working, "local", local)
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_units", "workers_at_hand")
 def test_serial_and_two_workers_give_identical_datasets_in_memory_and_kept(runs, tmp_path):
     states = {"stored": planning.as_stored, "fresh": Checkpoint.with_fresh_optimizer}
-    asked = partial(swept, patch_gradients, runs, STEPS[:2], state=states)
+    asked = partial(
+        dy.sweep,
+        patch_gradients,
+        runs,
+        STEPS[:2],
+        lambda task, step: task.contrasts()[:2],
+        sites.heads,
+        measures.correct_logit,
+        state=states,
+    )
     serial = asked()
     xr.testing.assert_identical(asked(workers=2), serial)
     xr.testing.assert_identical(asked(workers=2, out=tmp_path), serial)
@@ -279,23 +267,15 @@ def test_a_verb_that_fails_in_a_worker_says_so_here_and_where(run, tmp_path):
 
 @pytest.mark.slow
 def test_a_running_cluster_is_used_by_its_scheduler_file(run, tmp_path):
+    """Somebody else's: one worker of two threads, here, that knows nothing of sweeps."""
+    from distributed import Client, LocalCluster
+
     file = tmp_path / "scheduler.json"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    start = partial(subprocess.Popen, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
-    here = ["--host", "127.0.0.1", "--no-dashboard"]
-    dask = [sys.executable, "-m", "dask"]
-    processes = [start([*dask, "scheduler", "--scheduler-file", str(file), *here, "--port", "0"])]
-    try:
-        processes.append(start([*dask, "worker", "--scheduler-file", str(file), "--nthreads", "2", *here]))
-        deadline = time.monotonic() + 60
-        while not file.exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+    quiet = {"dashboard_address": None, "scheduler_kwargs": {"dashboard_address": "127.0.0.1:0"}}
+    theirs = {"n_workers": 1, "threads_per_worker": 2, "processes": False, "protocol": "tcp", **quiet}
+    with LocalCluster(**theirs) as cluster, Client(cluster) as client:
+        client.write_scheduler_file(str(file))
         found = swept(patch_gradients, run, scheduler=str(file), out=tmp_path / "kept")
-    finally:
-        for process in reversed(processes):
-            process.terminate()
-            process.wait(30)
     xr.testing.assert_identical(found, swept(patch_gradients, run))
 
 
