@@ -99,7 +99,7 @@ BFLOAT = {"bf16": True}
     ],
 )
 def test_every_step_of_a_trainer_replays_bit_for_bit(build, accumulation, changes, steps, tmp_path):
-    """Twelve steps go past the warm-up's end, through the cosine and over the end of an epoch, which has ten batches."""
+    """Twelve steps go past the warm-up, through the cosine and past an epoch's end: it has ten batches."""
     model = single(build)
     settings = {"gradient_accumulation_steps": accumulation, **changes}
     before = trainer(copy.deepcopy(model), tmp_path, steps=steps, **settings)
