@@ -17,6 +17,7 @@ with warnings.catch_warnings():
 
 import dynamics as dy
 from dynamics.recipe import ByNorm, ByValue, RecipeError
+from tests.zoo.cases import first_quick
 from tests.zoo.lightning_modules import (
     BATCHES,
     ByModuleType,
@@ -47,7 +48,7 @@ CLIPS = {
 }
 
 
-@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("clip", first_quick(CLIPS))
 def test_replay_equals_what_the_trainer_did_bitwise(clip, tmp_path):
     """Groups, warm-up, logging, metrics, dropout, batch norm, an assigned buffer, generators."""
     ours, theirs = CLIPS[clip]
