@@ -12,7 +12,7 @@ from dynamics.sweeps import planning, working
 from tests.zoo.sweep_runs import trained
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> list[Trajectory]:
     return [trained(tmp_path_factory.mktemp("runs") / f"seed {seed}", seed) for seed in (0, 1)]
 

@@ -8,14 +8,8 @@ import dynamics as dy
 from dynamics import measures, sites, sweeps
 from dynamics.tasks import AliasTask
 from tests.zoo.cases import first_quick
-from tests.zoo.sweep_runs import trained
 
 FIRST, LAST = 6, 12
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("runs") / "run", 0)
 
 
 def accounted(run, **changes):
