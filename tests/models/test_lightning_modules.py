@@ -119,6 +119,7 @@ def in_two_groups(optimizer):
     return AdamW([{"params": vectors}, {"params": matrices, "weight_decay": 0.1}], lr=0.01)
 
 
+@pytest.mark.slow
 def test_a_clip_counts_the_optimizers_parameters_as_lightning_does(tmp_path):
     run = recorded(tmp_path / "run", with_optimizers(in_two_groups), epochs=5, gradient_clip_val=0.1)
     recipe = dy.Recipe.from_lightning(with_optimizers(in_two_groups), ByNorm(0.1))

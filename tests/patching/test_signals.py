@@ -285,7 +285,7 @@ def test_the_step_is_that_of_torchs_clipping_and_optimizer_on_the_patched_gradie
     assert_measures_agree(bench, start, one_of_each(bench)[::9], measures)
 
 
-@pytest.mark.parametrize("name", ["MLP", "LSTM", "tied", "Llama"])
+@pytest.mark.parametrize("name", first_quick(["MLP", "LSTM", "tied", "Llama"], 2))
 def test_the_step_of_other_models_is_that_of_their_own_optimizer_too(name):
     bench = Workbench(name, optimizer=ADAMW, clip=CLIPS["by norm"])
     measure = margin if name == "MLP" else dy.measures.correct_logit
