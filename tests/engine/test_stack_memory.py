@@ -155,8 +155,14 @@ class Unstackable(nn.Module):
 
 @pytest.mark.slow
 @every_verb
-@pytest.mark.parametrize("how", ["branches on a value", "does otherwise under vmap"])
-@pytest.mark.parametrize("n_bytes", [2**27, 40_000], ids=["all stacked", "references alone"])
+@pytest.mark.parametrize(
+    ("how", "n_bytes"),
+    [
+        pytest.param("branches on a value", 2**27, id="branches on a value, all stacked"),
+        pytest.param("branches on a value", 40_000, id="branches on a value, references alone"),
+        pytest.param("does otherwise under vmap", 2**27, id="does otherwise under vmap, all stacked"),
+    ],
+)
 def test_a_model_that_cannot_be_stacked_is_measured_one_at_a_time(verb, how, n_bytes):
     """Also where the first models are too large to be stacked and later ones are not."""
     recipe = transformer_recipe(model=Unstackable(how))

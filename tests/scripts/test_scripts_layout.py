@@ -78,7 +78,7 @@ def test_a_script_says_how_it_is_called_from_where_it_stands(name, capsys):
 @pytest.mark.slow
 def test_a_script_that_imports_others_runs_by_its_path(tmp_path):
     """From any folder, as the package is installed in place."""
-    command = [sys.executable, ROOT / "scripts/benchmarks/patching_speed.py", "--help"]
+    command = [sys.executable, ROOT / "scripts/benchmarks/suite_costs.py", "--help"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
     assert "--readme" in done.stdout
