@@ -13,12 +13,14 @@ def run(words: Sequence[str]) -> None:
     parser = Parser(
         prog="dynamics report",
         usage="dynamics report RUN [RUN ...] -o FILE.html [--results PATH ...] [--overwrite]",
-        description="One file that opens without a network: what was trained, maps of sites, each example's answers, "
-        "transfer, the account, the order of events and where all of it comes from; under each picture its data and "
-        "what makes it. Of several runs the first is shown in full, and all of them beside each other.",
+        description="One file that opens without a network: what was trained, maps of sites, each example's "
+        "answers, transfer, the account, the order of events and where all of it comes from; under each picture "
+        "its data and what makes it. Of several runs the first is shown in full, and all beside each other.",
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
-    parser.add_argument("--out", "-o", type=Path, required=True, metavar="FILE.html", help="the file to write")
+    parser.add_argument(
+        "--out", "-o", type=Path, required=True, metavar="FILE.html", help="the file to write"
+    )
     parser.add_argument(
         "--results",
         type=Path,
@@ -30,7 +32,9 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a report that is there")
     given = parser.parse_args(list(words))
     if given.out.suffix.lower() not in (".html", ".htm"):
-        raise CommandError(f"-o {given.out}: a report is one HTML file; expected {given.out.with_suffix('.html')}.")
+        raise CommandError(
+            f"-o {given.out}: a report is one HTML file; expected {given.out.with_suffix('.html')}."
+        )
 
     from dynamics import report
 

@@ -23,12 +23,14 @@ def stacks(run: Run, result: Result) -> Iterator[Figure]:
     for kind in kinds:
         chosen = account if kind == "site" else account.isel(site=account["level"].values == levels[0])
         shown = written(chosen, kind)
-        of_level = f'account = account.isel(site=account["level"].values == "{levels[0]}")\n' if levels[1:] else ""
+        of_level = (
+            f'account = account.isel(site=account["level"].values == "{levels[0]}")\n' if levels[1:] else ""
+        )
         yield Figure(
             "stack",
             f"What was written, by {kind}",
-            "What raised the measure since the beginning is stacked above zero, what lowered it below. The line is the "
-            "measure's own change, which is their sum but for a residual"
+            "What raised the measure since the beginning is stacked above zero, what lowered it below. The line "
+            "is the measure's own change, which is their sum but for a residual"
             + (f"; sources are summed over the sites of the level {levels[0]}." if kind == "source" else "."),
             shown,
             (*made_by(run, result), f"dynamics show {result.path}"),
@@ -57,8 +59,8 @@ def written(account: xr.Dataset, kind: str) -> xr.Dataset:
         kind: "site" or "source": the dim that stays.
 
     Returns:
-        `written` [.., step, kind]; `change` [.., step], the measure less its beginning. Where there are the examples
-        Dt3 and Df4, their difference is an example too, the first.
+        `written` [.., step, kind]; `change` [.., step], the measure less its beginning. Where there are the
+        examples Dt3 and Df4, their difference is an example too, the first.
     """
     summed = [dim for dim in ("source", "site") if dim in account["attribution"].dims and dim != kind]
     found = xr.Dataset(
@@ -73,5 +75,7 @@ def written(account: xr.Dataset, kind: str) -> xr.Dataset:
     if "example" in account.dims and {"Dt3", "Df4"} <= set(account["example"].values.tolist()):
         gap = results.difference(found, "Dt3", "Df4").expand_dims("example")
         found = xr.concat([gap, found], "example", combine_attrs="override")
-    places = np.unique(np.linspace(0, found.sizes["step"] - 1, min(POINTS, found.sizes["step"])).round().astype(int))
+    places = np.unique(
+        np.linspace(0, found.sizes["step"] - 1, min(POINTS, found.sizes["step"])).round().astype(int)
+    )
     return found.isel(step=places)

@@ -15,7 +15,9 @@ from dynamics.plots.curves import SETS
 from dynamics.report.figure import Figure, loaded, made_by
 from dynamics.report.runs import Result, Run
 
-STYLES = {name: {"label": label, "colour": colour, "dash": dash} for name, (label, colour, dash) in SETS.items()}
+STYLES = {
+    name: {"label": label, "colour": colour, "dash": dash} for name, (label, colour, dash) in SETS.items()
+}
 """How curves of the sets are drawn, as in `plots.accuracies`."""
 
 DEFINITION = "definition of alias {}"
@@ -95,7 +97,9 @@ def answers(run: Run, result: Result) -> Figure:
         for word, part in (("before", before), ("after", after))
     }
     changed = when(scored["accuracy"].transpose("example", "step"))["at"]
-    table = xr.Dataset({**columns, "changed_at": changed.assign_attrs(long_name="first change of its accuracy")})
+    table = xr.Dataset(
+        {**columns, "changed_at": changed.assign_attrs(long_name="first change of its accuracy")}
+    )
     for name, part in (("before", before), ("after", after)):
         for quantity in ("accuracy", "correct_logit"):
             if f"{quantity}_{name}" in table:
@@ -130,7 +134,8 @@ def written(run: Run, integers: xr.DataArray) -> dict[str, xr.DataArray]:
         both = {"Dt3", "Df4"} <= set(account["example"].values.tolist())
         one = results.difference(account, "Dt3", "Df4") if both else account.isel(example=0)
         found = one["attribution"].sum(["step", "site"]).reindex(source=wanted, fill_value=np.nan)
-        words = f"what its definitions wrote into {' of '.join(str(one[n].item()) for n in ('measure', 'example') if n in one.coords)}"
+        of = [str(one[n].item()) for n in ("measure", "example") if n in one.coords]
+        words = f"what its definitions wrote into {' of '.join(of)}"
         attrs = {"long_name": words, "units": results.units(one, "attribution")}
         return {"written": xr.DataArray(found.values, dims="example", attrs=attrs)}
     return {}
@@ -185,7 +190,7 @@ def events(runs: Sequence[Run]) -> Iterator[Figure]:
     yield Figure(
         "table",
         f"When each set's accuracy changed, {len(seen)} runs",
-        "The step of the first change of level: the mean over runs with its 95 % interval, and how many runs have one.",
+        "The step of the first change of level: the mean over runs, its 95 % interval, and how many runs have one.",
         found[["mean", "low", "high", "n"]],
         tuple(map(_trained, runs)),
         lines,
@@ -208,7 +213,9 @@ def events(runs: Sequence[Run]) -> Iterator[Figure]:
 def _over_runs(runs: Sequence[Run]) -> xr.Dataset:
     """The curves of several runs along `seed`, by the names of their folders; NaN where one was not evaluated."""
     kept: Mapping[str, xr.Dataset] = {run.name: run.curves for run in runs if run.curves is not None}
-    return xr.concat(list(kept.values()), pd.Index(list(kept), name="seed"), join="outer", combine_attrs="override")
+    return xr.concat(
+        list(kept.values()), pd.Index(list(kept), name="seed"), join="outer", combine_attrs="override"
+    )
 
 
 def multiples(runs: Sequence[Run]) -> Figure | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import product
+from typing import Any
 
 import pandas as pd
 import xarray as xr
@@ -50,8 +51,10 @@ def is_transfer(dataset: xr.Dataset) -> bool:
 
 def can_be_mapped(dataset: xr.Dataset) -> bool:
     """Whether it has numbers for each site, once its examples are summarised."""
+    if results.is_account(dataset):
+        return False
     if statistics.is_summary(dataset) or statistics.can_be_summarised(dataset):
-        return not results.is_account(dataset)
+        return True
     return bool(_of_sites(dataset)) and not {"example", "row", "source"} & set(dataset.dims)
 
 
@@ -72,19 +75,35 @@ def _of_sites(dataset: xr.Dataset) -> list[str]:
     ]
 
 
+def titled(result: Result) -> str:
+    """What a result says of sites, in plain words where they are known."""
+    return VERBS.get(result.verb) or VERBS.get(result.path.stem) or result.verb
+
+
+def preferred(run: Run) -> dict[str, Any]:
+    """What is looked at first: what the config named before anything was seen, else sites by component."""
+    primary = run.config.get("patching", {}).get("primary", {})
+    named = {name: primary[name] for name in ("measure", "optimizer", "level") if name in primary}
+    return {"level": "components", "optimizer": "fresh", **named}
+
+
 def site_map(run: Run, result: Result) -> Figure:
     """What was found at each site: layer by head where sites are heads, else site by step."""
-    summary = summarised(result.dataset)
-    title = VERBS.get(result.verb, result.verb)
+    summary, title = summarised(result.dataset), titled(result)
     if "effect" not in summary:
         return Figure(
             "map",
             title,
-            "A row for each site, a column for each step. Choose a cell to see its curve over training.",
+            f"A row for each site{', a column for each step' * ('step' in summary.dims)}; from "
+            f"{result.path.parent.name}. Choose a cell to see all that is known of its site.",
             summary,
             (*made_by(run, result), f"dynamics plot {result.path} {{at}}"),
             _along_lines(result),
-            {"variables": list(map(str, summary.data_vars)), "layouts": ["columns"]},
+            {
+                "variables": list(map(str, summary.data_vars)),
+                "layouts": ["columns"],
+                "chosen": preferred(run),
+            },
         )
     unit = str(summary.attrs.get("unit", "example"))
     lines = [loaded(result, "effects")]
@@ -98,14 +117,15 @@ def site_map(run: Run, result: Result) -> Figure:
     return Figure(
         "map",
         title,
-        f"Mean change of the measure, source run against base run; unit: {unit}; {confidence:g} % intervals. Bold: q "
-        "below .05. Choose a cell to see its curve over training, and its ten checks where they were made.",
+        f"Mean change of the measure, source run against base run; unit: {unit}; {confidence:g} % intervals. "
+        "Bold: q below .05. Choose a cell to see its curve over training, and its ten checks where they were made.",
         summary,
         (*made_by(run, result), f"dynamics plot {result.path} {{at}}"),
         "\n".join(lines),
         {
             "variables": [name for name in ("effect", "recovery") if summary[name].notnull().any()],
             "layouts": ["grid", "columns"],
+            "chosen": preferred(run),
         },
     )
 
@@ -127,14 +147,17 @@ def transfer(run: Run, result: Result) -> Figure:
     summary = summarised(result.dataset)
     return Figure(
         "transfer",
-        VERBS.get(result.verb, result.verb),
-        "Left, one site over all pairs of checkpoints: rows give, columns receive. Right, all sites of the pair that "
-        "the two sliders choose. Later into earlier asks what suffices, earlier into later what is necessary.",
+        titled(result),
+        "Left, one site over all pairs of checkpoints: rows give, columns receive. Right, all sites of the pair "
+        "that the two sliders choose. Later into earlier asks what suffices, earlier into later what is necessary.",
         summary,
         (*made_by(run, result), f"dynamics plot {result.path} {{at}}"),
         f"{loaded(result, 'effects')}\nsummary = dy.statistics.summarize(effects).sel({{sel}})\n"
         'chosen = summary.isel(site=summary["level"].values == "{level}")\ndy.plots.transfer(chosen)',
-        {"variables": [name for name in ("effect", "recovery") if summary[name].notnull().any()]},
+        {
+            "variables": [name for name in ("effect", "recovery") if summary[name].notnull().any()],
+            "chosen": {**preferred(run), "source_step": int(summary["source_step"].values[-1])},
+        },
     )
 
 
@@ -150,12 +173,16 @@ def agreement(run: Run, exact: Result, attributed: Result) -> Figure | None:
     one, other = exact.dataset, attributed.dataset
     if not all(map(statistics.can_be_summarised, (one, other))) or set(one.dims) != set(other.dims):
         return None
-    one, other = xr.align(one[["effect", "base", "source"]], other[["attribution", "base", "source"]], join="inner")
+    one, other = xr.align(
+        one[["effect", "base", "source"]], other[["attribution", "base", "source"]], join="inner"
+    )
     one, other = (part.isel(site=one["level"].values != results.PLACEBO) for part in (one, other))
     if 0 in one.sizes.values():
         return None
     units = [dim for dim in ("example", "seed") if dim in one.dims]
-    points = xr.Dataset({"exact": one["effect"], "attributed": other["attribution"]}).mean(units, keep_attrs=True)
+    points = xr.Dataset({"exact": one["effect"], "attributed": other["attribution"]}).mean(
+        units, keep_attrs=True
+    )
     levels = list(dict.fromkeys(one["level"].values.tolist()))
     ranks = [
         statistics.rank_correlation(one.isel(site=at), other.isel(site=at))["of_means"]
@@ -164,15 +191,15 @@ def agreement(run: Run, exact: Result, attributed: Result) -> Figure | None:
     rank = xr.concat(ranks, pd.Index(levels, name="level")) if "example" in one.dims else None
     return Figure(
         "scatter",
-        f"{exact.verb} against {attributed.verb}",
-        "A point for each site: across, the mean effect of its exact exchange; upwards, what was attributed to it. On "
-        "the line both agree.",
+        f"{titled(exact)}, against what {attributed.verb} says",
+        "A point for each site: across, the mean effect of its exact exchange; upwards, what was attributed to it. "
+        "On the line both agree.",
         points,
         (*made_by(run, exact), *made_by(run, attributed)),
         f'import xarray as xr\n\nimport dynamics as dy\n\nexact = dy.results.load("{exact.path.as_posix()}")\n'
         f'attributed = dy.results.load("{attributed.path.as_posix()}")\n'
         'exact, attributed = xr.align(exact, attributed, join="inner")\n'
         "dy.statistics.rank_correlation(exact, attributed)",
-        {} if rank is None else {"rank": packed(xr.Dataset({"spearman": rank}))},
+        {"chosen": preferred(run)}
+        | ({} if rank is None else {"rank": packed(xr.Dataset({"spearman": rank}))}),
     )
-

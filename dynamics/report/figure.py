@@ -26,8 +26,8 @@ class Figure:
         says: how to read it.
         dataset: what is drawn, and saved as CSV.
         commands: that make the Dataset, and a figure of it, from a shell.
-        python: lines that do the same. In both, {sel}, {at}, {level}, {variable} and {draw} stand for what is chosen
-            on the page.
+        python: lines that do the same. In both, {sel}, {at}, {level}, {variable} and {draw} stand for what is
+            chosen on the page.
         settings: of the kind; see `templates/page.js`.
     """
 

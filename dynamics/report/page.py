@@ -41,7 +41,9 @@ def write(runs: Sequence[Path], out: Path, beside: Sequence[Path] = (), overwrit
         ResultsError: a file of results is damaged.
     """
     if out.exists() and not overwrite:
-        raise FileExistsError(f"{out} exists. Choose another name, or replace it: overwrite=True, --overwrite.")
+        raise FileExistsError(
+            f"{out} exists. Choose another name, or replace it: overwrite=True, --overwrite."
+        )
     opened = [open_run(folder, beside if i == 0 else ()) for i, folder in enumerate(runs)]
     text = html(opened, out)
     with replacing(out) as temporary:
@@ -59,6 +61,7 @@ def html(runs: Sequence[Run], out: Path = Path("report.html")) -> str:
     environment = Environment(
         loader=PackageLoader("dynamics.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     title = f"Report of {', '.join(run.name for run in runs[:3])}"
     title += f" and {len(runs) - 3} more runs" if len(runs) > 3 else ""
     return environment.get_template("page.html").render(
@@ -112,7 +115,11 @@ def sections(runs: Sequence[Run]) -> Iterator[Section]:
     mapped = [r for r in first.results if effects.can_be_mapped(r.dataset)]
     crossed = chosen(r for r in mapped if effects.is_transfer(r.dataset))
     mapped = chosen(r for r in mapped if not effects.is_transfer(r.dataset))
-    of_effects = [r for r in mapped if {"effect", "attribution"} & set(r.dataset) or statistics.is_summary(r.dataset)]
+    order = list(effects.VERBS)
+    mapped.sort(key=lambda r: order.index(r.verb) if r.verb in order else len(order))
+    of_effects = [
+        r for r in mapped if {"effect", "attribution"} & set(r.dataset) or statistics.is_summary(r.dataset)
+    ]
     told = chosen(r for r in first.results if results.is_account(r.dataset))
     aligned = chosen(r for r in first.results if behaviour.is_alignment(r.dataset))
     asked = chosen(r for r in first.results if is_checks(r.dataset))
@@ -178,7 +185,11 @@ def over_runs(runs: Sequence[Run]) -> Iterator[Figure]:
     """Maps over runs of what every one of them was asked alike: the run is the unit."""
     for result in runs[0].results:
         alike = [next((r for r in run.results if _alike(r, result)), None) for run in runs]
-        if len(runs) < 2 or not statistics.can_be_summarised(result.dataset) or "example" not in result.dataset.dims:
+        if (
+            len(runs) < 2
+            or not statistics.can_be_summarised(result.dataset)
+            or "example" not in result.dataset.dims
+        ):
             continue
         found = [r for r in alike if r is not None]
         if len(found) < 2:
@@ -190,7 +201,7 @@ def over_runs(runs: Sequence[Run]) -> Iterator[Figure]:
         paths = ", ".join(f'"{r.path.as_posix()}"' for r in found)
         yield Figure(
             "map",
-            f"{effects.VERBS.get(result.verb, result.verb)}: {len(found)} runs",
+            f"{effects.titled(result)}: {len(found)} runs",
             "The mean over runs, each the mean over its examples; unit: run.",
             statistics.summarize(joined),
             made_by(runs[0], result),
@@ -198,7 +209,7 @@ def over_runs(runs: Sequence[Run]) -> Iterator[Figure]:
             f'joined = dy.results.concat([run[{names}].mean("example", keep_attrs=True) for run in runs], "seed", '
             f"{labels})\nsummary = dy.statistics.summarize(joined).sel({{sel}})\n"
             'chosen = summary.isel(site=summary["level"].values == "{level}")\ndy.plots.{draw}(chosen)',
-            {"variables": ["effect"], "layouts": ["grid", "columns"]},
+            {"variables": ["effect"], "layouts": ["grid", "columns"], "chosen": effects.preferred(runs[0])},
         )
 
 
@@ -259,13 +270,16 @@ def provenance(run: Run, drawn: set[Path]) -> Figure | None:
         return None
     rows = [
         {
-            "file": str(result.path),
+            "file": _below(run, result.path),
             "found by": result.verb,
             "holds": ", ".join(f"{size} {dim}" for dim, size in result.dataset.sizes.items()),
             "date": str(result.facts.get("date", ""))[:10],
-            "commit": str(result.facts.get("commit", ""))[:10] + (" and changes" * bool(result.facts.get("modified"))),
-            "versions": ", ".join(f"{name} {version}" for name, version in result.facts.get("versions", {}).items()),
+            "commit": str(result.facts.get("commit", ""))[:10]
+            + (" and changes" * bool(result.facts.get("modified"))),
             "on this page": "drawn" if result.path in drawn else "listed only",
+            "versions": ", ".join(
+                f"{name} {version}" for name, version in result.facts.get("versions", {}).items()
+            ),
         }
         for result in run.results
     ]
@@ -280,15 +294,22 @@ def provenance(run: Run, drawn: set[Path]) -> Figure | None:
     )
 
 
+def _below(run: Run, path: Path) -> str:
+    """The name of a file in its run's folder, elsewhere its path."""
+    return str(path.relative_to(run.folder) if path.is_relative_to(run.folder) else path)
+
+
 def facts(run: Run) -> dict[str, str]:
     """The run in a few words, and its whole config."""
     versions = run.provenance.get("versions", {})
     known = {
         "run": str(run.folder),
         "phases": ", ".join(
-            f"{name} from step {step}" if name != "end" else f"end at step {step}" for name, step in run.phases.items()
+            f"{name} from step {step}" if name != "end" else f"end at step {step}"
+            for name, step in run.phases.items()
         ),
-        "checkpoints": f"{len(run.steps)}" + (f", steps {run.steps[0]} to {run.steps[-1]}" if run.steps else ""),
+        "checkpoints": f"{len(run.steps)}"
+        + (f", steps {run.steps[0]} to {run.steps[-1]}" if run.steps else ""),
         "trained": str(run.provenance.get("date", ""))[:10],
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "commit": str(run.provenance.get("commit", "")),

@@ -89,9 +89,7 @@ def open_run(folder: Path, beside: Sequence[Path] = ()) -> Run:
     trajectory = Trajectory.open(folder)
     known = task_name(trajectory.config) is not None
     task = tasks.load(trajectory.config) if known else None
-    metrics = (
-        trajectory.read_file("metrics.csv") if (trajectory.path / "metrics.csv").is_file() else None
-    )
+    metrics = trajectory.read_file("metrics.csv") if (trajectory.path / "metrics.csv").is_file() else None
     files = [path for each in (folder / "results", *beside) for path in _files(each, each in beside)]
     return Run(
         folder,
@@ -127,7 +125,12 @@ def curves(metrics: pd.DataFrame) -> xr.Dataset | None:
         names = [str(name) for name in metrics.columns if str(name).endswith(f"_{quantity}")]
         names = [name for name in names if name != f"train_{quantity}"]
         if names and "step" in metrics.columns:
-            rows = metrics[["step", *names]].dropna(how="all", subset=names).groupby("step", as_index=False).last()
+            rows = (
+                metrics[["step", *names]]
+                .dropna(how="all", subset=names)
+                .groupby("step", as_index=False)
+                .last()
+            )
             labels = [name.removesuffix(f"_{quantity}") for name in names]
             found[quantity] = xr.DataArray(
                 rows[names].to_numpy(np.float64),

@@ -161,7 +161,7 @@ function viewOf(figure, drawn) {
     return [dim, Math.max(0, wanted)];
   }));
   const variables = figure.variables || Object.keys(data.variables).filter((name) => drawn.every((dim) => has(data, name, dim)));
-  const levels = data.coords.level && data.coords.level.dim === "site" ? [...new Set(data.coords.level.values)] : [];
+  const levels = drawn.includes("site") && data.coords.level && data.coords.level.dim === "site" ? [...new Set(data.coords.level.values)] : [];
   const level = Math.max(0, levels.indexOf((figure.chosen || {}).level));
   return {figure, data, place: first, variables, variable: variables[0], levels, level: levels[level]};
 }
@@ -212,10 +212,10 @@ function legend(series) {
     one.label)));
 }
 
-function frame(box, {x, low, high, ylabel, xlabel = "training step", phases = {}, height = 300, words, title, xs}) {
+function frame(box, {x, low, high, ylabel, xlabel = "training step", phases = {}, height = 300, margin = 0, words, title}) {
   const width = Math.max(240, box.clientWidth || 640);
   const named = Object.entries(phases).filter(([, step]) => step >= x[0] && step <= x[1]);
-  const left = 62, right = 14;
+  const left = 62, right = 14 + margin;
   const across = (v) => left + (v - x[0]) / (x[1] - x[0] || 1) * (width - left - right);
   const ends = [];
   const marks = named.map(([name, step]) => {
@@ -234,7 +234,7 @@ function frame(box, {x, low, high, ylabel, xlabel = "training step", phases = {}
     svg.append(s("line", {class: "rule", x1: left, x2: width - right, y1: up(value), y2: up(value)}),
       s("text", {class: "faint", x: left - 6, y: up(value) + 4, "text-anchor": "end"}, num(value)));
   }
-  for (const value of xs || ticks(x[0], x[1], Math.max(2, Math.floor((width - left - right) / 80)))) {
+  for (const value of ticks(x[0], x[1], Math.max(2, Math.floor((width - left - right) / 80)))) {
     svg.append(s("text", {class: "faint", x: across(value), y: height - bottom + 18, "text-anchor": "middle"}, num(value)));
   }
   marks.forEach(({name, start, row}) => svg.append(
@@ -262,11 +262,12 @@ function lines(box, {series, ylabel, unit, phases, guesses = {}, checkpoints = [
     const ys = one.points.map((p) => p[1]);
     return `${one.label}: ${num(first[1])} at step ${first[0]}, ${num(last[1])} at step ${last[0]}, between ${num(Math.min(...ys))} and ${num(Math.max(...ys))}.`;
   }).join(" ");
-  const f = frame(box, {x: [Math.min(...xs), Math.max(...xs)], low, high, ylabel, phases, height, words, title});
+  const margin = Object.keys(guesses).length && !quiet && box.clientWidth > 600 ? 100 : 0;
+  const f = frame(box, {x: [Math.min(...xs), Math.max(...xs)], low, high, ylabel, phases, height, margin, words, title});
   const rows = Object.entries(guesses).sort((a, b) => a[1] - b[1]);
   rows.forEach(([label, value], i) => f.svg.append(
     s("line", {x1: f.left, x2: f.width - f.right, y1: f.up(value), y2: f.up(value), class: "axis", "stroke-dasharray": "2 3"}),
-    quiet ? null : s("text", {class: "faint", x: f.left + 6 + (i % 2) * 110, y: f.up(value) - 4}, label)).valueOf());
+    s("text", {class: "faint halo", x: margin ? f.width - f.right + 6 : f.left + 6 + (i % 2) * 110, y: f.up(value) + (margin ? 4 : -4)}, quiet ? "" : label)));
   for (const step of checkpoints) {
     const x = f.across(step), y = f.height - f.bottom;
     f.svg.append(s("path", {class: "tick", d: `M${x - 3.5} ${y + 7}L${x + 3.5} ${y + 7}L${x} ${y + 1}Z`}));
@@ -501,7 +502,7 @@ const drawStack = (view, box) => {
   told.sort((a, b) => Math.max(...b.values.map(Math.abs)) - Math.max(...a.values.map(Math.abs)));
   const shown = told.slice(0, 7).map((one, i) => ({...one, colour: ["#0072B2", "#D55E00", "#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442"][i]}));
   const rest = told.slice(7);
-  if (rest.length) shown.push({label: `all ${rest.length} others`, colour: "#888888", values: steps.map((_, k) => rest.reduce((sum, one) => sum + one.values[k], 0))});
+  if (rest.length) shown.push({label: rest.length > 1 ? `all ${rest.length} others` : rest[0].label, colour: "#888888", values: steps.map((_, k) => rest.reduce((sum, one) => sum + one.values[k], 0))});
   const change = steps.map((_, step) => at(data, "change", {...view.place, step}));
   const above = steps.map(() => 0), below = steps.map(() => 0);
   const areas = shown.map((one) => {
