@@ -65,7 +65,9 @@ def transferred(seed: int) -> xr.Dataset:
     found = [
         patched(seed + i, "patch_parameters", 6).isel(optimizer=0, measure=[0], drop=True) for i in range(2)
     ]
-    return results.concat(found, "source_step", [7, 57])
+    joined = results.concat(found, "source_step", [7, 57])
+    facts = results.provenance(verb="patch_parameters", steps=list(REPLAYED), source_steps=[7, 57])
+    return joined.assign_attrs(provenance=facts)
 
 
 def along_training(draw: np.random.Generator) -> dict[str, xr.Dataset]:

@@ -161,7 +161,7 @@ function viewOf(figure, drawn) {
     return [dim, Math.max(0, wanted)];
   }));
   const variables = figure.variables || Object.keys(data.variables).filter((name) => drawn.every((dim) => has(data, name, dim)));
-  const levels = drawn.includes("site") && data.coords.level && data.coords.level.dim === "site" ? [...new Set(data.coords.level.values)] : [];
+  const levels = figure.kind !== "lines" && data.coords.level && data.coords.level.dim === "site" ? [...new Set(data.coords.level.values)] : [];
   const level = Math.max(0, levels.indexOf((figure.chosen || {}).level));
   return {figure, data, place: first, variables, variable: variables[0], levels, level: levels[level]};
 }
@@ -494,6 +494,7 @@ const drawTransfer = (view, box) => {
     heads ? mapTable({...right, corner: "", rows: heads.rows, columns: heads.columns.map((head) => `head ${head}`), cell: (i, j) => heads.site(i, j) === undefined ? null : cellAt(heads.site(i, j), view.place.step, view.place.source_step),
       pressed: (i, j) => heads.site(i, j) === view.place.site, choose: (i, j) => choose(heads.site(i, j))})
       : mapTable({...right, corner: "site", rows: sites.map((i) => names[i]), columns: [variable], cell: (i) => cellAt(sites[i], view.place.step, view.place.source_step), pressed: (i) => sites[i] === view.place.site, choose: (i) => choose(sites[i])})));
+  return {kept: ["step", "source_step", "site"]};
 };
 
 const drawStack = (view, box) => {
@@ -585,7 +586,7 @@ function build(figure) {
     picture.replaceChildren();
     const told = kind.draw(view, picture) || {kept: drawn};
     const seen = told.step === undefined ? view : {...view, place: {...view.place, step: told.step}};
-    const kept = [...drawn.filter((dim) => dim !== "step"), ...told.kept, "site"];
+    const kept = [...drawn.filter((dim) => dim !== "step"), ...told.kept];
     shell.textContent = figure.commands.map((line) => filled(line, seen, kept, told.draw)).join("\n");
     python.textContent = filled(figure.python, seen, kept, told.draw);
   };
