@@ -100,7 +100,7 @@ function csv(data) {
 function save(name, text) {
   const url = URL.createObjectURL(new Blob([text], {type: "text/csv"}));
   h("a", {href: url, download: name}).click();
-  setTimeout(() => URL.revokeObjectURL(url), 1000);
+  setTimeout(() => URL.revokeObjectURL(url), 60000);
 }
 
 // --- colours ----------------------------------------------------------------------------------------------
