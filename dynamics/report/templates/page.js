@@ -3,6 +3,7 @@
 const page = JSON.parse(document.getElementById("data").textContent);
 const PALETTE = ["#009E73", "#CC79A7", "#0072B2", "#D55E00", "#56B4E9", "#E69F00"];
 const DASHES = {"-": "", "--": "7 4", "-.": "8 3 2 3", ":": "2 3"};
+const SHOWN = 2000;       // rows of numbers below a picture
 const redraws = [];       // what follows the slider, the theme and the width
 let now = page.steps[page.steps.length - 1] ?? null;
 
@@ -79,12 +80,10 @@ function stepPlace(data) {
   return place;
 }
 
-// Every value beside its labels, as `results.tidy` has it: a row for each combination of labels.
-function csv(data) {
+// Every value beside its labels, as `results.tidy` has it: headings, and a row for each combination of labels.
+function tidy(data) {
   const dims = Object.keys(data.dims), coords = Object.keys(data.coords), names = Object.keys(data.variables);
-  const quoted = (value) => value === null ? "" : /[",\n]/.test(value) ? `"${String(value).replace(/"/g, '""')}"` : String(value);
-  const rows = [[...dims, ...coords, ...names]];
-  const where = {};
+  const rows = [[...dims, ...coords, ...names]], where = {};
   const walk = (depth) => {
     if (depth < dims.length) {
       data.dims[dims[depth]].forEach((_, i) => { where[dims[depth]] = i; walk(depth + 1); });
@@ -94,7 +93,11 @@ function csv(data) {
       ...names.map((name) => at(data, name, where))]);
   };
   walk(0);
-  return rows.map((row) => row.map(quoted).join(",")).join("\n") + "\n";
+  return rows;
+}
+function csv(data) {
+  const quoted = (value) => value === null ? "" : /[",\n]/.test(value) ? `"${String(value).replace(/"/g, '""')}"` : String(value);
+  return tidy(data).map((row) => row.map(quoted).join(",")).join("\n") + "\n";
 }
 
 function save(name, text) {
@@ -575,7 +578,13 @@ function build(figure) {
   if (kind.fixed) view.variables = view.variables.slice(0, 1);
   if (figure.kind === "stack" && figure.parts !== "site") view.levels = [];
   const chooser = h("div", {class: "controls"}), picture = h("div", {class: "picture"}), shell = h("code", {}), python = h("code", {}), title = fresh("figure");
-  const numbers = h("details", {ontoggle: () => { if (numbers.open && numbers.children.length < 2) { const box = h("div", {}); numbers.append(box); const rows = csvRows(figure.data); rowTable(box, rows[0], rows.slice(1, 2001), `Numbers of ${figure.title}`); if (rows.length > 2001) box.append(h("p", {class: "faint"}, `The first 2,000 of ${rows.length - 1} rows; all of them are in the CSV.`)); } }}, h("summary", {}, "The numbers"));
+  const numbers = h("details", {ontoggle: () => {
+    if (!numbers.open || numbers.children.length > 1) return;
+    const [headings, ...rows] = tidy(figure.data), box = h("div", {});
+    numbers.append(box);
+    rowTable(box, headings, rows.slice(0, SHOWN), `Numbers of ${figure.title}`);
+    if (rows.length > SHOWN) box.append(h("p", {class: "faint"}, `The first ${SHOWN} of ${rows.length} rows; all of them are in the CSV.`));
+  }}, h("summary", {}, "The numbers"));
   const element = h("figure", {id: fresh("picture"), "aria-labelledby": title, "data-kind": figure.kind},
     h("figcaption", {}, h("h3", {id: title}, figure.title), h("p", {}, figure.says)), chooser, picture,
     h("div", {class: "below"},
@@ -599,38 +608,26 @@ function build(figure) {
   chooser.append(...controls(view, drawn, () => view.redraw()));
   if (!chooser.children.length) chooser.remove();
   if (figure.kind === "table") { queueMicrotask(draw); return element; }
-  redraws.push({draw: view.redraw, element, moves: kind.moves || figure.checkpoints !== undefined, width: 0, stale: true});
+  const one = {element, moves: kind.moves || figure.checkpoints !== undefined, width: 0, stale: true,
+    draw: () => { one.stale = false; one.width = picture.clientWidth; view.redraw(); }};
+  redraws.push(one);
   return element;
 }
-const csvRows = (data) => {
-  const dims = Object.keys(data.dims), rows = [];
-  const coords = Object.keys(data.coords), names = Object.keys(data.variables), where = {};
-  const walk = (depth) => {
-    if (rows.length > 2000) { rows.length++; return; }
-    if (depth < dims.length) { data.dims[dims[depth]].forEach((_, i) => { where[dims[depth]] = i; walk(depth + 1); }); return; }
-    rows.push([...dims.map((dim) => data.dims[dim][where[dim]]), ...coords.map((c) => data.coords[c].values[where[data.coords[c].dim]]), ...names.map((name) => at(data, name, where))]);
-  };
-  walk(0);
-  return [[...dims, ...coords, ...names], ...rows];
-};
 
 // What is in sight is drawn at once, the rest when it comes into sight.
 const seen = new Set();
 function refresh(which) {
-  for (const one of redraws) if (which(one)) { one.stale = true; if (seen.has(one.element)) { one.stale = false; one.draw(); } }
+  for (const one of redraws) if (which(one)) { one.stale = true; if (seen.has(one.element)) one.draw(); }
 }
 const watcher = new IntersectionObserver((entries) => entries.forEach((entry) => {
   if (!entry.isIntersecting) { seen.delete(entry.target); return; }
   seen.add(entry.target);
   const one = redraws.find((each) => each.element === entry.target);
-  if (one && one.stale) { one.stale = false; one.draw(); }
+  if (one && one.stale) one.draw();
 }), {rootMargin: "600px"});
 const sizes = new ResizeObserver((entries) => entries.forEach((entry) => {
   const one = redraws.find((each) => each.element === entry.target), width = Math.round(entry.contentRect.width);
-  if (!one || one.width === width) return;
-  const first = one.width === 0;
-  one.width = width;
-  if (!first) refresh((each) => each === one);
+  if (one && width && one.width !== width) refresh((each) => each === one);
 }));
 
 const place = document.getElementById("sections"), contents = document.getElementById("contents");
@@ -676,7 +673,7 @@ addEventListener("beforeprint", () => {
   before = root.dataset.theme;
   root.dataset.theme = "light";
   document.querySelectorAll(".below > details:last-child").forEach((each) => { each.open = true; });
-  redraws.forEach((one) => { one.stale = false; one.draw(); });
+  redraws.forEach((one) => one.draw());
 });
 addEventListener("afterprint", () => {
   if (before === undefined) delete root.dataset.theme; else root.dataset.theme = before;
