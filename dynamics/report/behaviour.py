@@ -31,8 +31,10 @@ def curves(run: Run) -> Figure | None:
     return Figure(
         "lines",
         "What was trained",
-        "Each set of questions over training. Vertical lines: where a phase begins. Dotted: what a guess scores. "
-        "Triangles: stored checkpoints; the long line is the one that the slider is at.",
+        "Each set of questions over training. "
+        + "Vertical lines: where a phase begins. " * bool(run.phases)
+        + "Dotted: what a guess scores. " * bool(run.guesses)
+        + "Triangles: stored checkpoints; the long line is the one that the slider is at.",
         run.curves,
         (_trained(run),),
         "from io import BytesIO\n\nimport pandas as pd\n\nimport dynamics as dy\n\n"

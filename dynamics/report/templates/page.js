@@ -307,9 +307,10 @@ function lines(box, {series, ylabel, unit, phases, guesses = {}, checkpoints = [
 // --- kinds of figures: each gives {drawn, draw}: dims that need no choice, and (view, box) -> what was drawn --
 
 function seriesOf(view, extra = {}) {
-  const {figure, data} = view, by = figure.series;
-  return (by && has(data, view.variable, by) ? data.dims[by] : [view.variable]).map((label, i) => ({
-    ...style(figure, label, i), x: data.dims.step,
+  const {figure, data} = view, by = figure.series, labels = by && has(data, view.variable, by) ? data.dims[by] : [view.variable];
+  const unknown = labels.filter((label) => !(figure.styles || {})[label]).sort();   // one colour in every picture
+  return labels.map((label, i) => ({
+    ...style(figure, label, unknown.indexOf(label)), x: data.dims.step,
     y: data.dims.step.map((_, step) => at(data, view.variable, {...view.place, ...extra, step, ...(by ? {[by]: i} : {})})),
   })).filter((one) => one.y.some((y) => y !== null));
 }
