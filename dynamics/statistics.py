@@ -237,6 +237,22 @@ def summarize(dataset: xr.Dataset, over: str = "example", confidence: float = 0.
     return summary.assign_attrs({**dataset.attrs, "unit": described, "confidence": confidence})
 
 
+def is_summary(dataset: xr.Dataset) -> bool:
+    """Whether it has come out of `summarize`."""
+    return "effect_low" in dataset
+
+
+def can_be_summarised(dataset: xr.Dataset) -> bool:
+    """Whether it has what `summarize` takes: sites, examples or runs, and both references."""
+    value = "effect" if "effect" in dataset else "attribution"
+    return (
+        {value, "base", "source"} <= set(dataset)
+        and "site" in dataset[value].dims
+        and "site" not in dataset["base"].dims
+        and not {"example", "seed"}.isdisjoint(dataset[value].dims)
+    )
+
+
 def _without_placebos(dataset: xr.Dataset) -> tuple[xr.Dataset, xr.DataArray | None]:
     """The dataset without placebo sites, and their effects."""
     levels = dataset["level"].values if "level" in dataset.coords else np.array([])

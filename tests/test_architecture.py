@@ -30,6 +30,7 @@ FLOORS = [
     {"training"},
     {"plots"},
     {"studies"},
+    {"report"},
     {"cli"},
     {"__main__"},
 ]
@@ -41,6 +42,7 @@ ROOMS = {
     "torchmetrics": ("dynamics.training",),
     "matplotlib": ("dynamics.plots",),
     "jsonargparse": ("dynamics.cli",),
+    "jinja2": ("dynamics.report",),
     "dask": ("dynamics.sweeps",),
     "distributed": ("dynamics.sweeps",),
 }

@@ -13,7 +13,7 @@ import torch
 import xarray as xr
 
 from checkpoints import Checkpoint, Trajectory
-from dynamics import measures, sites, statistics, steps, tasks
+from dynamics import measures, results, sites, statistics, steps, tasks
 from dynamics.batch import Batch
 from dynamics.comparison import under_noise
 from dynamics.config import ConfigError, StudyConfig, read, task_name
@@ -40,6 +40,24 @@ class Check:
     name: str
     figure: str
     verdict: Verdict
+
+
+def as_dataset(checks: Sequence[Check], site: str, at: str) -> xr.Dataset:
+    """Checks as a Dataset [check]: `verdict` and `figure`; which site was asked, and at what, as attributes.
+
+    Args:
+        checks: from `ten_checks`.
+        site: its label.
+        at: step, optimizer state and unit, in words.
+    """
+    return xr.Dataset(
+        {
+            "verdict": ("check", [check.verdict for check in checks]),
+            "figure": ("check", [check.figure for check in checks]),
+        },
+        {"check": [check.name for check in checks]},
+        {"site": site, "at": at, "provenance": results.provenance(verb="ten_checks", site=site, at=at)},
+    )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dynamics as dy
-from dynamics import measures, statistics, steps
+from dynamics import measures, results, statistics, steps
 from dynamics.config import ConfigError
 from dynamics.sites import LEVELS, SiteError
 from dynamics.studies import Check, checks, ten_checks
@@ -23,6 +23,16 @@ from tests.zoo.checked_runs import (
     WEAK,
     made,
 )
+
+
+def test_checks_are_kept_as_a_dataset_that_says_what_was_asked(tmp_path):
+    made = [Check("one", "+1.0 logit", "holds"), Check("two", "not made", "-")]
+    results.save(checks.as_dataset(made, "attn 0", "X2 step 3"), tmp_path / "checks.h5")
+    found = results.load(tmp_path / "checks.h5")
+    assert found["check"].values.tolist() == ["one", "two"]
+    assert found["verdict"].sel(check="two").item() == "-"
+    assert found["figure"].values.tolist() == ["+1.0 logit", "not made"]
+    assert (found.attrs["site"], found.attrs["at"]) == ("attn 0", "X2 step 3")
 
 
 @pytest.mark.slow
