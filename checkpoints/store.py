@@ -3,6 +3,7 @@
     RUN/manifest.json                      config, provenance, checksums of the files beside it, and its own
     RUN/trajectory/index.jsonl             one line per checkpoint; see `checkpoints.index`
     RUN/trajectory/step-00000010.h5        checkpoints
+    RUN/trajectory/shared/                 tensors that many of them hold; see `checkpoints.shared`
 
 A checkpoint exists once the index names it. Other files in the folder are left alone. Runs of schema version 1,
 whose manifest names the checkpoints and has no checksum of its own, are read; the first change renews them.
@@ -21,6 +22,7 @@ from typing import Any
 from checkpoints import files, index, values
 from checkpoints.errors import TrajectoryError
 from checkpoints.index import End, Entry
+from checkpoints.shared import SHARED
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
@@ -29,7 +31,6 @@ LOCK = ".writer.lock"
 ABSENT = ""
 """In place of a file's checksum where there may be none yet."""
 
-_NEXT = "Restore it from a copy; the run's other checkpoints can still be read."
 _AGAIN = "Restore it from a copy, or call again what wrote it."
 _FILE_BESIDE = re.compile(r"[\w-][\w.-]*")
 
@@ -165,19 +166,7 @@ def read_checkpoint(folder: Path, entry: Entry) -> bytes:
     Raises:
         TrajectoryError: the file is missing, or is not the one that was written.
     """
-    path = folder / entry.file
-    try:
-        size = path.stat().st_size
-        image = files.read(path) if size == entry.bytes else b""
-    except OSError as error:
-        raise TrajectoryError(
-            f"{path}, named by the manifest for step {entry.step}, cannot be read: {error}. {_NEXT}"
-        ) from error
-    if size != entry.bytes:
-        raise TrajectoryError(f"{path} is damaged: {size} bytes, the manifest says {entry.bytes}. {_NEXT}")
-    if files.sha256(image) != entry.sha256:
-        raise TrajectoryError(f"{path} is damaged: its sha256 is not the one in the manifest. {_NEXT}")
-    return image
+    return files.read_checked(folder / entry.file, entry.bytes, entry.sha256, "the manifest")
 
 
 def read_file(folder: Path, name: str) -> tuple[bytes, bool]:
@@ -209,7 +198,7 @@ def unnamed(folder: Path, manifest: Manifest) -> list[str]:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what a killed writer was in the middle of; call it under the lock only."""
-    for place in (folder, folder / TRAJECTORY):
+    for place in (folder, folder / TRAJECTORY, folder / SHARED):
         for partial in place.glob(f".*{files.PARTIAL}"):
             partial.unlink(missing_ok=True)
 
