@@ -43,6 +43,7 @@ class Manifest:
         config, provenance: plain values.
         entries: the checkpoints, sorted by step.
         files: checksums of files beside the manifest, by name; two of one that is being replaced.
+        n_checkpoints: how many there were when the manifest was written; an index that names fewer was cut short.
         end: where the next entry goes; None where the index must be written anew first.
         sealed: whether the manifest has a checksum, as all have since schema version 2.
     """
@@ -51,6 +52,7 @@ class Manifest:
     provenance: dict[str, Any]
     entries: tuple[Entry, ...] = ()
     files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    n_checkpoints: int = 0
     end: End | None = None
     sealed: bool = True
 
@@ -92,13 +94,21 @@ def read_manifest(folder: Path) -> Manifest:
         if sealed:
             document, _ = files.unsealed(text)
             entries, end = index.read(folder)
+            counted = int(document.get("n_checkpoints", 0))
+            if len(entries) < counted:
+                raise TrajectoryError(
+                    f"{folder / index.INDEX} names {len(entries)} checkpoints, the manifest {counted} or more: it "
+                    "has lost its end. The checkpoints beside it may be well: restore it from a copy."
+                )
         else:
             entries, end = [index.entry(**each) for each in document["checkpoints"]], None
+            counted = len(entries)
         return Manifest(
             config=dict(values.from_json(document["config"])),
             provenance=dict(values.from_json(document["provenance"])),
             entries=_sorted(entries),
             files={_beside(name): tuple(map(str, sums)) for name, sums in document.get("files", {}).items()},
+            n_checkpoints=counted,
             end=end,
             sealed=sealed,
         )
@@ -143,6 +153,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "schema_version": SCHEMA_VERSION,
         "config": values.to_json(manifest.config, path=("config",)),
         "provenance": values.to_json(manifest.provenance, path=("provenance",)),
+        "n_checkpoints": manifest.n_checkpoints,
         "files": {name: list(sums) for name, sums in manifest.files.items()},
     }
     text, _ = files.sealed(json.dumps(document, indent=1, allow_nan=False))

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -167,10 +168,17 @@ class TrajectoryWriter:
             self._list({**listed, name: (checksum,)})
 
     def close(self) -> None:
-        """Let other writers in. Closing twice is harmless."""
+        """Count the checkpoints in the manifest and let other writers in. Closing twice is harmless."""
         if self._open:
             self._open = False
-            self._release()
+            try:
+                if len(self._entries) > self._manifest.n_checkpoints:
+                    with suppress(
+                        OSError
+                    ):  # each append is durable by itself: a full disk costs this count alone
+                        self._replace_manifest(self._manifest)
+            finally:
+                self._release()
 
     def _lock(self, folder: str | os.PathLike[str]) -> Path:
         self._path = Path(folder)
@@ -192,6 +200,7 @@ class TrajectoryWriter:
         self._replace_manifest(replace(self._manifest, files=listed))
 
     def _replace_manifest(self, manifest: store.Manifest) -> None:
+        manifest = replace(manifest, n_checkpoints=len(self._entries))
         store.write_manifest(self._path, manifest)
         self._manifest = manifest
 
