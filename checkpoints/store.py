@@ -9,7 +9,9 @@ A checkpoint exists once the index names it. Other files in the folder are left 
 whose manifest names the checkpoints and has no checksum of its own, are read; the first change renews them.
 """
 
+import errno
 import json
+import logging
 import os
 import re
 import socket
@@ -24,6 +26,8 @@ from checkpoints.errors import TrajectoryError
 from checkpoints.index import End, Entry
 from checkpoints.shared import SHARED
 
+logger = logging.getLogger(__name__)
+
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 TRAJECTORY = "trajectory"
@@ -31,6 +35,7 @@ LOCK = ".writer.lock"
 ABSENT = ""
 """In place of a file's checksum where there may be none yet."""
 
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # as folders over a network may answer
 _AGAIN = "Restore it from a copy, or call again what wrote it."
 _FILE_BESIDE = re.compile(r"[\w-][\w.-]*")
 
@@ -234,6 +239,11 @@ def lock(folder: Path) -> Callable[[], None]:
         raise TrajectoryError(
             f"{str(folder)!r} is being written by {other}. Wait for it or end it, or write to another folder."
         ) from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            os.close(descriptor)
+            raise
+        logger.warning("%s has no locks (%s): see to it that nothing else writes there.", folder, error)
     except BaseException:
         os.close(descriptor)
         raise
