@@ -83,7 +83,7 @@ ROWS = {
     "interruptions": Row(verbs.interruptions, 4, 200, 50),
     "calls": Row(verbs.calls, 10, 1000, 1000),
     "walks": Row(verbs.walks, 20, 200, 200),
-    "appends": Row(appending.cost, 200, 10_000, 10_000),
+    "appends": Row(appending.cost, 1000, 10_000, 10_000),
     "fuzzing": Row(fuzzing.readers, 10, 1200, 60),
     "packages": Row(packages.vulnerabilities, 1, 1, 1),
 }
