@@ -102,7 +102,7 @@ def _trainers(folder: Path) -> dict[str, Any]:
     import transformers
 
     model = _hugging_face(first)
-    decayed = transformers.Trainer.get_decay_parameter_names(None, model)
+    decayed = transformers.Trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]  # asks no Trainer
     trained = [(name in decayed, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [{"params": [p for decays, p in trained if decays is wanted]} for wanted in (True, False)]
     return {"load": _hugging_face, "model": model, "optimizer": torch.optim.AdamW(groups)}

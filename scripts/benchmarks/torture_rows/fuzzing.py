@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import multiprocessing
+import os
+import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -15,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import dynamics as dy
-from checkpoints import Trajectory, TrajectoryError, encoding, files
+from checkpoints import Trajectory, TrajectoryError, encoding, files, index, store, values
 from scripts.benchmarks.torture_rows.recordings import a_run
 from scripts.benchmarks.torture_rows.trials import LIMIT, forked
 
@@ -24,7 +28,7 @@ EXAMPLES = 25
 
 
 def readers(n: int, folder: Path, rng: np.random.Generator) -> Iterator[str]:
-    """Readers given files edited at random (hypothesis), so many seconds of CPU time: no crash, at most words"""
+    """Readers given files edited at random (by hypothesis, and atheris if installed): no crash, at most words"""
     run = a_run(folder)
     torch.save({"w": torch.arange(20.0)}, folder / "m_1.pt")
     save_file({"w": torch.arange(20.0)}, folder / "m_1.safetensors")
@@ -33,13 +37,13 @@ def readers(n: int, folder: Path, rng: np.random.Generator) -> Iterator[str]:
         for name, read in readings(run).items():
             whole = (run / name).read_bytes()
             yield forked(partial(fuzzed, run / name, whole, read, int(rng.integers(1 << 30))), limit=LIMIT)
+            if importlib.util.find_spec("atheris") is not None:
+                yield guided(run / name, whole, read, max(1, n // 12), int(rng.integers(1 << 30)))
             (run / name).write_bytes(whole)
 
 
 def children() -> float:
     """CPU seconds of the processes that have ended."""
-    import resource
-
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -99,3 +103,42 @@ def fuzzed(path: Path, whole: bytes, read: Callable[[Path], object], number: int
 
     tried()
     return f"{EXAMPLES} files read or refused in words"
+
+
+def guided(path: Path, whole: bytes, read: Callable[[Path], object], seconds: int, number: int) -> str:
+    """Read edited files for so long, led by which lines of the readers they reach (libFuzzer)."""
+    import atheris
+
+    def one(data: bytes) -> None:
+        path.write_bytes(data)
+        with suppress(TrajectoryError, dy.results.ResultsError):
+            read(path)
+
+    def work() -> None:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
+        for module, name in (
+            (index, "read"),
+            (store, "read_manifest"),
+            (values, "from_json"),
+            (encoding, "decode"),
+        ):
+            setattr(module, name, atheris.instrument_func(getattr(module, name)))
+        corpus = path.with_name(f"{path.name}.corpus")
+        corpus.mkdir(exist_ok=True)
+        (corpus / "whole").write_bytes(whole)
+        flags = [f"-max_total_time={seconds}", f"-seed={number % (1 << 31)}", f"-artifact_prefix={corpus}/"]
+        atheris.Setup(["fuzz", *flags, f"-max_len={2 * len(whole)}", str(corpus)], one)
+        atheris.Fuzz()
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join(seconds + LIMIT)
+    if process.exitcode is None:
+        process.kill()
+        return f"BROKEN: {path.name} hung"
+    crashes = list(path.with_name(f"{path.name}.corpus").glob("crash-*"))
+    if process.exitcode or crashes:
+        return f"BROKEN: {path.name} left with {process.exitcode}, {len(crashes)} crashes"
+    return "led by coverage, read or refused in words"
