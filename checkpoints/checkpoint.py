@@ -42,6 +42,7 @@ class Checkpoint:
         begins_optimizer: training began with a new optimizer at this step, whatever came before.
         evaluating: the submodules in eval mode, by name; None where it is unknown.
         scaler: state_dict of the GradScaler; None where there was none.
+        frozen: the parameters that require no gradient, by name, as far as that is known.
     """
 
     step: int
@@ -54,6 +55,7 @@ class Checkpoint:
     begins_optimizer: bool = False
     evaluating: tuple[str, ...] | None = None
     scaler: dict[str, Any] | None = None
+    frozen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.step, int) or self.step < 0:
@@ -102,9 +104,10 @@ class Checkpoint:
         Raises:
             ValueError: the optimizer holds a parameter that the model does not have.
         """
+        parameters = own_parameters(model)
         return cls(
             step=step,
-            parameters=values.copied(own_parameters(model)),
+            parameters=values.copied(parameters),
             buffers=values.copied(own_buffers(model)),
             optimizer=None if optimizer is None else capture_optimizer(model, optimizer),
             scheduler=None
@@ -115,6 +118,7 @@ class Checkpoint:
             begins_optimizer=begins_optimizer,
             evaluating=tuple(name for name, module in own_modules(model).items() if not module.training),
             scaler=None if scaler is None else values.copied(scaler.state_dict()),
+            frozen=tuple(name for name, parameter in parameters.items() if not parameter.requires_grad),
         )
 
     def restore(

@@ -4,13 +4,14 @@ import bisect
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from checkpoints import encoding, index, store, values
+from checkpoints import encoding, index, shared, store, values
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import TrajectoryError
 from checkpoints.formats import foreign
@@ -260,7 +261,7 @@ class Trajectory:
         """
         entry = self._entry(step)
         image = self._image(entry)
-        checkpoint = encoding.decode(image, str(self._path / entry.file))
+        checkpoint = encoding.decode(image, str(self._path / entry.file), partial(shared.read, self._path))
         if checkpoint.step != step:
             raise TrajectoryError(
                 f"{self._path / entry.file} holds step {checkpoint.step}, the manifest says {step}"
@@ -305,7 +306,7 @@ class Trajectory:
         entry = self._entry(step)
         if step not in self._verified:
             self._image(entry)
-        return encoding.read_tensor(self._path / entry.file, name, kind)
+        return encoding.read_tensor(self._path / entry.file, name, kind, partial(shared.read, self._path))
 
     def export(self, step: int, path: str | os.PathLike[str]) -> None:
         """Write one checkpoint's parameters and buffers as a state dict, `.pt` or `.safetensors`.
@@ -350,11 +351,11 @@ class Trajectory:
         return self._manifest.sealed
 
     def verify(self) -> list[str]:
-        """Read every checkpoint and every listed file, and say what is wrong with which; empty when all is well.
+        """Read every checkpoint and listed file, and say what is wrong with which; empty when all is well.
 
         Config, provenance and index were checked when the run was opened.
         """
-        problems = []
+        problems = shared.damaged(self._path)
         for step in self._steps:
             try:
                 self.at(step)

@@ -343,3 +343,17 @@ def test_accumulated_micro_batches_have_the_account_of_one_batch_of_all_their_ro
     found = account(accumulated, batches=micro, sources=by_parity)
     for name in ("attribution", "value", "residual"):
         np.testing.assert_allclose(found[name], one[name], rtol=0, atol=1e-12)
+
+
+def test_an_error_says_at_which_step_it_happened():
+    calls = []
+
+    def measure(model, batch):
+        calls.append(1)
+        if len(calls) > len(PROBES) * 2:
+            raise ZeroDivisionError
+        return margin(model, batch)
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        account(classifier_recipe(), measure=measure)
+    assert any("This happened in step " in note for note in caught.value.__notes__)

@@ -188,3 +188,30 @@ def test_a_killed_writer_leaves_a_run_that_opens_verifies_and_resumes(tmp_path, 
     with TrajectoryWriter.resume(tmp_path) as writer:
         writer.append(small(n_before))
     assert not [name for name in files(tmp_path) if name.endswith(".partial")]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_folder_without_locks_is_written_and_the_log_says_so(run, small, monkeypatch, caplog, number):
+    def flock(descriptor, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with caplog.at_level("WARNING"), TrajectoryWriter.resume(run) as writer:
+        writer.append(small(30))
+    assert f"{run} has no locks" in caplog.text
+    assert Trajectory.open(run).steps == (0, 10, 20, 30)
+
+
+def test_a_lock_that_fails_otherwise_is_an_error(run, monkeypatch):
+    def flock(descriptor, operation):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(OSError, match="Input/output error"):
+        TrajectoryWriter.resume(run)
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(run):
+    (run / ".writer.lock").write_text("process 1 on a machine that is gone")
+    with TrajectoryWriter.resume(run) as writer:
+        assert writer.steps == (0, 10, 20)

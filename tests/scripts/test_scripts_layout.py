@@ -20,8 +20,11 @@ SHARED += ("scripts/reproductions/subjects.py", "scripts/benchmarks/seed_loop.py
 
 DURATION = re.compile(r"(seconds|minutes?|hours?)\b.*\.$")
 
+ROWS = "scripts/benchmarks/torture_rows/"
+"""What `torture.py` tries, one theme a module."""
+
 PYTHON = [path.relative_to(ROOT).as_posix() for path in sorted(SCRIPTS.rglob("*.py"))]
-RUN = [name for name in PYTHON if name not in SHARED]
+RUN = [name for name in PYTHON if name not in SHARED and not name.startswith(ROWS)]
 
 
 def tree(name: str) -> ast.Module:

@@ -8,6 +8,7 @@ import transformers
 
 import dynamics as dy
 from checkpoints import Trajectory, TrajectoryError, TrajectoryWriter
+from dynamics.cli import main as cli
 from dynamics.recipe import ByNorm, RecipeError
 from tests.zoo.hugging_face import llama, neox
 
@@ -202,3 +203,20 @@ def test_a_trainers_own_folders_become_the_trajectory_that_was_recorded(tmp_path
     assert differing(recipe, run, dy.training.batches_of(done)) == []
     with pytest.raises(TrajectoryError, match="has no folders like checkpoint-500"):
         Trajectory.from_trainer(tmp_path, tmp_path / "nothing", **settings)
+
+
+def test_the_command_imports_a_trainers_folder_without_being_told_its_groups(tmp_path, capsys):
+    changes = {"save_strategy": "steps", "save_steps": 2}
+    done, recorded = trained(single("neox"), tmp_path, steps=4, **changes)
+    cli(["import", "trainer", str(tmp_path / "out"), "--out", str(tmp_path / "imported")])
+    run = Trajectory.open(tmp_path / "imported")
+    assert run.steps == (2, 4)
+    assert all(run.at(step).differences(recorded.at(step)) == [] for step in run.steps)
+    assert differing(dy.Recipe.from_trainer(done), run, dy.training.batches_of(done)) == []
+    for wrong, says in (
+        (["trainer", str(tmp_path)], "has no folders like checkpoint-500"),
+        (["trainer", str(tmp_path / "out"), str(tmp_path)], "found 2 folders; a Trainer has one"),
+    ):
+        with pytest.raises(SystemExit):
+            cli(["import", *wrong, "--out", str(tmp_path / "nothing")])
+        assert says in capsys.readouterr().err
