@@ -1,5 +1,6 @@
 """How the documentation is built: by `scripts/docs`, warnings as errors, notebooks executed."""
 
+import re
 from importlib.metadata import version as version_of
 
 project = "training-dynamics"
@@ -32,3 +33,18 @@ autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": False}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+
+
+def as_restructured_text(app, what, name, obj, options, lines):
+    """Docstrings are plain text with code in single backticks; Sphinx reads reStructuredText."""
+    for i, line in enumerate(lines):
+        parts = line.split("`")
+        if len(parts) % 2 == 0:
+            parts[-2:] = ["`".join(parts[-2:])]
+        parts[::2] = [re.sub(r"([*|]|_\b)", r"\\\1", part) for part in parts[::2]]
+        lines[i] = "``".join(parts)
+
+
+def setup(app):
+    """Before napoleon takes the sections apart."""
+    app.connect("autodoc-process-docstring", as_restructured_text, priority=400)
