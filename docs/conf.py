@@ -2,6 +2,7 @@
 
 import re
 from importlib.metadata import version as version_of
+from pathlib import Path
 
 project = "training-dynamics"
 author = "The training-dynamics authors"
@@ -14,7 +15,6 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "training-dynamics"
 html_theme_options = {"navigation_with_keys": True}
@@ -24,6 +24,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "cache"
 nb_execution_timeout = 1800  # seconds a cell, on a busy machine
 nb_execution_in_temp = True
+nb_execution_cache_path = str(Path(__file__).parents[1] / "build/docs/notebooks")
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 nb_execution_show_tb = True

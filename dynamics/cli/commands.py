@@ -15,6 +15,7 @@ from dynamics.cli import (
     account,
     believe,
     compare,
+    demo,
     export,
     fit,
     importing,
@@ -40,6 +41,7 @@ class Command(Protocol):
 
 
 COMMANDS: dict[str, Command] = {
+    "demo": demo,
     "study": study,
     "fit": fit,
     "verify": verify,

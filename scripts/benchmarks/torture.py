@@ -46,6 +46,8 @@ from dynamics.config import (
     StudyConfig,
     ToyConfig,
 )
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.shared.into_readme import markdown, stamp
 
 LIMIT = 120.0
