@@ -13,7 +13,7 @@ from dynamics.config import FactsConfig, FactsRun, LatePhasesConfig, PhaseConfig
 from dynamics.patching import patch_gradients
 
 RUN = FactsRun(
-    task=FactsConfig(n_subjects=20, n_late=4),
+    task=FactsConfig(n_subjects=40, n_late=16),
     model=ToyConfig(n_layers=2, n_heads=4, d_model=64, d_head=16, d_mlp=128, n_ctx=5),
     phases=LatePhasesConfig(
         learn=PhaseConfig(steps=240, warmup=20, learning_rate=3e-3),
@@ -33,9 +33,9 @@ class Demonstration:
 
 
 def demonstrate(out: str | os.PathLike[str], config: FactsRun = RUN) -> Demonstration:
-    """Train a small transformer on facts, take one step on new ones again part by part, and draw what each part wrote.
+    """Train a small transformer on facts, then take one step on new ones again part by part and draw the effects.
 
-    A step's batch states some capitals for the first time. Base: another capital stands in each statement's place.
+    The step states capitals for the first time. Base: another capital stands in the place of one of them.
     Source: the batch as it was. Probe: questions about the capital in other words.
 
     Args:
