@@ -15,6 +15,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
+suppress_warnings = ["ref.python"]  # attributes called alike in two classes
 html_theme = "furo"
 html_title = "training-dynamics"
 html_theme_options = {"navigation_with_keys": True}
