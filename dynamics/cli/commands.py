@@ -15,6 +15,7 @@ from dynamics.cli import (
     account,
     believe,
     compare,
+    demo,
     export,
     fit,
     importing,
@@ -41,6 +42,7 @@ class Command(Protocol):
 
 
 COMMANDS: dict[str, Command] = {
+    "demo": demo,
     "study": study,
     "fit": fit,
     "verify": verify,

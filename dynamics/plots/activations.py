@@ -103,7 +103,7 @@ def bars(dataset: xr.Dataset, value: str = "patched", facet: str = "measure") ->
             )
             axes.axhline(level, color=figures.BLACK, linestyle=style, linewidth=0.8, label=reference)
     if references:
-        figure.legend(*grid[0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
+        figure.legend(*grid[0].get_legend_handles_labels(), fontsize=7, loc="outside right center")
     grid[-1].set_xticks(range(len(rows)), rows, rotation=90, fontsize=7)
     figure.supylabel(figures.with_units(dataset, value), fontsize=9)
     figure.suptitle(f"{value.capitalize()} by component, {_mean_over(panels)}")
@@ -152,6 +152,7 @@ def signed_heads(dataset: xr.Dataset, tokens: Sequence[str], n: int = 6) -> Figu
         axes.spines[:].set_visible(False)
     for axes in grid[len(largest) :]:
         axes.set_axis_off()
+    figure.suptitle("What attention weights add to the measure or take from it, by head and sign")
     figure.supxlabel("attended to", fontsize=8)
     figure.supylabel("attending", fontsize=8)
     _colour_bar(figure, image, list(grid), figures.with_units(dataset, "attribution"), shrink=0.7)

@@ -9,6 +9,7 @@ steps on random gradients. Promised: at most 1.3 times one model plus the adapte
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dynamics as dy
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.shared.into_readme import markdown, stamp
 
 SHAPE = {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 import warnings
 from collections import Counter
@@ -26,6 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from dynamics.results import REFERENCES
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.benchmarks.patching_speed import (
     PRESETS,
     SIZES,

@@ -36,6 +36,8 @@ from scripts.benchmarks.torture_rows import (
     sweeps,
     verbs,
 )
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.shared.into_readme import markdown, stamp
 
 Trials = Callable[[int, Path, np.random.Generator], Iterator[str]]

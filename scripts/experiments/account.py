@@ -10,6 +10,7 @@ beside scores of single definitions. What is found is kept for each run in --out
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -35,6 +36,8 @@ from dynamics.measures import LogitMeasure
 from dynamics.randomness import generator
 from dynamics.sites import Site
 from dynamics.tasks import AliasTask
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.shared.into_readme import conclude, interval, markdown, stamp
 from scripts.shared.runs import each, parser_of_runs, run_key, stored
 

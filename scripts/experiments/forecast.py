@@ -13,6 +13,7 @@ once, on the others.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -35,6 +36,8 @@ from checkpoints import Checkpoint, Trajectory
 from dynamics import results, steps
 from dynamics.tasks import AliasTask
 from dynamics.tasks.aliases import SetName
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.shared.forks import asked, parser_of_forks
 from scripts.shared.into_readme import conclude, interval, markdown, stamp
 

@@ -11,11 +11,14 @@ written down before: docs/analyses/truth.md. Stopped at any moment, the same com
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dynamics.config import StudyConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.shared.forks import CONFIRMED, EXPLORED, forked, sparse
 from scripts.shared.runs import each
 

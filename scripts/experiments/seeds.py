@@ -9,6 +9,7 @@ goes into the README.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ import pandas as pd
 
 import dynamics as dy
 from dynamics.config import StudyConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.shared import runs
 from scripts.shared.forks import ROLES, forked, sparse
 from scripts.shared.into_readme import conclude, interval, stamp

@@ -10,7 +10,9 @@ effects over the sum of the whole exchange's, over aliases; beside it random par
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import xarray as xr
@@ -19,6 +21,8 @@ import dynamics as dy
 from checkpoints import Trajectory
 from dynamics import results, steps
 from dynamics.tasks import AliasTask
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.shared.forks import asked, parser_of_forks
 from scripts.shared.into_readme import conclude, interval, markdown, stamp
 

@@ -13,6 +13,7 @@ changes, beside the same with each tensor's change shuffled, and beside what the
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -33,6 +34,8 @@ from dynamics.batch import Batch
 from dynamics.config import AcronymsRun, FactsRun, IoiRun, RunConfig
 from dynamics.randomness import generator
 from dynamics.sites import Site
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.shared.into_readme import conclude, interval, markdown, stamp
 from scripts.shared.runs import each, parser_of_runs, run_key, stored
 

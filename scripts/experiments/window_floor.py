@@ -10,6 +10,7 @@ by one part in a million, and random parameters whose first step's difference be
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from checkpoints import Checkpoint, Trajectory
 from dynamics import results, steps
 from dynamics.sites import Site
 from dynamics.tasks import AliasTask
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.experiments.account import difference
 from scripts.shared.forks import asked, parser_of_forks
 from scripts.shared.into_readme import conclude, markdown, stamp
