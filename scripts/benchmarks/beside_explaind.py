@@ -40,7 +40,8 @@ MODULUS, D_MODEL, N_HEADS, D_MLP = 113, 64, 4, 512
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.98), "weight_decay": 4.0}
 """ExPLAIND's model and optimizer, as its script trains them."""
 ROWS, BATCH, STEPS, HELDOUT = 512, 64, 10, 2
-"""It trains 4,000 rows at once for 4,000 steps, on a GPU."""
+"""Its script trains 4,000 rows at once for 4,000 steps, on a GPU. Batches are a part of the rows here: where they
+are all of them in another order, ExPLAIND 0.1 adds scores up under other rows (`update_kernel_matrix`)."""
 NODES = (1, 100)
 """Of ExPLAIND's integral, by the midpoint rule: as many gradients as our trapezoid's, and its scripts' choice."""
 EVERY_OUTPUT = "trapezoid alone, every output"
@@ -56,13 +57,21 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
 THERE = Path(__file__).with_name("explaind_there.py")
 
 CAN_BE_ASKED = [
-    ["sites", "any parts of parameters, heads and rows too", "single parameters, summed over steps and rows"],
+    [
+        "sites",
+        "any parts of parameters, heads and rows too",
+        "tensors by row; single parameters over all rows",
+    ],
     ["sources", "any label of rows, or single rows; old momentum, decay", "single rows; decay"],
     ["steps", "every step, or sums of several", "sums of so many steps"],
     ["measures", "any that can be differentiated", "every output for every held-out row, at once"],
-    ["models, losses", "any `nn.Module`; a mean over rows", "one input and output tensor; cross entropy"],
+    [
+        "models, losses",
+        "any `nn.Module`; a mean over rows",
+        "one tensor in, one out; cross entropy; LLaMA by another class",
+    ],
     ["optimizers", "any; by source AdamW, Adam, SGD; clipping, schedules", "AdamW, SGD"],
-    ["where it begins", "any checkpoint, with its optimizer", "the first step, wrapped before training"],
+    ["resume", "from any checkpoint, with its optimizer", "the first step, wrapped before training"],
     ["accuracy", "to a tolerance, step by step", "a number of nodes for all steps"],
     [
         "kept of the history",
