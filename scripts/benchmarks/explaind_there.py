@@ -104,7 +104,12 @@ def main(problem, answer):
     """Answer the problem in a file with another file."""
     torch.set_num_threads(1)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        found = explained(torch.load(problem))
+        asked = torch.load(problem)
+        few = {k: asked[k][:2] for k in ("tokens", "targets")} | {"order": torch.tensor([[0, 1]])}
+        explained(
+            {**asked, **few, "heldout": tuple(t[:1] for t in asked["heldout"])}
+        )  # the code itself is loaded
+        found = explained(asked)
     torch.save(found, answer)
 
 
