@@ -22,6 +22,7 @@ from dynamics.results.labels import site_columns
 from dynamics.sites import Site, check, check_whole
 from dynamics.steps.fallbacks import ComputePaths
 from dynamics.steps.states import starting_point
+from dynamics.steps.worker_threads import worker_threads
 
 
 @exclusive
@@ -78,7 +79,10 @@ def attribute_parameters(
         MeasureGradients(recipe, state, paths),
     )
     others_differ = any(not torch.equal(base[n], source[n]) for n in base.keys() - moved)
-    with progress_bar("attribute_parameters", len(contrasts), "contrast") as bar:
+    with (
+        worker_threads(state.parameters),
+        progress_bar("attribute_parameters", len(contrasts), "contrast") as bar,
+    ):
         for i, contrast in enumerate(contrasts):
             name, probe = named(contrasts, i), probe_of(contrast)
             with naming(name):

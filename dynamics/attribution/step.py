@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
 
 import torch
 import xarray as xr
+from torch import Tensor
 
 from checkpoints import Checkpoint
 from dynamics.engine.arguments import check_sources, check_step_arguments, named, naming
@@ -17,7 +17,7 @@ from dynamics.engine.measure_gradients import MeasureGradients
 from dynamics.engine.measuring import Measuring
 from dynamics.engine.path_integral import Method, Quadrature, StraightPath
 from dynamics.engine.progress import progress_bar
-from dynamics.engine.runs import REFERENCE_ORDER, Runs, reference_models
+from dynamics.engine.runs import REFERENCE_ORDER, Runs, reference_models_trimmed
 from dynamics.engine.site_sums import SiteSums
 from dynamics.measures import Measure
 from dynamics.recipe import Contrast, Recipe
@@ -26,6 +26,7 @@ from dynamics.sites import Site, SiteError, check
 from dynamics.steps.fallbacks import ComputePaths
 from dynamics.steps.states import starting_point
 from dynamics.steps.update import Steps
+from dynamics.steps.worker_threads import worker_threads
 
 
 @exclusive
@@ -99,15 +100,21 @@ def attribute_step(
     steps, measuring = Steps(recipe, state, paths), Measuring(recipe, state, table.by_name, paths)
     gradients = MeasureGradients(recipe, state, paths)
     prefetch = GradientPrefetch(recipe, state, contrasts, paths)
-    with progress_bar("attribute_step", len(contrasts), "contrast") as bar:
+    with worker_threads(state.parameters), progress_bar("attribute_step", len(contrasts), "contrast") as bar:
         for i, contrast in enumerate(contrasts):
             runs = Runs(steps, contrast, named(contrasts, i), prefetch)
             with naming(runs.name):
-                models = dict(zip(REFERENCE_ORDER, chain.from_iterable(reference_models(runs)), strict=True))
-                table.evaluate(measuring, i, contrast.probe, models)
-                base, source, buffers = models["base"], models["source"], runs.base.buffers
-                models.clear()
-                runs.release()
+                kept: dict[str, dict[str, Tensor]] = {}
+                buffers, names = runs.base.buffers, iter(REFERENCE_ORDER)
+                for models in reference_models_trimmed(runs):
+                    for tensors, name in zip(models, names, strict=False):
+                        table.evaluate(measuring, i, contrast.probe, {name: tensors})
+                        if name in ("base", "source"):
+                            kept[name] = tensors
+                        del tensors
+                    del models  # before the next ones are made
+                    runs.release(kept)
+                base, source = kept["base"], kept["source"]
                 path = StraightPath(gradients, base, source, trained, contrast.probe, runs.name)
                 end = table.references["source"][:, i]
                 if any(not torch.equal(source[n], buffer) for n, buffer in buffers.items()):
