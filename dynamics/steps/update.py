@@ -8,9 +8,10 @@ element by element, and every other step the obvious way.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ from dynamics.steps.elementwise_optimizers import Moved, rule, step_blocks
 from dynamics.steps.fallbacks import ComputePaths
 from dynamics.steps.stacks import Stack, Workspace, stack
 from dynamics.steps.states import assign_rates, check_optimizer_kind, held_names, restored_copy
-from dynamics.steps.worker_threads import Spread
-from dynamics.trees import Gradients, squared_norm
+from dynamics.steps.worker_threads import Spread, spread
+from dynamics.trees import Gradients, squares
 
 
 def step_from(recipe: Recipe, checkpoint: Checkpoint, gradients: Gradients) -> dict[str, Tensor]:
@@ -153,7 +154,9 @@ class Steps:
             return False
         if not isinstance(clip, ByNorm):
             return True
-        longest = sum(self._norm(g) for gs in (one, other) for g in counted(gs, clip, rules))
+        both = [g for gs in (one, other) for g in counted(gs, clip, rules)]
+        self._take_norms(both)
+        longest = sum(map(self._norm, both))
         return coefficient(longest, clip.max_norm) == 1
 
     @cached_property
@@ -184,6 +187,7 @@ class Steps:
         clip = self.recipe.clip
         if not isinstance(clip, ByNorm):
             return [1.0] * len(many)
+        self._take_norms(g for gradients in many for g in counted(gradients, clip, held))
         totals = (sum(map(self._norm, counted(gradients, clip, held))) for gradients in many)
         return [coefficient(total, clip.max_norm) for total in totals]
 
@@ -191,11 +195,22 @@ class Steps:
         """Σ g², added up once as long as the tensor lives and is not written into."""
         if gradient is None:
             return 0.0
-        alive, version, norm = self._norms.get(id(gradient), (None, 0, 0.0))
-        if alive is None or alive() is not gradient or version != gradient._version:
-            norm = squared_norm(gradient)
+        if not self._has_norm(gradient):
+            self._take_norms([gradient])
+        return self._norms[id(gradient)][2]
+
+    def _has_norm(self, gradient: Tensor) -> bool:
+        alive, version, _ = self._norms.get(id(gradient), (None, 0, 0.0))
+        return alive is not None and alive() is gradient and version == gradient._version
+
+    def _take_norms(self, gradients: Iterable[Tensor | None]) -> None:
+        """Add up those that are not known, with one transfer from the device."""
+        new = list({id(g): g for g in gradients if g is not None and not self._has_norm(g)}.values())
+        sums = spread(squares, new)
+        numbers = iter(torch.cat([s.to(sums[0].device) for s in sums]).tolist() if sums else ())
+        for gradient, of_blocks in zip(new, sums, strict=True):
+            norm = sum(islice(numbers, len(of_blocks)))
             self._norms[id(gradient)] = weakref.ref(gradient), gradient._version, norm
-        return norm
 
 
 def _groups(checkpoint: Checkpoint, template: Optimizer, names: Mapping[int, str]) -> list[dict[str, Any]]:

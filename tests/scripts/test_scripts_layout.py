@@ -14,7 +14,7 @@ from tests.scripts.calling import ROOT
 SCRIPTS = ROOT / "scripts"
 SHELL = ("setup", "study", "test")
 SHARED = ("scripts/shared/into_readme.py", "scripts/shared/runs.py", "scripts/reproductions/subjects.py")
-SHARED += ("scripts/benchmarks/seed_loop.py",)
+SHARED += ("scripts/benchmarks/seed_loop.py", "scripts/benchmarks/verb_cases.py")
 """Modules that scripts import and nobody runs."""
 
 DURATION = re.compile(r"(seconds|minutes?|hours?)\b.*\.$")
