@@ -165,7 +165,7 @@ class StraightPath:
         def fill(at: slice) -> None:
             torch.mul(of_each[at], self._change_of(name, at), out=flat[at])
 
-        spread(fill, blocks(len(flat)))
+        spread(fill, blocks(flat))
         return found
 
     def _parts(self, mean: Mapping[str, Tensor]) -> list[float]:
@@ -175,7 +175,7 @@ class StraightPath:
             name, at = unit
             return (mean[name].reshape(-1)[at] * self._change_of(name, at)).sum()
 
-        units = [(n, at) for n, g in mean.items() for at in blocks(g.numel())]
+        units = [(n, at) for n, g in mean.items() for at in blocks(g)]
         total: dict[str, float] = dict.fromkeys(mean, 0.0)
         for (name, _), part in zip(units, torch.stack(spread(of_block, units)).tolist(), strict=True):
             total[name] += part
@@ -197,7 +197,7 @@ class StraightPath:
             for node, out in zip(nodes, found[name].view(len(nodes), -1), strict=True):
                 torch.add(start, step, alpha=node, out=out[at])
 
-        spread(fill, [(n, at) for n in self.moved for at in blocks(self.start[n].numel())])
+        spread(fill, [(n, at) for n in self.moved for at in blocks(self.start[n])])
         return found
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from dynamics.steps.stacks import Workspace
+from dynamics.steps.worker_threads import GPU_BLOCK
 
 BLOCK = 16384
 """Elements of a parameter taken at a time under 9 gradients or more; under n, so many times as n goes into 16. A
@@ -120,7 +121,7 @@ def step_blocks(
         space: memory for what lies between, each thread's its own.
     """
     n, flat, after = len(out), [g.detach().reshape(-1) for g in gradients], out.view(len(out), -1)
-    width = BLOCK * max(1, 16 // n)
+    width = BLOCK * max(1, 16 // n) if out.device.type == "cpu" else max(1, GPU_BLOCK // n)
 
     def step(begin: int) -> None:
         at, thread = slice(begin, begin + width), get_ident()

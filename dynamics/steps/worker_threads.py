@@ -24,6 +24,9 @@ R = TypeVar("R")
 BLOCK = 2**17
 """Elements of a tensor that one thread takes at a time."""
 
+GPU_BLOCK = 2**24
+"""The same where each kernel has to be launched."""
+
 
 class _Pool:
     """Threads beside the caller's, each with single-threaded kernels.
@@ -145,6 +148,7 @@ def spread(run: Callable[[T], R], units: Sequence[T]) -> list[R]:
     return Spread(run, units).join()
 
 
-def blocks(n_elements: int) -> list[slice]:
-    """A flat tensor in units of a size that stays in the processor's cache."""
-    return [slice(begin, begin + BLOCK) for begin in range(0, n_elements, BLOCK)]
+def blocks(tensor: Tensor) -> list[slice]:
+    """A tensor's elements, flattened, in units that stay in the processor's cache; on a GPU in fewer, larger."""
+    size = BLOCK if tensor.device.type == "cpu" else GPU_BLOCK
+    return [slice(begin, begin + size) for begin in range(0, tensor.numel(), size)]

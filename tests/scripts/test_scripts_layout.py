@@ -15,6 +15,7 @@ SCRIPTS = ROOT / "scripts"
 SHELL = ("setup", "study", "test")
 SHARED = ("scripts/shared/into_readme.py", "scripts/shared/runs.py", "scripts/reproductions/subjects.py")
 SHARED += ("scripts/benchmarks/seed_loop.py", "scripts/benchmarks/verb_cases.py")
+SHARED += ("scripts/shared/synchronising_calls.py",)
 """Modules that scripts import and nobody runs."""
 
 DURATION = re.compile(r"(seconds|minutes?|hours?)\b.*\.$")
