@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Literal, get_args
 
 import numpy as np
@@ -111,9 +111,7 @@ class StraightPath:
             }
             for chunk in chunks(rule, models_per_stack((self.start[n] for n in self.moved), QUARTER)):
                 nodes, weights = zip(*chunk, strict=True)
-                found = self.gradients.summed(query, self._at(nodes), weights)
-                spread(partial(_add, mean, found), list(found))
-                del found  # before the next ones are taken
+                self.gradients.add_to(mean, query, self._at(nodes), weights)
             n_nodes = len(rule)
             parts = self._parts(mean)
             if abs(sum(parts) - change_of_measure) <= quadrature.tolerance * sum(map(abs, parts)):
@@ -203,7 +201,3 @@ class StraightPath:
 
 def _at_least_fp32(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _add(total: Mapping[str, Tensor], more: Mapping[str, Tensor], name: str) -> None:
-    total[name].add_(more[name])
