@@ -19,6 +19,7 @@ from dynamics.engine.path_integral import Method, Quadrature, StraightPath
 from dynamics.engine.progress import progress_bar
 from dynamics.engine.runs import REFERENCE_ORDER, Runs, reference_models_trimmed
 from dynamics.engine.site_sums import SiteSums
+from dynamics.engine.stack_memory import trim_freed_memory
 from dynamics.measures import Measure
 from dynamics.recipe import Contrast, Recipe
 from dynamics.results.labels import site_columns
@@ -114,6 +115,7 @@ def attribute_step(
                         del tensors
                     del models  # before the next ones are made
                     runs.release(kept)
+                trim_freed_memory(state.parameters)
                 base, source = kept["base"], kept["source"]
                 path = StraightPath(gradients, base, source, trained, contrast.probe, runs.name)
                 end = table.references["source"][:, i]

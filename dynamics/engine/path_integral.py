@@ -116,6 +116,7 @@ class StraightPath:
             parts = self._parts(mean)
             if abs(sum(parts) - change_of_measure) <= quadrature.tolerance * sum(map(abs, parts)):
                 break
+        vars(self).pop("_space", None)  # while the mean is summed over sites
         return mean, n_nodes
 
     def refined(

@@ -61,13 +61,12 @@ def busy(is_busy: bool) -> Iterator[None]:
 def measured(size: str, verb: str) -> dict[str, Any]:
     """Seconds a site by circumstances and threads, models of memory by threads, and whether all bits were alike."""
     warnings.filterwarnings("ignore")
+    case_of(bench_of("tiny"), "tiny", verb)()  # the code itself is loaded
     bench = bench_of(size)
     case = case_of(bench, size, verb)
     seconds: dict[str, dict[int, float]] = {}
     memory: dict[int, float] = {}
     found = []
-    if size in ("toy", "tiny"):
-        case()
     for where in ("alone", "beside"):
         times: dict[int, list[float]] = {n: [] for n in THREADS}
         with busy(where == "beside"):
