@@ -16,6 +16,9 @@ from torch.nn.utils import get_total_norm
 _BLOCK = 65536
 """Elements whose squares are added up in one go: few enough for the cache."""
 
+_GPU_BLOCK = 2**24
+"""The same on a GPU, which is kept busy by fewer and larger kernels."""
+
 _SHOWN = 6
 """Entries of a dict or a list that `described` names."""
 
@@ -35,10 +38,14 @@ def stored(tensor: Tensor) -> Tensor:
 
 def squared_norm(tensor: Tensor | None) -> float:
     """Σ x², accumulated in fp64; 0 for None."""
-    if tensor is None:
-        return 0.0
-    blocks = (block.double() for block in torch.split(stored(tensor.detach()).flatten(), _BLOCK))
-    return sum(float(block.square().sum()) for block in blocks)
+    return 0.0 if tensor is None else sum(squares(tensor).tolist())
+
+
+def squares(tensor: Tensor) -> Tensor:
+    """Σ x² of a tensor's blocks, in fp64, [n_blocks]: on its device, which is not waited for."""
+    size = _BLOCK if tensor.device.type == "cpu" else _GPU_BLOCK
+    blocks = torch.split(stored(tensor.detach()).flatten(), size)
+    return torch.stack([block.double().square().sum() for block in blocks])
 
 
 def not_finite(gradients: Gradients) -> str | None:

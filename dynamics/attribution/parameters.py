@@ -16,6 +16,7 @@ from dynamics.measures import Measure
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, check, check_whole
 from dynamics.steps.states import starting_point
+from dynamics.steps.worker_threads import worker_threads
 
 
 @exclusive
@@ -76,7 +77,10 @@ def attribute_parameters(
         quadrature,
     )
     unmoved = {n: base[n] for n in base.keys() - moved}
-    with progress_bar("attribute_parameters", len(contrasts), "contrast") as bar:
+    with (
+        worker_threads(state.parameters),
+        progress_bar("attribute_parameters", len(contrasts), "contrast") as bar,
+    ):
         for i, contrast in enumerate(contrasts):
             name, probe = named(contrasts, i), probe_of(contrast)
             with naming(name):

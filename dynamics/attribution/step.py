@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
 
 import xarray as xr
+from torch import Tensor
 
 from checkpoints import Checkpoint
 from dynamics.engine.arguments import check_sources, check_step_arguments, named, naming
@@ -14,12 +14,14 @@ from dynamics.engine.gradient_prefetch import GradientPrefetch
 from dynamics.engine.parameter_attribution import ParameterAttribution
 from dynamics.engine.path_integral import Method, Quadrature
 from dynamics.engine.progress import progress_bar
-from dynamics.engine.runs import REFERENCE_ORDER, Runs, reference_models
+from dynamics.engine.runs import REFERENCE_ORDER, Runs, reference_models_trimmed
+from dynamics.engine.stack_memory import trim_freed_memory
 from dynamics.measures import Measure
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, SiteError, check
 from dynamics.steps.states import starting_point
 from dynamics.steps.update import Steps
+from dynamics.steps.worker_threads import worker_threads
 
 
 @exclusive
@@ -92,15 +94,21 @@ def attribute_step(
     )
     steps = Steps(recipe, state, attribution.paths)
     prefetch = GradientPrefetch(recipe, state, contrasts, attribution.paths)
-    with progress_bar("attribute_step", len(contrasts), "contrast") as bar:
+    with worker_threads(state.parameters), progress_bar("attribute_step", len(contrasts), "contrast") as bar:
         for i, contrast in enumerate(contrasts):
             runs = Runs(steps, contrast, named(contrasts, i), prefetch)
             with naming(runs.name):
-                models = dict(zip(REFERENCE_ORDER, chain.from_iterable(reference_models(runs)), strict=True))
-                attribution.evaluate(i, contrast.probe, models)
-                base, source, buffers = models["base"], models["source"], runs.base.buffers
-                models.clear()
-                runs.release()
-                attribution.divide(i, runs.name, contrast.probe, base, source, buffers)
+                kept: dict[str, dict[str, Tensor]] = {}
+                buffers, names = runs.base.buffers, iter(REFERENCE_ORDER)
+                for models in reference_models_trimmed(runs):
+                    for tensors, name in zip(models, names, strict=False):
+                        attribution.evaluate(i, contrast.probe, {name: tensors})
+                        if name in ("base", "source"):
+                            kept[name] = tensors
+                        del tensors
+                    del models  # before the next ones are made
+                    runs.release(kept)
+                trim_freed_memory(state.parameters)
+                attribution.divide(i, runs.name, contrast.probe, kept["base"], kept["source"], buffers)
             bar.update()
     return attribution.labelled()

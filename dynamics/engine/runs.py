@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import chain
+from itertools import chain, cycle
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from dynamics.steps.fallbacks import ComputePaths, out_of_memory, reason
 from dynamics.steps.stacks import Stack, Workspace, stack
 from dynamics.steps.states import starting_point
 from dynamics.steps.update import Steps
+from dynamics.steps.worker_threads import has_workers, worker_threads
 
 REFERENCE_ORDER = ("untouched", "coasted", "base", "source")
 """What every patched step is compared with, in the order in which the models are made: where they are large, no
@@ -176,7 +178,7 @@ def run_contrasts(
     steps, measuring = Steps(recipe, state, paths), Measuring(recipe, state, by_name, paths)
     groups = _sharing_batches(contrasts)
     prefetch = GradientPrefetch(recipe, state, [contrasts[members[0]] for members in groups], paths)
-    with progress_bar(verb, values[..., 0].size, "step") as bar:
+    with worker_threads(state.parameters), progress_bar(verb, values[..., 0].size, "step") as bar:
         for members in groups:
             runs = Runs(steps, contrasts[members[0]], named(contrasts, members[0]), prefetch, space)
             with naming(runs.name):
@@ -272,31 +274,51 @@ def _reference_steps(runs: Runs) -> Iterator[StepGradient]:
 def stepped_models(runs: Runs, gradients: Iterable[StepGradient], share: float = 1) -> Iterator[Stack]:
     """The models after a step with each of the gradients, as many of them at a time as that share of memory allows.
 
-    Each stack holds until the next one is asked for.
+    Each stack holds until the next one is asked for. Where there are worker threads they begin on the next one
+    while it is measured, in memory of its own.
     """
-    return _stepped(runs, gradients, lambda: runs.space, share)
+    begun: deque[Callable[[], Iterator[Stack]]] = deque()
+    spaces = cycle([runs.space, Workspace()] if has_workers() else [runs.space])
+    many = chunks(gradients, models_per_stack(runs.checkpoint.parameters.values(), share))
+    for steps, space in zip(many, spaces, strict=False):
+        begun.append(_begun(runs, space, steps))
+        del steps  # while the stack is measured
+        if not has_workers() or len(begun) > 1:
+            yield from begun.popleft()()
+    for finish in begun:
+        yield from finish()
 
 
 def _stepped(
     runs: Runs, gradients: Iterable[StepGradient], space: Callable[[], Workspace], share: float
 ) -> Iterator[Stack]:
     many = chunks(gradients, models_per_stack(runs.checkpoint.parameters.values(), share))
-    return chain.from_iterable(map(partial(_after, runs, space), many))
+    return chain.from_iterable(_begun(runs, space(), steps)() for steps in many)
 
 
-def _after(runs: Runs, space: Callable[[], Workspace], steps: Sequence[StepGradient]) -> Iterator[Stack]:
-    """One stack of the models after these steps; where memory runs out one of either half."""
-    try:
-        moved = runs.steps.take([step.gradients for step in steps], space())
-    except Exception as error:
+def _begun(runs: Runs, space: Workspace, steps: list[StepGradient]) -> Callable[[], Iterator[Stack]]:
+    """What gives one stack of the models after these steps; where memory runs out one of either half."""
+
+    def halved(error: Exception) -> Iterator[Stack]:
         if len(steps) < 2 or not out_of_memory(error):
-            raise
+            raise error
         runs.steps.paths.fell_back("steps", "fewer at a time", reason(error))
-    else:
+        middle = len(steps) // 2
+        return chain.from_iterable(_begun(runs, space, part)() for part in (steps[:middle], steps[middle:]))
+
+    try:
+        finish = runs.steps.begin([step.gradients for step in steps], space)
+    except Exception as error:  # noqa: BLE001 (raised again where memory did not run out)
+        return partial(halved, error)
+
+    def finished() -> Iterator[Stack]:
+        try:
+            moved = finish()
+        except Exception as error:  # noqa: BLE001 (raised again where memory did not run out)
+            yield from halved(error)
+            return
         n, buffers = len(steps), stack([step.buffers for step in steps])
-        del steps  # while the stack is measured
+        steps.clear()  # while the stack is measured
         yield Stack(n, {**moved.shared, **buffers.shared}, {**moved.stacked, **buffers.stacked})
-        return
-    middle = len(steps) // 2
-    yield from _after(runs, space, steps[:middle])
-    yield from _after(runs, space, steps[middle:])
+
+    return finished

@@ -6,7 +6,9 @@ blocks small enough to stay in the processor's cache. Nothing is written but θ'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from dynamics.steps.stacks import Workspace
+from dynamics.steps.worker_threads import GPU_BLOCK
 
 BLOCK = 16384
 """Elements of a parameter taken at a time under 9 gradients or more; under n, so many times as n goes into 16. A
@@ -99,23 +102,42 @@ def _sgd(group: Mapping[str, Any], state: Mapping[str, Any], theta: Tensor) -> M
     return moved
 
 
-def step_into(out: Tensor, moved: Moved, gradients: Tensor, scale: Tensor | None, space: Workspace) -> Tensor:
-    """θ' under each gradient.
+def step_blocks(
+    out: Tensor,
+    moved: Moved,
+    gradients: Sequence[Tensor],
+    limit: float | None,
+    scale: Tensor | None,
+    space: Workspace,
+) -> list[Callable[[], None]]:
+    """θ' under each gradient, in blocks: what one of these functions writes, no other touches.
 
     Args:
-        out: [n, *shape], contiguous; written and returned.
+        out: [n, *shape], contiguous; written by all of them together.
         moved: the parameter's rule.
-        gradients: [n, *shape], or [1, *shape] where all are alike but for their scale.
-        scale: [n], what each is multiplied by (clipping); None for one.
-        space: memory for what lies between.
+        gradients: n of them, or one where all are alike but for their scale.
+        limit: what each element is clamped to (clipping by value); None leaves it.
+        scale: [n], or [1], what each is multiplied by (clipping by norm); None for one.
+        space: memory for what lies between, each thread's its own.
     """
-    n, (flat, after) = len(out), (gradients.reshape(len(gradients), -1), out.view(len(out), -1))
-    width = BLOCK * max(1, 16 // n)
-    for begin in range(0, flat.shape[1], width):
-        at = slice(begin, begin + width)
-        block, shape = flat[:, at], after[:, at].shape
+    n, flat, after = len(out), [g.detach().reshape(-1) for g in gradients], out.view(len(out), -1)
+    width = BLOCK * max(1, 16 // n) if out.device.type == "cpu" else max(1, GPU_BLOCK // n)
+
+    def step(begin: int) -> None:
+        at, thread = slice(begin, begin + width), get_ident()
+        to = after[:, at]
+
+        def between(use: str, rows: int) -> Tensor:
+            return space.empty((thread, use), out, rows, to.shape[1])
+
+        if len(flat) == 1:
+            block = flat[0][None, at]
+        else:
+            block = torch.stack([g[at] for g in flat], out=between("gradients", n))
+        if limit is not None:
+            block = block.clamp(-limit, limit)
         if scale is not None:
-            scaled = space.empty("scaled", out, len(scale), shape[1])
-            block = torch.mul(block, scale[:, None], out=scaled)
-        moved(at, block.expand(n, -1), space.empty("scratch", out, *shape), after[:, at])
-    return out
+            block = torch.mul(block, scale[:, None], out=between("scaled", len(scale)))
+        moved(at, block.expand(n, -1), between("scratch", n), to)
+
+    return [partial(step, begin) for begin in range(0, after.shape[1], width)]

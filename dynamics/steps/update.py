@@ -8,9 +8,10 @@ element by element, and every other step the obvious way.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
@@ -20,11 +21,12 @@ from torch.optim import Optimizer
 from checkpoints import Checkpoint
 from dynamics.recipe import ByNorm, ByValue, Recipe
 from dynamics.steps.clipping import clipped, coefficient, counted
-from dynamics.steps.elementwise_optimizers import Moved, rule, step_into
+from dynamics.steps.elementwise_optimizers import Moved, rule, step_blocks
 from dynamics.steps.fallbacks import ComputePaths
 from dynamics.steps.stacks import Stack, Workspace, stack
 from dynamics.steps.states import assign_rates, check_optimizer_kind, held_names, restored_copy
-from dynamics.trees import Gradients, squared_norm
+from dynamics.steps.worker_threads import Spread, spread
+from dynamics.trees import Gradients, squares
 
 
 def step_from(recipe: Recipe, checkpoint: Checkpoint, gradients: Gradients) -> dict[str, Tensor]:
@@ -76,16 +78,28 @@ class Steps:
         checkpoint's own. Memory: a copy of each parameter that moves for every step, in the workspace if one is
         given: the stack then holds until it is used again.
         """
+        return self.begin(many, space)()
+
+    def begin(self, many: Sequence[Gradients], space: Workspace | None = None) -> Callable[[], Stack]:
+        """Have worker threads begin on `take`: the function returned waits for them and gives the stack.
+
+        Until then the gradients and the workspace belong to them.
+        """
         space = space or Workspace()
         rules = self._rules
         sparse = any(g is not None and g.is_sparse for gs in many for g in gs.values())
         if isinstance(rules, str) or sparse:
             why = rules if isinstance(rules, str) else "gradients are sparse"
             self.paths.fell_back("steps", "the optimizer itself, one step at a time", why)
-            return stack([step_from(self.recipe, self.checkpoint, gradients) for gradients in many])
+            one_by_one = stack([step_from(self.recipe, self.checkpoint, gradients) for gradients in many])
+            return lambda: one_by_one
         self.paths.took("steps", "all at once, element by element")
         scales = self._scales(many, rules)
         shared, stacked = dict(self.checkpoint.parameters), {}
+        clip = self.recipe.clip
+        limit = clip.limit if isinstance(clip, ByValue) else None
+        blocks: list[Callable[[], None]] = []
+        scattered: list[tuple[Tensor, list[int], Tensor]] = []
         for name, moved in rules.items():
             found = [gradients[name] for gradients in many]
             present = [i for i, g in enumerate(found) if g is not None]
@@ -94,12 +108,7 @@ class Steps:
             theta = shared.pop(name).detach()
             ours = [g for g in found if g is not None]
             alike = all(g is ours[0] for g in ours)
-            gradient = ours[0].detach()[None]
-            if not alike:
-                gradient = space.empty("gradient", theta, len(ours), *theta.shape)
-                torch.stack([g.detach() for g in ours], out=gradient)
-            if isinstance(self.recipe.clip, ByValue):
-                gradient = gradient.clamp(-self.recipe.clip.limit, self.recipe.clip.limit)
+            apart = ours[:1] if alike else ours
             scale = None
             one = alike and len(present) == len(many) and len(set(scales)) == 1
             if any(scales[i] != 1 for i in present):
@@ -107,20 +116,29 @@ class Steps:
                 scale = torch.tensor(of_steps, dtype=theta.dtype, device=theta.device)
             if one:
                 after = space.empty(name, theta, 1, *theta.shape)
-                shared[name] = step_into(after, moved, gradient, scale, space)[0]
+                blocks += step_blocks(after, moved, apart, limit, scale, space)
+                shared[name] = after[0]
                 continue
             after = space.empty(name, theta, len(many), *theta.shape)
             rows = slice(present[0], present[-1] + 1)
             if len(present) == rows.stop - rows.start:
-                step_into(after[rows], moved, gradient, scale, space)
+                blocks += step_blocks(after[rows], moved, apart, limit, scale, space)
                 after[: rows.start], after[rows.stop :] = theta, theta
             else:
                 after[:] = theta
-                after[present] = step_into(
-                    after.new_empty(len(present), *theta.shape), moved, gradient, scale, space
-                )
+                found_rows = after.new_empty(len(present), *theta.shape)
+                blocks += step_blocks(found_rows, moved, apart, limit, scale, space)
+                scattered.append((after, present, found_rows))
             stacked[name] = after
-        return Stack(len(many), shared, stacked)
+        n, begun = len(many), Spread(lambda block: block(), blocks)
+
+        def finish() -> Stack:
+            begun.join()
+            for after, present, rows in scattered:
+                after[present] = rows
+            return Stack(n, shared, stacked)
+
+        return finish
 
     def separable(self, one: Gradients, other: Gradients) -> bool:
         """Whether the step with any mixture of two gradients has each element from one of their two steps.
@@ -136,7 +154,9 @@ class Steps:
             return False
         if not isinstance(clip, ByNorm):
             return True
-        longest = sum(self._norm(g) for gs in (one, other) for g in counted(gs, clip, rules))
+        both = [g for gs in (one, other) for g in counted(gs, clip, rules)]
+        self._take_norms(both)
+        longest = sum(map(self._norm, both))
         return coefficient(longest, clip.max_norm) == 1
 
     @cached_property
@@ -167,6 +187,7 @@ class Steps:
         clip = self.recipe.clip
         if not isinstance(clip, ByNorm):
             return [1.0] * len(many)
+        self._take_norms(g for gradients in many for g in counted(gradients, clip, held))
         totals = (sum(map(self._norm, counted(gradients, clip, held))) for gradients in many)
         return [coefficient(total, clip.max_norm) for total in totals]
 
@@ -174,11 +195,22 @@ class Steps:
         """Σ g², added up once as long as the tensor lives and is not written into."""
         if gradient is None:
             return 0.0
-        alive, version, norm = self._norms.get(id(gradient), (None, 0, 0.0))
-        if alive is None or alive() is not gradient or version != gradient._version:
-            norm = squared_norm(gradient)
+        if not self._has_norm(gradient):
+            self._take_norms([gradient])
+        return self._norms[id(gradient)][2]
+
+    def _has_norm(self, gradient: Tensor) -> bool:
+        alive, version, _ = self._norms.get(id(gradient), (None, 0, 0.0))
+        return alive is not None and alive() is gradient and version == gradient._version
+
+    def _take_norms(self, gradients: Iterable[Tensor | None]) -> None:
+        """Add up those that are not known, with one transfer from the device."""
+        new = list({id(g): g for g in gradients if g is not None and not self._has_norm(g)}.values())
+        sums = spread(squares, new)
+        numbers = iter(torch.cat([s.to(sums[0].device) for s in sums]).tolist() if sums else ())
+        for gradient, of_blocks in zip(new, sums, strict=True):
+            norm = sum(islice(numbers, len(of_blocks)))
             self._norms[id(gradient)] = weakref.ref(gradient), gradient._version, norm
-        return norm
 
 
 def _groups(checkpoint: Checkpoint, template: Optimizer, names: Mapping[int, str]) -> list[dict[str, Any]]:

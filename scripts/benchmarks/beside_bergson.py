@@ -19,6 +19,7 @@ What it finds is kept in --out, so that any environment can print the table agai
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 import warnings
@@ -40,6 +41,8 @@ from dynamics import results, steps
 from dynamics.batch import Batch
 from dynamics.measures import target_logits
 from dynamics.tasks import AliasTask
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.experiments import account
 from scripts.shared.into_readme import interval, markdown, stamp
 from scripts.shared.runs import parser_of_runs, run_key, stored

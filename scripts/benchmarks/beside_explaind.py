@@ -15,6 +15,7 @@ ExPLAIND wants an environment of its own, which has torch, numpy and tqdm:
 from __future__ import annotations
 
 import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -33,6 +34,8 @@ from torch import Tensor, nn
 import dynamics as dy
 from checkpoints import Checkpoint
 from dynamics import sites, steps
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.shared import runs
 from scripts.shared.into_readme import conclude, markdown, stamp
 

@@ -55,7 +55,7 @@ PARTS: dict[str, list[str]] = {
     ],
     "references": [],
     "backward from the sites": [f"{_STEPS}.pullbacks.Pullbacks.exchanging", f"{_SIGNALS}.gradient"],
-    "steps": [f"{_STEPS}.update.Steps.take"],
+    "steps": [f"{_STEPS}.update.Steps.begin", f"{_STEPS}.worker_threads.Spread.join"],
     "measure": [f"{_ENGINE}.measuring.Measuring.{name}" for name in ("__call__", "variants_of", "one_model")],
     "slopes": [f"{_ENGINE}.path_integral.StraightPath.mean_gradient"],
 }

@@ -317,15 +317,20 @@ def test_memory_is_given_back_around_both_gradients_and_before_updates_are_excha
 def test_of_the_references_none_is_held_that_is_not_needed_later(verb, monkeypatch):
     """While one is made: of updates the base model, which is exchanged with the source model."""
     made, held = [], []
-    take = Steps.take
+    begin = Steps.begin
 
     def remembered(self, many, space=None):
         held.append(sum(model() is not None for model in made))
-        stack = take(self, many, space)
-        made.append(weakref.ref({**stack.shared, **stack.stacked}["unembed.W_U"]))
-        return stack
+        finish = begin(self, many, space)
 
-    monkeypatch.setattr(Steps, "take", remembered)
+        def finished():
+            stack = finish()
+            made.append(weakref.ref({**stack.shared, **stack.stacked}["unembed.W_U"]))
+            return stack
+
+        return finished
+
+    monkeypatch.setattr(Steps, "begin", remembered)
     recipe = transformer_recipe()
     with dy.max_memory(1):
         VERBS[verb](

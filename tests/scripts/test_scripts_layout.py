@@ -17,6 +17,7 @@ SHELL = ("setup", "study", "test", "docs")
 SHARED = ("scripts/shared/forks.py", "scripts/shared/into_readme.py", "scripts/shared/runs.py")
 SHARED += ("scripts/reproductions/subjects.py", "scripts/benchmarks/seed_loop.py")
 SHARED += ("scripts/benchmarks/explaind_there.py",)
+SHARED += ("scripts/benchmarks/verb_cases.py", "scripts/shared/synchronising_calls.py")
 """Modules that scripts import and nobody runs."""
 
 DURATION = re.compile(r"(seconds|minutes?|hours?)\b.*\.$")
