@@ -13,6 +13,7 @@ def _short(monkeypatch):
     monkeypatch.setattr(demonstration, "demonstrate", lambda out: long(out, SHORT))
 
 
+@pytest.mark.slow
 def test_a_demo_says_where_its_figure_is_and_what_to_try_next(tmp_path):
     printed = succeed("demo", "--out", tmp_path / "demo")
     assert f"{tmp_path}/demo/figures/demo.png shows it. Everything is in {tmp_path}/demo." in printed

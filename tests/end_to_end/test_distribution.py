@@ -29,6 +29,7 @@ def test_a_folder_called_checkpoints_in_the_working_directory_is_named_with_what
     assert "rename it, or run from elsewhere" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_folder_of_checkpoints_that_is_no_package_does_no_harm(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     done = python("-c", "import dynamics; print(dynamics.Checkpoint.__name__)", cwd=tmp_path)

@@ -15,6 +15,7 @@ def shown(code: list[str], module: str) -> set[str]:
     return set(re.findall(rf"\b{module}\.(\w+)", "\n".join(code)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["api/dynamics.md", "api/checkpoints.md", "gallery.md"])
 def test_every_example_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

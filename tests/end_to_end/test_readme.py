@@ -127,6 +127,7 @@ def test_the_example_of_an_account_runs():
     assert float(abs(written - change).max()) < 1e-3 * float(abs(change).max())
 
 
+@pytest.mark.slow
 def test_the_example_of_two_checkpoints_of_a_run_runs(tmp_path):
     example = block("CheckpointPair")
     run = short_run(tmp_path / "run")

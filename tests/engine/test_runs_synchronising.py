@@ -43,6 +43,7 @@ def answer(model, batch):
     return dy.measures.correct_logit(model, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measure", [dy.measures.correct_logit, answer], ids=["of logits", "a function"])
 @pytest.mark.parametrize("verb", SITES, ids=lambda verb: verb.__name__)
 def test_more_sites_in_one_stack_are_not_waited_for_more_often(verb, measure, state, monkeypatch):

@@ -46,6 +46,7 @@ def called(verb, state, threads, measure=dy.measures.correct_logit):
     return verb(RECIPE, state, CONTRASTS, SITES[verb], measure)
 
 
+@pytest.mark.slow
 @every_verb
 @pytest.mark.parametrize("measure", [dy.measures.correct_logit, answer], ids=["of logits", "a function"])
 def test_results_are_the_same_to_the_bit_for_any_number_of_threads(verb, measure, state, monkeypatch):

@@ -29,6 +29,7 @@ def data(text):
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
 
 
+@pytest.mark.slow
 def test_a_run_with_everything_has_every_section(runs):
     assert titles(content(runs)) == [section.title for section in sections(runs)]
     assert len(titles(content(runs))) == 11
@@ -67,6 +68,7 @@ def test_what_is_held_and_not_drawn_is_listed_as_such(runs):
     assert sum(said == "drawn" for said in places.values()) == len(places) - 1
 
 
+@pytest.mark.slow
 def test_the_page_holds_its_data_in_order_and_names_no_other_address(page, runs):
     assert data(page) == content(runs)
     assert list(data(page)["phases"]) == ["pretrain", "x1", "x2", "end"]

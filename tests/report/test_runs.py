@@ -12,6 +12,7 @@ from dynamics.report.runs import curves, open_run
 from tests.zoo import reported_runs
 
 
+@pytest.mark.slow
 def test_all_that_a_run_holds_is_read(reported):
     run = open_run(reported[0])
     assert run.steps == reported_runs.STEPS

@@ -398,6 +398,7 @@ def scaler() -> torch.amp.GradScaler:
     return torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=5)
 
 
+@pytest.mark.slow
 def test_scaled_losses_and_skipped_steps_are_replayed():
     def iteration(loop, step):
         loop.optimizer.zero_grad()
@@ -477,6 +478,7 @@ def test_an_average_kept_beside_the_model_changes_no_replay_and_is_measured_as_a
 # --- which of the usual causes it is --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_verifying_says_which_usual_cause_explains_a_mismatch(tmp_path):
     def clipped(loop, step):
         loop.optimizer.zero_grad()

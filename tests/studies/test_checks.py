@@ -78,6 +78,7 @@ def test_of_several_runs_each_is_one_unit_the_mean_over_its_aliases(batteries):
             np.testing.assert_allclose(np.abs(together), one_each, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_the_battery_is_made_one_check_at_a_time(runs, monkeypatch):
     def refused(*_, **__):
         raise AssertionError("a later check")

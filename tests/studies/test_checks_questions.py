@@ -59,6 +59,7 @@ def test_necessity_is_the_effect_on_reversed_contrasts_with_its_sign_turned(run,
     np.testing.assert_allclose(signs.calls[0][1], -found["effect"].values[:, 0], rtol=0, atol=WEAK)
 
 
+@pytest.mark.slow
 def test_an_aliass_own_questions_are_held_against_those_of_the_alias_before_it(run, above):
     checks._own_questions([run])
     contrasts = run.task.contrasts()

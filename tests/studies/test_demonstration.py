@@ -15,6 +15,7 @@ SHORT = replace(
 )
 
 
+@pytest.mark.slow
 def test_a_demonstration_leaves_a_run_a_figure_and_results(tmp_path):
     shown = demonstrate(str(tmp_path / "demo"), SHORT)
     assert shown.figure.read_bytes().startswith(b"\x89PNG")

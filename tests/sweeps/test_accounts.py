@@ -17,6 +17,7 @@ def accounted(run, **changes):
     return dy.account(run, FIRST, LAST, given.pop("sites"), given.pop("measure"), **given)
 
 
+@pytest.mark.slow
 def test_it_is_the_account_of_the_same_steps_taken_by_hand(run):
     task = dy.tasks.load(run.config)
     recipe = task.recipe()
@@ -35,6 +36,7 @@ def test_it_is_the_account_of_the_same_steps_taken_by_hand(run):
     assert set(found["example"].values) == {"Dt3", "Df4"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stretch", first_quick([2, 4]), ids=["that divide it", "the last of them shorter"])
 def test_in_stretches_it_says_the_same_but_for_momentum_from_before_each(run, stretch):
     whole, parts = (

@@ -93,6 +93,7 @@ def test_one_source_step_makes_no_dim(run):
     assert found.equals(swept(dy.patch_parameters, run, steps=[4], source_steps=[12]).squeeze(drop=True))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_put_into_itself_does_nothing(run):
     found = swept(dy.patch_parameters, run, steps=[4, 6], source_steps=[4, 6])
     for step in (4, 6):
@@ -129,6 +130,7 @@ def test_an_estimate_counts_every_pair(run):
     assert 0 < said.seconds < 60
 
 
+@pytest.mark.slow
 def test_source_checkpoints_may_be_of_another_run(runs):
     run, other = runs
     task = tasks.load(other.config)
@@ -147,6 +149,7 @@ def test_source_checkpoints_may_be_of_another_run(runs):
     assert json.loads(found.attrs["provenance"])["source_run"] == str(other.path.resolve())
 
 
+@pytest.mark.slow
 def test_what_is_kept_of_one_source_run_answers_for_no_other_and_for_itself_wherever_it_lies(runs, tmp_path):
     run, other = runs
     moved = dy.Trajectory.open(shutil.copytree(other.path, tmp_path / "moved"))

@@ -157,6 +157,7 @@ def keys(run, **changes: Any) -> set[str]:
     return {unit.identity for unit in sweeps.plan(**{**given, **changes}).units}
 
 
+@pytest.mark.slow
 def test_another_measure_of_the_same_name_is_computed_anew(run, tmp_path):
     where = {"verb": patch_gradients, "runs": run, "steps": 8, "contrasts": alone, "sites": sites.heads}
     one, two = (dy.sweep(**where, measure=scaled(factor), out=tmp_path) for factor in (1.0, 2.0))
@@ -198,6 +199,7 @@ CHANGES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 def test_no_two_questions_share_a_shard_and_the_same_question_has_the_same(runs):
     asked = [keys(runs[0], **change) for change in [{}, {"runs": runs[1]}, *CHANGES]]
     again = [keys(runs[0], **change) for change in [{}, {"runs": runs[1]}, *CHANGES]]

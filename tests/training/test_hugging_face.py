@@ -184,6 +184,7 @@ def test_what_is_no_trainer_or_has_rows_in_no_known_order_is_refused(tmp_path):
         dy.training.batches_of(streaming)
 
 
+@pytest.mark.slow
 def test_a_trainers_own_folders_become_the_trajectory_that_was_recorded(tmp_path):
     changes = {"save_strategy": "steps", "save_steps": 2}
     done, recorded = trained(single("neox"), tmp_path, steps=6, **changes)
@@ -205,6 +206,7 @@ def test_a_trainers_own_folders_become_the_trajectory_that_was_recorded(tmp_path
         Trajectory.from_trainer(tmp_path, tmp_path / "nothing", **settings)
 
 
+@pytest.mark.slow
 def test_the_command_imports_a_trainers_folder_without_being_told_its_groups(tmp_path, capsys):
     changes = {"save_strategy": "steps", "save_steps": 2}
     done, recorded = trained(single("neox"), tmp_path, steps=4, **changes)

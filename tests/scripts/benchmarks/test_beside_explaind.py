@@ -32,6 +32,7 @@ def test_every_way_of_asking_is_told_beside_the_same_change():
     assert "ExPLAIND 0.1" in said.splitlines()[-len(beside.CAN_BE_ASKED) - 2]
 
 
+@pytest.mark.slow
 def test_rows_of_the_training_data_write_the_change_less_the_decay():
     found = beside.here("trapezoid alone, each row a source")
     undecayed = dict(beside.ADAMW, weight_decay=0.0)

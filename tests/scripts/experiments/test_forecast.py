@@ -46,6 +46,7 @@ def test_every_seed_is_scored_by_its_own_aliases():
     assert np.isnan(forecast._by_seed(rows, scores)[2])
 
 
+@pytest.mark.slow
 def test_ablations_leave_out_one_kind_and_use_every_other():
     text = "\n".join(forecast.table(_rows("account"), None))
     assert all(f"| without {kind} |" in text and f"| {kind} alone |" in text for kind in forecast.KINDS)
