@@ -8,10 +8,11 @@ by another program; the root attribute `results_schema` tells these apart.
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -61,9 +62,22 @@ def save(dataset: xr.Dataset, path: str | os.PathLike[str], overwrite: bool = Fa
         )
     plain = dataset.drop_encoding().assign_attrs({_SCHEMA: SCHEMA_VERSION})
     encoding = {name: {"_FillValue": None, **_checksum(array)} for name, array in plain.variables.items()}
-    image = plain.to_netcdf(engine="h5netcdf", encoding=encoding)  # in memory: a full disk crashes HDF5
     target.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(target, _sealed(bytes(image)))
+    files.write_atomically(target, _sealed(_image(plain, encoding)))
+
+
+def _image(dataset: xr.Dataset, encoding: dict[Hashable, dict[str, Any]]) -> bytes:
+    """The bytes of its file, made in memory: HDF5 crashes the interpreter where a disk is full.
+
+    Without xarray's lock, which among dask's workers knows no file that is not on a disk; h5py has its own.
+    """
+    memory = io.BytesIO()
+    store = xr.backends.H5NetCDFStore.open(memory, mode="w", lock=False)
+    try:
+        dataset.dump_to_store(store, encoding=encoding)
+    finally:
+        store.close()
+    return memory.getvalue()
 
 
 @contextmanager

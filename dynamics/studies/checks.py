@@ -30,7 +30,7 @@ Verdict = Literal["holds", "fails", "open", "-"]
 Units = npt.NDArray[np.float64]
 
 N_PLACEBOS = 20
-N_NOISE = 3
+N_NOISE = 2
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ PARTS: dict[str, list[str]] = {
     "backward from the sites": [f"{_STEPS}.pullbacks.Pullbacks.exchanging", f"{_SIGNALS}.gradient"],
     "steps": [f"{_STEPS}.update.Steps.begin", f"{_STEPS}.worker_threads.Spread.join"],
     "measure": [f"{_ENGINE}.measuring.Measuring.{name}" for name in ("__call__", "variants_of", "one_model")],
-    "slopes": [f"{_ENGINE}.path_integral.StraightPath.mean_gradient"],
+    "slopes": [f"{_ENGINE}.path_integral.StraightPath.{name}" for name in ("mean_gradient", "elements")],
 }
 """The functions that do a part of the work, by name, as a profiler knows them; where one calls another, the outer
 one's part counts. Steps and measure are the references' until these are measured."""

@@ -25,7 +25,7 @@ def test_a_result_is_replaced_when_asked_and_only_then(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("place", ["os.replace", "xarray.Dataset.to_netcdf"])
+@pytest.mark.parametrize("place", ["os.replace", "xarray.Dataset.dump_to_store"])
 def test_the_old_result_stays_where_the_new_one_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:

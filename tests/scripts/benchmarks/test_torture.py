@@ -57,6 +57,7 @@ def test_every_verb_that_runs_a_model_is_interrupted():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files that Ctrl-C left open
 @pytest.mark.parametrize("row", [row for row in FEW if row != "packages"])
 def test_no_promise_is_broken_in_a_few_trials(row):
     few = replace(torture.ROWS[row], short=FEW[row])
