@@ -245,6 +245,6 @@ def test_settings_that_do_not_fit_the_run_are_refused_before_anything_is_compute
 
 
 @pytest.mark.slow
-def test_the_longest_impulse_ends_with_the_run(runs):
+def test_the_longest_impulse_ends_with_the_run(runs, noise):
     assert checks._impulse([made(runs[0], impulse=15)]).verdict in ("holds", "fails", "open")
     assert next(ten_checks(runs[:1], "L0H0", STEP, impulse=15)).name == NAMES[0]

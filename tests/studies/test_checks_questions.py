@@ -288,7 +288,9 @@ def test_more_than_half_of_the_runs_must_exceed_their_placebos_in_size(runs, own
 
 
 @pytest.mark.slow
-def test_the_impulse_is_one_definition_in_the_real_batch_and_the_run_goes_on_after_it(run, texts, signs):
+def test_the_impulse_is_one_definition_in_the_real_batch_and_the_run_goes_on_after_it(
+    run, texts, signs, noise
+):
     checks._impulse([run])
     first, last = (values for (values,) in texts.calls)
     step = run.stored.step
@@ -317,7 +319,17 @@ def test_the_impulse_is_one_definition_in_the_real_batch_and_the_run_goes_on_aft
 
 
 @pytest.mark.slow
-def test_the_impulse_takes_the_runs_own_optimizer_whichever_the_single_step_takes(runs, texts):
+def test_the_noise_floor_is_how_far_noise_takes_the_mean_response_of_a_run(runs, texts, noise):
+    """±rms over draws and runs; the aliases' mean is taken first."""
+    figure = checks._impulse([made(runs[0])]).figure
+    mean = texts.calls[1][0].mean()
+    assert float(figure.partition("±")[2]) == pytest.approx(
+        np.sqrt(np.mean((noise.mean(1) - mean) ** 2)), abs=6e-4
+    )
+
+
+@pytest.mark.slow
+def test_the_impulse_takes_the_runs_own_optimizer_whichever_the_single_step_takes(runs, texts, noise):
     for which in ("fresh", "stored"):
         checks._impulse([made(runs[0], optimizer=which)])
     (one,), (later,), (again,), (later_again,) = texts.calls

@@ -30,7 +30,7 @@ FEW = {
     "beside": 10,
     "locks": 1,
     "interruptions": 1,
-    "calls": 3,
+    "calls": 2,
     "walks": 4,
     "appends": 40,
     "fuzzing": 1,
