@@ -21,10 +21,8 @@ def under_noise(
 ) -> xr.Dataset:
     """Ask the same question from perturbed copies of a checkpoint, as samples of the answer's noise floor.
 
-        floor = dy.comparison.under_noise(
-            lambda start: dy.patch_window(recipe, start, contrasts, sites, measure), checkpoint
-        )
-        floor["effect"].std("noise")
+        ask = lambda start: dy.patch_window(recipe, start, contrasts, sites, measure)
+        dy.comparison.under_noise(ask, checkpoint)["effect"].std("noise")
 
     An effect over many training steps that is not above this floor says nothing about its site: parameters that
     differ by one part in a million train apart by as much. Show it beside every counterfactual over a window.
