@@ -37,8 +37,9 @@ def squared_norm(tensor: Tensor | None) -> float:
     """Σ x², accumulated in fp64; 0 for None."""
     if tensor is None:
         return 0.0
-    blocks = (block.double() for block in torch.split(stored(tensor.detach()).flatten(), _BLOCK))
-    return sum(float(block.square().sum()) for block in blocks)
+    flat = stored(tensor.detach()).flatten()
+    blocks = (flat,) if len(flat) <= _BLOCK else torch.split(flat, _BLOCK)
+    return sum(float(block.double().square().sum()) for block in blocks)
 
 
 def not_finite(gradients: Gradients) -> str | None:

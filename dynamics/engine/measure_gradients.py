@@ -18,7 +18,7 @@ from dynamics import measures
 from dynamics.engine.side_effects import nothing_written
 from dynamics.engine.stack_memory import QUARTER, chunks, models_per_stack
 from dynamics.measures import LogitMeasure, Measure
-from dynamics.models.functional import call_with, eval_mode
+from dynamics.models.functional import call_with, eval_mode, unfused_attention
 from dynamics.recipe import Recipe
 from dynamics.steps import NonFiniteGradient
 from dynamics.steps.fallbacks import ComputePaths, Fallback, in_halves, out_of_memory, reason
@@ -61,9 +61,9 @@ class MeasureQuery:
 class MeasureGradients:
     """Gradients of measures with respect to the trained parameters, at models that differ in these alone.
 
-    Those of several models, or on several probes, are taken at once, by vmap; the first time one of them is taken
-    by itself too, and where vmap cannot take the model, finds something else, or a function of the user's writes into
-    what it sees or closes over, all are taken one by one. Where memory runs out they are taken in halves.
+    Those of several models, or on several probes, are taken at once, by vmap; the first time one is taken by itself
+    too, and where vmap cannot take the model, finds something else, or a function of the user's writes into what it
+    sees or closes over, all are taken one by one. Where memory runs out they are taken in halves.
 
     Attributes:
         recipe: its model gives the code and says which parameters are trained.
@@ -99,6 +99,9 @@ class MeasureGradients:
         if len(weights) == 1:
             return alone(0)
 
+        def first_alike(several: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> bool:
+            return alike({n: g[0] for n, g in several.items()}, first)
+
         def sums(numbers: Sequence[int]) -> list[dict[str, Tensor]]:
             """The sum over some neighbours."""
             part = slice(numbers[0], numbers[-1] + 1)
@@ -107,8 +110,8 @@ class MeasureGradients:
                 query.name,
                 "vmap over the nodes of a path",
                 partial(alone, numbers[0]),
-                partial(self._together, query, some, weights[part]),
-                lambda several, one: alike({n: g[0] for n, g in several.items()}, one),
+                lambda: self._together(query, some, weights[part]),
+                first_alike,
             )
             if found is not None:
                 return [{n: g.sum(0, dtype=torch.float64) for n, g in found.items()}]
@@ -122,7 +125,7 @@ class MeasureGradients:
         path: str,
         alone: Callable[[], A],
         together: Callable[[], T],
-        agree: Callable[[T, A], bool],
+        agree: Callable[[Any, Any], bool],
     ) -> tuple[list[A], T | None]:
         """What vmap gives for several, or None where they have to be taken one by one; the first time beside the
         first of them by itself, in a list that is empty later.
@@ -191,9 +194,11 @@ class MeasureGradients:
     ) -> list[tuple[Tensor, Mapping[str, Tensor | None]]]:
         """Measure and gradient on each of several probes of one shape."""
 
-        def agree(found: Mapping[str, Tensor], first: Mapping[str, Tensor | None]) -> bool:
-            read = {n: torch.zeros_like(leaves[n]) if g is None else g for n, g in first.items()}
-            return alike({n: g[0] for n, g in found.items()}, read)
+        def first_alike(
+            several: tuple[Tensor, dict[str, Tensor]], first: tuple[Tensor, dict[str, Tensor | None]]
+        ) -> bool:
+            read = {n: torch.zeros_like(leaves[n]) if g is None else g for n, g in first[1].items()}
+            return alike({n: g[0] for n, g in several[1].items()}, read)
 
         first: list[tuple[Tensor, dict[str, Tensor | None]]] = []
         if len(queries) > 2:
@@ -201,8 +206,8 @@ class MeasureGradients:
                 _over_probes_of(queries[0]),
                 "vmap over probes",
                 partial(self._alone, queries[0], leaves, 1.0),
-                partial(self._over_probes, queries, leaves),
-                lambda several, one: agree(several[1], one[1]),
+                lambda: self._over_probes(queries, leaves),
+                first_alike,
             )
             if found is not None:
                 values, together = found
@@ -259,6 +264,7 @@ class MeasureGradients:
                 warnings.simplefilter("error")
                 inside.enter_context(self.checkpoint.random_state())
                 inside.enter_context(eval_mode(model))
+                inside.enter_context(unfused_attention())
                 if users:
                     probes = [query.probe for query in queries]
                     inside.enter_context(nothing_written(model, [first.measure], probes, own.values()))

@@ -20,7 +20,7 @@ from dynamics.engine.resumed_forward import CachedPrefix, cache_prefix
 from dynamics.engine.side_effects import nothing_written
 from dynamics.engine.stack_memory import QUARTER, is_large, memory_budget
 from dynamics.measures import Measure
-from dynamics.models.functional import call_with, eval_mode
+from dynamics.models.functional import call_with, eval_mode, unfused_attention
 from dynamics.recipe import Recipe
 from dynamics.steps.fallbacks import ComputePaths, out_of_memory, reason
 from dynamics.steps.stacks import Stack
@@ -191,6 +191,7 @@ class Measuring:
         with (
             torch.no_grad(),
             eval_mode(self.recipe.model),
+            unfused_attention(),
             self.checkpoint.random_state(),
             self._watched(probe, parameters),
         ):

@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from checkpoints import Checkpoint
 from dynamics.recipe import ByNorm, ByValue, Recipe
 from dynamics.steps.clipping import clipped, coefficient, counted
-from dynamics.steps.elementwise_optimizers import Moved, rule, step_into
+from dynamics.steps.elementwise_optimizers import step_into, unsupported
 from dynamics.steps.fallbacks import ComputePaths
+from dynamics.steps.flat_parameters import FlatParameters, flat_parameters
 from dynamics.steps.stacks import Stack, Workspace, stack
 from dynamics.steps.states import assign_rates, check_optimizer_kind, held_names, restored_copy
 from dynamics.trees import Gradients, squared_norm
@@ -84,43 +84,53 @@ class Steps:
             self.paths.fell_back("steps", "the optimizer itself, one step at a time", why)
             return stack([step_from(self.recipe, self.checkpoint, gradients) for gradients in many])
         self.paths.took("steps", "all at once, element by element")
-        scales = self._scales(many, rules)
+        scales = self._scales(many)
         shared, stacked = dict(self.checkpoint.parameters), {}
-        for name, moved in rules.items():
-            found = [gradients[name] for gradients in many]
-            present = [i for i, g in enumerate(found) if g is not None]
-            if not present:
+        for flat in rules:
+            rows = [[gradients[name] for name in flat.parts] for gradients in many]
+            present = [[g is not None for g in row] for row in rows]
+            if not any(map(any, present)):
                 continue
-            theta = shared.pop(name).detach()
-            ours = [g for g in found if g is not None]
-            alike = all(g is ours[0] for g in ours)
-            gradient = ours[0].detach()[None]
-            if not alike:
-                gradient = space.empty("gradient", theta, len(ours), *theta.shape)
-                torch.stack([g.detach() for g in ours], out=gradient)
-            if isinstance(self.recipe.clip, ByValue):
-                gradient = gradient.clamp(-self.recipe.clip.limit, self.recipe.clip.limit)
-            scale = None
-            one = alike and len(present) == len(many) and len(set(scales)) == 1
-            if any(scales[i] != 1 for i in present):
-                of_steps = scales[:1] if one else [scales[i] for i in present]
-                scale = torch.tensor(of_steps, dtype=theta.dtype, device=theta.device)
-            if one:
-                after = space.empty(name, theta, 1, *theta.shape)
-                shared[name] = step_into(after, moved, gradient, scale, space)[0]
-                continue
-            after = space.empty(name, theta, len(many), *theta.shape)
-            rows = slice(present[0], present[-1] + 1)
-            if len(present) == rows.stop - rows.start:
-                step_into(after[rows], moved, gradient, scale, space)
-                after[: rows.start], after[rows.stop :] = theta, theta
-            else:
-                after[:] = theta
-                after[present] = step_into(
-                    after.new_empty(len(present), *theta.shape), moved, gradient, scale, space
-                )
-            stacked[name] = after
+            whole = all(any(row) == all(row) for row in present)
+            for part in (flat,) if whole else flat.one_by_one:
+                after = self._stepped(part, many, scales, space)
+                for name, moved in part.apart(after) if after is not None else ():
+                    del shared[name]
+                    if len(moved) == len(many):
+                        stacked[name] = moved
+                    else:
+                        shared[name] = moved[0]
         return Stack(len(many), shared, stacked)
+
+    def _stepped(
+        self, flat: FlatParameters, many: Sequence[Gradients], scales: Sequence[float], space: Workspace
+    ) -> Tensor | None:
+        """Some parameters after each step, [n, size]; [1, size] where all steps move them alike, None where none
+        does. Each gradient has all of them or none."""
+        rows = [[gradients[name] for name in flat.parts] for gradients in many]
+        present = [i for i, row in enumerate(rows) if row[0] is not None]
+        if not present:
+            return None
+        found = [[g for g in rows[i] if g is not None] for i in present]
+        alike = all(g is first for row in found[1:] for g, first in zip(row, found[0], strict=True))
+        gradients = flat.gradients(found[:1] if alike else found, space)
+        if isinstance(self.recipe.clip, ByValue):
+            gradients = gradients.clamp(-self.recipe.clip.limit, self.recipe.clip.limit)
+        one = alike and len(present) == len(many) and len(set(scales)) == 1
+        of_rows = present[:1] if one else present
+        scale = flat.theta.new_tensor([scales[i] for i in of_rows])
+        n = 1 if one else len(many)
+        after = space.empty(next(iter(flat.parts)), flat.theta, n, len(flat.theta))
+        into = after[of_rows[0] : of_rows[-1] + 1]
+        if len(of_rows) < n:
+            after[:] = flat.theta
+        if len(of_rows) == len(into):
+            step_into(into, flat.moved, flat.begin, gradients, scale, space)
+        else:
+            apart = after.new_empty(len(of_rows), len(flat.theta))
+            step_into(apart, flat.moved, flat.begin, gradients, scale, space)
+            after[of_rows] = apart
+        return after
 
     def separable(self, one: Gradients, other: Gradients) -> bool:
         """Whether the step with any mixture of two gradients has each element from one of their two steps.
@@ -132,16 +142,16 @@ class Steps:
         sparse = any(g is not None and g.is_sparse for gs in (one, other) for g in gs.values())
         if isinstance(rules, str) or sparse:
             return False
-        if any((one[name] is None) != (other[name] is None) for name in rules):
+        if any((one[name] is None) != (other[name] is None) for flat in rules for name in flat.parts):
             return False
         if not isinstance(clip, ByNorm):
             return True
-        longest = sum(self._norm(g) for gs in (one, other) for g in counted(gs, clip, rules))
+        longest = sum(self._squared_norms([one, other]))
         return coefficient(longest, clip.max_norm) == 1
 
     @cached_property
-    def _rules(self) -> dict[str, Moved] | str:
-        """How each of the optimizer's parameters moves; or why one of them needs the real optimizer."""
+    def _rules(self) -> list[FlatParameters] | str:
+        """How the optimizer's parameters move; or why one of them needs the real optimizer."""
         trained = {name: p.requires_grad for name, p in self.recipe.model.named_parameters()}
         dummies = {
             name: nn.Parameter(t.detach(), requires_grad=trained[name])
@@ -151,24 +161,38 @@ class Steps:
         self.recipe.build_scheduler(template)
         check_optimizer_kind(self.checkpoint, template)
         recorded = self.checkpoint.optimizer.state if self.checkpoint.optimizer else {}
-        rules: dict[str, Moved] = {}
         groups = _groups(self.checkpoint, template, {id(p): name for name, p in dummies.items()})
         assign_rates(self.recipe, groups, self.checkpoint.step)
+        kind = type(template)
+        rules: list[FlatParameters] = []
         for group in groups:
-            for name in group["params"]:
-                moved = rule(type(template), group, recorded.get(name, {}), self.checkpoint.parameters[name])
-                if isinstance(moved, str):
-                    return moved
-                rules[name] = moved
+            parameters = {name: self.checkpoint.parameters[name] for name in group["params"]}
+            for name, theta in parameters.items():
+                if why := unsupported(kind, group, recorded.get(name, {}), theta):
+                    return why
+            rules += flat_parameters(kind, group, recorded, parameters)
         return rules
 
-    def _scales(self, many: Sequence[Gradients], held: Mapping[str, Moved]) -> list[float]:
+    def _scales(self, many: Sequence[Gradients]) -> list[float]:
         """What clipping by norm multiplies each gradient by."""
         clip = self.recipe.clip
         if not isinstance(clip, ByNorm):
             return [1.0] * len(many)
-        totals = (sum(map(self._norm, counted(gradients, clip, held))) for gradients in many)
-        return [coefficient(total, clip.max_norm) for total in totals]
+        return [coefficient(total, clip.max_norm) for total in self._squared_norms(many)]
+
+    def _squared_norms(self, many: Sequence[Gradients]) -> list[float]:
+        """Σ g² of each gradient over the parameters whose norm is taken, in their order."""
+        clip, rules = self.recipe.clip, self._rules
+        assert isinstance(clip, ByNorm), f"no norm is taken by {clip!r}"
+        assert not isinstance(rules, str), "steps are taken one at a time"
+        held = {name for flat in rules for name in flat.parts}
+        first = list(counted(many[0], clip, held))
+        norms = [self._norm(g) for g in first]
+        of_others = (
+            [n if g is own else self._norm(g) for g, own, n in zip(gs, first, norms, strict=True)]
+            for gs in (list(counted(gradients, clip, held)) for gradients in many[1:])
+        )
+        return [sum(terms) for terms in (norms, *of_others)]
 
     def _norm(self, gradient: Tensor | None) -> float:
         """Σ g², added up once as long as the tensor lives and is not written into."""
