@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import islice
 from types import EllipsisType
@@ -40,6 +40,21 @@ def squared_norm(tensor: Tensor | None) -> float:
     flat = stored(tensor.detach()).flatten()
     blocks = (flat,) if len(flat) <= _BLOCK else torch.split(flat, _BLOCK)
     return sum(float(block.double().square().sum()) for block in blocks)
+
+
+def squared_norms(tensors: Sequence[Tensor]) -> list[float]:
+    """Σ x² of each of several tensors, accumulated in fp64; the small ones of a device in one go."""
+    found = {}
+    small: dict[torch.device, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        if tensor.is_sparse or tensor.numel() > _BLOCK:
+            found[i] = squared_norm(tensor)
+        else:
+            small.setdefault(tensor.device, []).append(i)
+    for numbers in small.values():
+        norms = torch._foreach_norm([tensors[i].detach() for i in numbers], 2, torch.float64)
+        found |= zip(numbers, torch.stack(norms).square().tolist(), strict=True)
+    return [found[i] for i in range(len(tensors))]
 
 
 def not_finite(gradients: Gradients) -> str | None:

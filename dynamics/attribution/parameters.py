@@ -15,7 +15,7 @@ from dynamics.engine.measure_gradients import MeasureGradients
 from dynamics.engine.measuring import Measuring
 from dynamics.engine.path_integral import Method, Quadrature, StraightPath
 from dynamics.engine.progress import progress_bar
-from dynamics.engine.site_sums import SiteSums
+from dynamics.engine.site_sums import site_sums
 from dynamics.measures import Measure
 from dynamics.recipe import Contrast, Recipe
 from dynamics.results.labels import site_columns
@@ -70,7 +70,7 @@ def attribute_parameters(
     state, other = (starting_point(recipe, checkpoint) for checkpoint in (pair.base, pair.source))
     base, source = ({**c.parameters, **c.buffers} for c in (state, other))
     moved = {n: p.shape for n, p in state.parameters.items() if p.is_floating_point()}
-    sums = SiteSums(sites, moved)
+    sums = site_sums(sites, moved)
     table = AttributionTable(measure, len(contrasts), len(sites), ("base", "source"))
     paths = ComputePaths("attribute_parameters")
     measuring, gradients = (

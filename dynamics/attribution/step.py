@@ -18,7 +18,7 @@ from dynamics.engine.measuring import Measuring
 from dynamics.engine.path_integral import Method, Quadrature, StraightPath
 from dynamics.engine.progress import progress_bar
 from dynamics.engine.runs import REFERENCE_ORDER, Runs, reference_models
-from dynamics.engine.site_sums import SiteSums
+from dynamics.engine.site_sums import site_sums
 from dynamics.measures import Measure
 from dynamics.recipe import Contrast, Recipe
 from dynamics.results.labels import site_columns
@@ -93,7 +93,7 @@ def attribute_step(
         )
     state = starting_point(recipe, checkpoint)
     trained = {n: p.shape for n, p in recipe.model.named_parameters() if p.requires_grad}
-    sums = SiteSums(sites, trained)
+    sums = site_sums(sites, trained)
     table = AttributionTable(measure, len(contrasts), len(sites), REFERENCE_ORDER)
     paths = ComputePaths("attribute_step")
     steps, measuring = Steps(recipe, state, paths), Measuring(recipe, state, table.by_name, paths)

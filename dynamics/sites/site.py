@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import EllipsisType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -54,12 +55,17 @@ class Site:
         return f"{'all' if whole else 'part'} of {first}" + (f" and {len(others)} more" if others else "")
 
 
+_FITTED: WeakKeyDictionary[Site, dict[str, torch.Size]] = WeakKeyDictionary()
+"""Shapes of the tensors that a site was found to lie inside: verbs are called again with the same sites."""
+
+
 def check(sites: Sequence[Site], model: nn.Module) -> None:
     """Raise a SiteError unless every site lies inside the model and labels are unique."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     first = {other: name for name, others in other_names(model).items() for other in others}
     check_labels(sites)
     for site in sites:
+        fitted = _FITTED.setdefault(site, {})
         for name, index in site.covers.items():
             if name in first:
                 raise SiteError(
@@ -70,7 +76,9 @@ def check(sites: Sequence[Site], model: nn.Module) -> None:
                 raise SiteError(
                     f"Site {site.label!r} covers {name!r}, but the model has {some(list(tensors))}."
                 )
-            check_index(site.label, name, index, tensors[name])
+            if fitted.get(name) != tensors[name].shape:
+                check_index(site.label, name, index, tensors[name])
+                fitted[name] = tensors[name].shape
 
 
 def check_labels(sites: Sequence[Site]) -> None:

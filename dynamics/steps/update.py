@@ -24,7 +24,7 @@ from dynamics.steps.fallbacks import ComputePaths
 from dynamics.steps.flat_parameters import FlatParameters, flat_parameters
 from dynamics.steps.stacks import Stack, Workspace, stack
 from dynamics.steps.states import assign_rates, check_optimizer_kind, held_names, restored_copy
-from dynamics.trees import Gradients, squared_norm
+from dynamics.trees import Gradients, squared_norms
 
 
 def step_from(recipe: Recipe, checkpoint: Checkpoint, gradients: Gradients) -> dict[str, Tensor]:
@@ -186,23 +186,21 @@ class Steps:
         assert isinstance(clip, ByNorm), f"no norm is taken by {clip!r}"
         assert not isinstance(rules, str), "steps are taken one at a time"
         held = {name for flat in rules for name in flat.parts}
-        first = list(counted(many[0], clip, held))
-        norms = [self._norm(g) for g in first]
-        of_others = (
-            [n if g is own else self._norm(g) for g, own, n in zip(gs, first, norms, strict=True)]
-            for gs in (list(counted(gradients, clip, held)) for gradients in many[1:])
-        )
-        return [sum(terms) for terms in (norms, *of_others)]
+        each = [[g for g in counted(gs, clip, held) if g is not None] for gs in many]
+        norms = self._norms_of({id(g): g for gs in each for g in gs})
+        return [sum(norms[id(g)] for g in gs) for gs in each]
 
-    def _norm(self, gradient: Tensor | None) -> float:
-        """Σ g², added up once as long as the tensor lives and is not written into."""
-        if gradient is None:
-            return 0.0
-        alive, version, norm = self._norms.get(id(gradient), (None, 0, 0.0))
-        if alive is None or alive() is not gradient or version != gradient._version:
-            norm = squared_norm(gradient)
-            self._norms[id(gradient)] = weakref.ref(gradient), gradient._version, norm
-        return norm
+    def _norms_of(self, gradients: Mapping[int, Tensor]) -> dict[int, float]:
+        """Σ g² by id, added up once as long as a tensor lives and is not written into."""
+        known = {i: self._norms[i] for i, g in gradients.items() if i in self._norms}
+        found = {
+            i: n for i, (alive, v, n) in known.items() if alive() is (g := gradients[i]) and v == g._version
+        }
+        new = [g for i, g in gradients.items() if i not in found]
+        for g, norm in zip(new, squared_norms(new), strict=True):
+            self._norms[id(g)] = weakref.ref(g), g._version, norm
+            found[id(g)] = norm
+        return found
 
 
 def _groups(checkpoint: Checkpoint, template: Optimizer, names: Mapping[int, str]) -> list[dict[str, Any]]:
