@@ -277,6 +277,21 @@ def stepped_models(runs: Runs, gradients: Iterable[StepGradient], share: float =
     return _stepped(runs, gradients, lambda: runs.space, share)
 
 
+def stepped_variants(
+    runs: Runs, gradients: Iterable[StepGradient], share: float = 1
+) -> Iterator[Stack | Variants]:
+    """The same beside the model after the base step, of which they are variants where two fit the memory."""
+    most = models_per_stack(runs.checkpoint.parameters.values(), share)
+    if most == 1:
+        return stepped_models(runs, gradients, share)
+    after = partial(_after, runs, lambda: runs.space, beside=(runs.base,))
+    return map(_whole_variants, chain.from_iterable(map(after, chunks(gradients, most - 1))))
+
+
+def _whole_variants(models: Stack) -> Variants:
+    return Variants(models, None)
+
+
 def _stepped(
     runs: Runs, gradients: Iterable[StepGradient], space: Callable[[], Workspace], share: float
 ) -> Iterator[Stack]:
@@ -284,19 +299,28 @@ def _stepped(
     return chain.from_iterable(map(partial(_after, runs, space), many))
 
 
-def _after(runs: Runs, space: Callable[[], Workspace], steps: Sequence[StepGradient]) -> Iterator[Stack]:
-    """One stack of the models after these steps; where memory runs out one of either half."""
+def _after(
+    runs: Runs,
+    space: Callable[[], Workspace],
+    steps: Sequence[StepGradient],
+    beside: tuple[StepGradient, ...] = (),
+) -> Iterator[Stack]:
+    """One stack of the models after these steps; where memory runs out one of either half.
+
+    Args:
+        beside: steps that are taken in every stack too, before the others.
+    """
     try:
-        moved = runs.steps.take([step.gradients for step in steps], space())
+        moved = runs.steps.take([step.gradients for step in (*beside, *steps)], space())
     except Exception as error:
         if len(steps) < 2 or not out_of_memory(error):
             raise
         runs.steps.paths.fell_back("steps", "fewer at a time", reason(error))
     else:
-        n, buffers = len(steps), stack([step.buffers for step in steps])
+        n, buffers = len(beside) + len(steps), stack([step.buffers for step in (*beside, *steps)])
         del steps  # while the stack is measured
         yield Stack(n, {**moved.shared, **buffers.shared}, {**moved.stacked, **buffers.stacked})
         return
     middle = len(steps) // 2
-    yield from _after(runs, space, steps[:middle])
-    yield from _after(runs, space, steps[middle:])
+    yield from _after(runs, space, steps[:middle], beside)
+    yield from _after(runs, space, steps[middle:], beside)

@@ -6,15 +6,19 @@ import sys
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from dynamics.models.functional import attributes_restored
 from dynamics.steps.fallbacks import Fallback
+
+Array = npt.NDArray[Any]
 
 MOST_REACHED = 10_000
 """Objects that are looked at; a function that reaches more is taken to write into some of them."""
@@ -63,6 +67,7 @@ class _Held:
         self._names: list[tuple[dict[str, Any], str, Any]] = []
         self._cells: list[tuple[CellType, Any]] = []
         self._tensors: list[tuple[Tensor, int, Tensor | None]] = []
+        self._arrays: list[tuple[Array, Array]] = []
         seen = {id(module) for module in model.modules()}
         seen |= {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         waiting = list(roots)
@@ -83,6 +88,10 @@ class _Held:
             if not value.is_inference():  # which nothing may write into
                 small = value.numel() * value.element_size() <= KEPT_BYTES and not value.requires_grad
                 self._tensors.append((value, value._version, value.detach().clone() if small else None))
+            return ()
+        if isinstance(value, np.ndarray):
+            if value.nbytes <= KEPT_BYTES:
+                self._arrays.append((value, value.copy()))
             return ()
         if type(value) in _CONTAINERS:
             copy = dict(value) if isinstance(value, dict) else list(value)
@@ -144,6 +153,10 @@ class _Held:
                     with torch.no_grad():
                         tensor.copy_(copy)
                 written.append("a tensor that it reaches")
+        for array, copy in self._arrays:
+            if array.tobytes() != copy.tobytes():
+                array[...] = copy
+                written.append("an array that it reaches")
         return written[0] if written else ""
 
 
@@ -163,9 +176,13 @@ def _names(code: CodeType) -> set[str]:
     return set(code.co_names).union(*inner)
 
 
+@cache
 def _of_a_library(module: str | None) -> bool:
-    """Whether code is the standard library's, torch's or ours, which keep nothing of what they are given."""
-    return (module or "").partition(".")[0] in _LIBRARIES
+    """Whether code is the standard library's, ours or an installed package's, whose functions keep nothing of what
+    they are given; what its objects keep is looked at."""
+    package = (module or "").partition(".")[0]
+    file = getattr(sys.modules.get(package), "__file__", None) or ""
+    return package in _LIBRARIES or "site-packages" in file
 
 
 def _same(container: Any, copy: Any) -> bool:

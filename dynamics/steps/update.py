@@ -96,10 +96,10 @@ class Steps:
                 after = self._stepped(part, many, scales, space)
                 for name, moved in part.apart(after) if after is not None else ():
                     del shared[name]
-                    if len(moved) == len(many):
-                        stacked[name] = moved
-                    else:
+                    if len(moved) == 1:
                         shared[name] = moved[0]
+                    else:
+                        stacked[name] = moved
         return Stack(len(many), shared, stacked)
 
     def _stepped(

@@ -148,7 +148,7 @@ def plain_rows(bench: Bench) -> list[Row]:
 def fixed_ms(bench: Bench, repeats: int) -> float:
     """Milliseconds of a call for one contrast and one site."""
     verb, first = "patch_gradients", bench.contrasts[:1]
-    row = Row("one site", verb, bench.state, first, dy.sites.matrices(bench.recipe.model)[:1], {})
+    row = Row("one site", verb, bench.state, first, dy.sites.parameters(bench.recipe.model)[:1], {})
     ours(bench, row)
     return 1e3 * statistics.median(timed(lambda: ours(bench, row))[0] for _ in range(4 * repeats))
 
