@@ -284,12 +284,7 @@ def stepped_variants(
     most = models_per_stack(runs.checkpoint.parameters.values(), share)
     if most == 1:
         return stepped_models(runs, gradients, share)
-    after = partial(_after, runs, lambda: runs.space, beside=(runs.base,))
-    return map(_whole_variants, chain.from_iterable(map(after, chunks(gradients, most - 1))))
-
-
-def _whole_variants(models: Stack) -> Variants:
-    return Variants(models, None)
+    return chain.from_iterable(map(partial(_variants_after, runs), chunks(gradients, most - 1)))
 
 
 def _stepped(
@@ -299,28 +294,45 @@ def _stepped(
     return chain.from_iterable(map(partial(_after, runs, space), many))
 
 
-def _after(
-    runs: Runs,
-    space: Callable[[], Workspace],
-    steps: Sequence[StepGradient],
-    beside: tuple[StepGradient, ...] = (),
-) -> Iterator[Stack]:
-    """One stack of the models after these steps; where memory runs out one of either half.
-
-    Args:
-        beside: steps that are taken in every stack too, before the others.
-    """
+def _after(runs: Runs, space: Callable[[], Workspace], steps: Sequence[StepGradient]) -> Iterator[Stack]:
+    """One stack of the models after these steps; where memory runs out one of either half."""
     try:
-        moved = runs.steps.take([step.gradients for step in (*beside, *steps)], space())
+        models = _taken(runs, space(), steps)
     except Exception as error:
         if len(steps) < 2 or not out_of_memory(error):
             raise
         runs.steps.paths.fell_back("steps", "fewer at a time", reason(error))
     else:
-        n, buffers = len(beside) + len(steps), stack([step.buffers for step in (*beside, *steps)])
         del steps  # while the stack is measured
-        yield Stack(n, {**moved.shared, **buffers.shared}, {**moved.stacked, **buffers.stacked})
+        yield models
         return
     middle = len(steps) // 2
-    yield from _after(runs, space, steps[:middle], beside)
-    yield from _after(runs, space, steps[middle:], beside)
+    yield from _after(runs, space, steps[:middle])
+    yield from _after(runs, space, steps[middle:])
+
+
+def _variants_after(runs: Runs, steps: Sequence[StepGradient]) -> Iterator[Stack | Variants]:
+    """The same beside the model after the base step; a single step for which memory is short stands alone."""
+    try:
+        models = _taken(runs, runs.space, [runs.base, *steps])
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        runs.steps.paths.fell_back("steps", "fewer at a time", reason(error))
+    else:
+        del steps
+        yield Variants(models, None)
+        return
+    if len(steps) < 2:
+        yield from _after(runs, lambda: runs.space, steps)
+        return
+    middle = len(steps) // 2
+    yield from _variants_after(runs, steps[:middle])
+    yield from _variants_after(runs, steps[middle:])
+
+
+def _taken(runs: Runs, space: Workspace, steps: Sequence[StepGradient]) -> Stack:
+    """The models after these steps, parameters and buffers."""
+    moved = runs.steps.take([step.gradients for step in steps], space)
+    buffers = stack([step.buffers for step in steps])
+    return Stack(len(steps), {**moved.shared, **buffers.shared}, {**moved.stacked, **buffers.stacked})
