@@ -157,9 +157,9 @@ class Measuring:
                 self._refuse_all_nan(together, models, probe)
                 self._vmap_holds = True
                 self.paths.took("measures", "vmap over models")
-                return together
+                return together if len(models) > 1 else first[None]
             self._one_by_one_from_now_on("vmap measured something else than one model by itself")
-        return np.concatenate([first[None], *self._one_by_one(models, probe, first=1)[:, None]])
+        return np.stack([first, *(self.one_model(models[i], probe) for i in range(1, len(models)))])
 
     @property
     def tolerance(self) -> tuple[float, float]:
