@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from checkpoints import values
+from checkpoints.html import facts
 from checkpoints.optimizer import (
     OptimizerState,
     capture_optimizer,
@@ -41,6 +42,7 @@ class Checkpoint:
         begins_optimizer: training began with a new optimizer at this step, whatever came before.
         evaluating: the submodules in eval mode, by name; None where it is unknown.
         scaler: state_dict of the GradScaler; None where there was none.
+        frozen: the parameters that require no gradient, by name, as far as that is known.
     """
 
     step: int
@@ -53,6 +55,7 @@ class Checkpoint:
     begins_optimizer: bool = False
     evaluating: tuple[str, ...] | None = None
     scaler: dict[str, Any] | None = None
+    frozen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.step, int) or self.step < 0:
@@ -62,6 +65,19 @@ class Checkpoint:
         return (
             f"Checkpoint(step={self.step}, {len(self.parameters)} parameters, {len(self.buffers)} buffers, "
             f"{'an' if self.optimizer else 'no'} optimizer)"
+        )
+
+    def _repr_html_(self) -> str:
+        numbers = sum(tensor.numel() for tensor in self.parameters.values())
+        return facts(
+            "Checkpoint",
+            [
+                ("step", f"{self.step} (the state before it)"),
+                ("parameters", f"{len(self.parameters)} tensors, {numbers:,} numbers"),
+                ("buffers", len(self.buffers)),
+                ("optimizer", "stored" if self.optimizer else "none"),
+                ("scheduler", "stored" if self.scheduler else "none"),
+            ],
         )
 
     @classmethod
@@ -88,9 +104,10 @@ class Checkpoint:
         Raises:
             ValueError: the optimizer holds a parameter that the model does not have.
         """
+        parameters = own_parameters(model)
         return cls(
             step=step,
-            parameters=values.copied(own_parameters(model)),
+            parameters=values.copied(parameters),
             buffers=values.copied(own_buffers(model)),
             optimizer=None if optimizer is None else capture_optimizer(model, optimizer),
             scheduler=None
@@ -101,6 +118,7 @@ class Checkpoint:
             begins_optimizer=begins_optimizer,
             evaluating=tuple(name for name, module in own_modules(model).items() if not module.training),
             scaler=None if scaler is None else values.copied(scaler.state_dict()),
+            frozen=tuple(name for name, parameter in parameters.items() if not parameter.requires_grad),
         )
 
     def restore(

@@ -4,7 +4,8 @@ A file reads like the model: `/parameters/blocks/0/attn/W_Q`, `/buffers/...`,
 `/optimizer/state/blocks/0/attn/W_Q/exp_avg`, `/rng/...`, each a dataset of the tensor's own type with a
 Fletcher-32 checksum (bfloat16 as the same bits in uint16; a 0-d tensor as one element; an empty one as it
 is). `/index` is the checkpoint as JSON, every tensor replaced by its path, dtype and shape; it is what a
-reader goes by. The root attribute `schema_version` says how to read it, `step` is there for browsing.
+reader goes by. A tensor that lies in another file stands there by its checksum: see `checkpoints.shared`. The root
+attribute `schema_version` says how to read it, `step` is there for browsing.
 
 Reading trusts nothing: only hard links are followed, datasets with external or virtual storage and filters
 other than the checksum are refused, and types, shapes and stored sizes are compared with the index before
@@ -13,9 +14,11 @@ any bytes are read. Nothing is ever unpickled.
 
 import io
 import json
+import math
+import operator
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,7 +35,7 @@ from checkpoints.errors import TrajectoryError
 from checkpoints.optimizer import OptimizerState
 from checkpoints.rng import RngState, as_value
 
-SCHEMA_VERSION = 2  # 2: evaluating, scaler
+SCHEMA_VERSION = 3  # 2: evaluating, scaler; 3: frozen, tensors in other files
 
 _DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
@@ -45,18 +48,28 @@ _DTYPES: dict[str, torch.dtype] = {
 _STORED_AS = {torch.bfloat16: torch.uint16}  # NumPy has no bfloat16
 
 
-def encode(checkpoint: Checkpoint) -> bytes:
+ReadShared = Callable[[str, int], bytes]
+"""(checksum, size) -> the bytes of a tensor that lies in another file."""
+
+
+def encode(checkpoint: Checkpoint, shared: Mapping[values.Path, str] | None = None) -> bytes:
     """The HDF5 file image of a checkpoint.
+
+    Args:
+        checkpoint: what to write.
+        shared: the checksums of those tensors that lie in other files, by their paths in the checkpoint.
 
     Raises:
         TrajectoryError: something in it cannot be stored; the message names it.
     """
     document = _as_document(checkpoint)
-    found = list(values.tensors(document))
+    elsewhere = shared or {}
+    found = [(path, tensor) for path, tensor in values.tensors(document) if path not in elsewhere]
     paths = _dataset_paths([path for path, _ in found])
 
     def reference(path: values.Path, tensor: Tensor) -> dict[str, Any]:
-        return {"path": paths[path], "dtype": _dtype_name(path, tensor), "shape": list(tensor.shape)}
+        place = {"shared": elsewhere[path]} if path in elsewhere else {"path": paths[path]}
+        return {**place, "dtype": _dtype_name(path, tensor), "shape": list(tensor.shape)}
 
     index = json.dumps(values.to_json(document, reference), allow_nan=False).encode("ascii")
     name = uuid4().hex  # of no file, but HDF5 opens no two images of one name at a time
@@ -69,34 +82,40 @@ def encode(checkpoint: Checkpoint) -> bytes:
             folder, _, leaf = paths[path].rpartition("/")
             if folder not in groups:
                 groups[folder] = file.require_group(folder)
-            _write_array(groups[folder], leaf, _as_array(tensor))
+            _write_array(groups[folder], leaf, as_array(path, tensor))
         file.flush()
         image: bytes = file.id.get_file_image()
     return image
 
 
-def decode(image: bytes, origin: str = "the file") -> Checkpoint:
+def _nowhere(digest: str, size: int) -> bytes:
+    raise TrajectoryError(f"it names the shared tensor {digest}, which only its run's folder has")
+
+
+def decode(image: bytes, origin: str = "the file", read_shared: ReadShared = _nowhere) -> Checkpoint:
     """The checkpoint in an HDF5 file image; its tensors are on the CPU.
 
     Args:
         image: the file's bytes.
         origin: what to call the file in messages.
+        read_shared: reads the tensors that lie in other files.
 
     Raises:
         TrajectoryError: the file is no checkpoint, of a newer schema, damaged, or points outside itself.
     """
     with _opened(io.BytesIO(image), origin) as (nodes, index):
-        document = values.from_json(index, lambda reference: _read_tensor(nodes, reference))
+        document = values.from_json(index, lambda reference: _read_tensor(nodes, reference, read_shared))
         return _from_document(document)
 
 
-def read_tensor(path: Path, name: str, kind: str) -> Tensor:
+def read_tensor(path: Path, name: str, kind: str, read_shared: ReadShared = _nowhere) -> Tensor:
     """One tensor of a checkpoint file, read without the others.
 
     Args:
         path: the file.
         name: the parameter's or buffer's name.
         kind: `parameters`, `buffers`, or what an optimizer keeps for a parameter, such as `exp_avg`.
+        read_shared: as in `decode`.
 
     Raises:
         TrajectoryError: as `decode`, or there is no such tensor; the message lists those that are there.
@@ -112,7 +131,7 @@ def read_tensor(path: Path, name: str, kind: str) -> Tensor:
                 f"{path} has no tensor {name!r} of the kind {kind!r}; "
                 f"it has {len(offered)} of that kind: {', '.join(list(offered)[:20])}"
             )
-        return _read_tensor(nodes, offered[name]["$tensor"])
+        return _read_tensor(nodes, offered[name]["$tensor"], read_shared)
 
 
 def damaged(path: Path) -> list[str]:
@@ -121,10 +140,11 @@ def damaged(path: Path) -> list[str]:
 
     def tried(nodes: _Nodes, reference: dict[str, Any]) -> Tensor:
         try:
-            return _read_tensor(nodes, reference)
+            if "path" in reference:
+                _read_tensor(nodes, reference, _nowhere)
         except (OSError, TrajectoryError):
             found.append(str(reference["path"]))
-            return torch.empty(0)
+        return torch.empty(0)
 
     try:
         with _opened(path, str(path)) as (nodes, index):
@@ -146,6 +166,7 @@ def _as_document(checkpoint: Checkpoint) -> dict[str, Any]:
         "rng": as_value(checkpoint.rng),
         "fingerprint": checkpoint.fingerprint,
         "evaluating": checkpoint.evaluating,
+        "frozen": checkpoint.frozen,
         "scaler": checkpoint.scaler,
     }
 
@@ -193,7 +214,13 @@ def _dtype_name(path: values.Path, tensor: Tensor) -> str:
     return name
 
 
-def _as_array(tensor: Tensor) -> np.ndarray[Any, Any]:
+def as_array(path: values.Path, tensor: Tensor) -> np.ndarray[Any, Any]:
+    """A tensor as it is stored; a type that NumPy lacks as the same bits in one that it has.
+
+    Raises:
+        TrajectoryError: it cannot be stored; says where it is.
+    """
+    _dtype_name(path, tensor)
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     array: np.ndarray[Any, Any] = plain.view(_STORED_AS.get(plain.dtype, plain.dtype)).numpy()
     return array
@@ -263,10 +290,15 @@ def _dataset(nodes: _Nodes, path: str) -> h5py.Dataset:
     return node
 
 
-def _read_tensor(nodes: _Nodes, reference: dict[str, Any]) -> Tensor:
-    path, dtype, shape = reference["path"], _DTYPES[reference["dtype"]], tuple(reference["shape"])
+def _read_tensor(nodes: _Nodes, reference: dict[str, Any], read_shared: ReadShared) -> Tensor:
+    dtype, shape = _DTYPES[reference["dtype"]], tuple(map(operator.index, reference["shape"]))
     stored_as = _STORED_AS.get(dtype, dtype)
     expected = np.dtype(str(stored_as).removeprefix("torch."))
+    if "shared" in reference:
+        data = read_shared(reference["shared"], math.prod(shape) * expected.itemsize)
+        array = np.frombuffer(data, expected.newbyteorder("<")).astype(expected)
+        return torch.from_numpy(array).view(dtype).reshape(shape)
+    path = reference["path"]
     dataset = _dataset(nodes, path)
     if dataset.dtype != expected or dataset.shape != _stored_shape(shape):
         raise TrajectoryError(

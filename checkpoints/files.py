@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from checkpoints.errors import TrajectoryError
+
 PARTIAL = ".partial"
 
+_NEXT = "Restore it from a copy; the run's other checkpoints can still be read."
 _SEAL = ', "sha256": "'
 
 
@@ -50,6 +53,24 @@ def read(path: Path) -> bytes:
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is no plain file")
     return path.read_bytes()
+
+
+def read_checked(path: Path, size: int, checksum: str, named_by: str) -> bytes:
+    """A file's bytes, which are of this size and have this checksum.
+
+    Raises:
+        TrajectoryError: it is missing, or is not the one that was written.
+    """
+    try:
+        found = path.stat().st_size
+        data = read(path) if found == size else b""
+    except OSError as error:
+        raise TrajectoryError(f"{path}, named by {named_by}, cannot be read: {error}. {_NEXT}") from error
+    if found != size:
+        raise TrajectoryError(f"{path} is damaged: {found} bytes, {named_by} says {size}. {_NEXT}")
+    if sha256(data) != checksum:
+        raise TrajectoryError(f"{path} is damaged: its sha256 is not the one in {named_by}. {_NEXT}")
+    return data
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -3,12 +3,15 @@
     RUN/manifest.json                      config, provenance, checksums of the files beside it, and its own
     RUN/trajectory/index.jsonl             one line per checkpoint; see `checkpoints.index`
     RUN/trajectory/step-00000010.h5        checkpoints
+    RUN/trajectory/shared/                 tensors that many of them hold; see `checkpoints.shared`
 
 A checkpoint exists once the index names it. Other files in the folder are left alone. Runs of schema version 1,
 whose manifest names the checkpoints and has no checksum of its own, are read; the first change renews them.
 """
 
+import errno
 import json
+import logging
 import os
 import re
 import socket
@@ -21,6 +24,9 @@ from typing import Any
 from checkpoints import files, index, values
 from checkpoints.errors import TrajectoryError
 from checkpoints.index import End, Entry
+from checkpoints.shared import SHARED
+
+logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
@@ -29,7 +35,7 @@ LOCK = ".writer.lock"
 ABSENT = ""
 """In place of a file's checksum where there may be none yet."""
 
-_NEXT = "Restore it from a copy; the run's other checkpoints can still be read."
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # as folders over a network may answer
 _AGAIN = "Restore it from a copy, or call again what wrote it."
 _FILE_BESIDE = re.compile(r"[\w-][\w.-]*")
 
@@ -42,6 +48,7 @@ class Manifest:
         config, provenance: plain values.
         entries: the checkpoints, sorted by step.
         files: checksums of files beside the manifest, by name; two of one that is being replaced.
+        n_checkpoints: how many there were when the manifest was written; an index that names fewer was cut short.
         end: where the next entry goes; None where the index must be written anew first.
         sealed: whether the manifest has a checksum, as all have since schema version 2.
     """
@@ -50,6 +57,7 @@ class Manifest:
     provenance: dict[str, Any]
     entries: tuple[Entry, ...] = ()
     files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    n_checkpoints: int = 0
     end: End | None = None
     sealed: bool = True
 
@@ -91,13 +99,21 @@ def read_manifest(folder: Path) -> Manifest:
         if sealed:
             document, _ = files.unsealed(text)
             entries, end = index.read(folder)
+            counted = int(document.get("n_checkpoints", 0))
+            if len(entries) < counted:
+                raise TrajectoryError(
+                    f"{folder / index.INDEX} names {len(entries)} checkpoints, the manifest {counted} or more: it "
+                    "has lost its end. The checkpoints beside it may be well: restore it from a copy."
+                )
         else:
             entries, end = [index.entry(**each) for each in document["checkpoints"]], None
+            counted = len(entries)
         return Manifest(
             config=dict(values.from_json(document["config"])),
             provenance=dict(values.from_json(document["provenance"])),
             entries=_sorted(entries),
             files={_beside(name): tuple(map(str, sums)) for name, sums in document.get("files", {}).items()},
+            n_checkpoints=counted,
             end=end,
             sealed=sealed,
         )
@@ -142,6 +158,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "schema_version": SCHEMA_VERSION,
         "config": values.to_json(manifest.config, path=("config",)),
         "provenance": values.to_json(manifest.provenance, path=("provenance",)),
+        "n_checkpoints": manifest.n_checkpoints,
         "files": {name: list(sums) for name, sums in manifest.files.items()},
     }
     text, _ = files.sealed(json.dumps(document, indent=1, allow_nan=False))
@@ -165,19 +182,7 @@ def read_checkpoint(folder: Path, entry: Entry) -> bytes:
     Raises:
         TrajectoryError: the file is missing, or is not the one that was written.
     """
-    path = folder / entry.file
-    try:
-        size = path.stat().st_size
-        image = files.read(path) if size == entry.bytes else b""
-    except OSError as error:
-        raise TrajectoryError(
-            f"{path}, named by the manifest for step {entry.step}, cannot be read: {error}. {_NEXT}"
-        ) from error
-    if size != entry.bytes:
-        raise TrajectoryError(f"{path} is damaged: {size} bytes, the manifest says {entry.bytes}. {_NEXT}")
-    if files.sha256(image) != entry.sha256:
-        raise TrajectoryError(f"{path} is damaged: its sha256 is not the one in the manifest. {_NEXT}")
-    return image
+    return files.read_checked(folder / entry.file, entry.bytes, entry.sha256, "the manifest")
 
 
 def read_file(folder: Path, name: str) -> tuple[bytes, bool]:
@@ -209,7 +214,7 @@ def unnamed(folder: Path, manifest: Manifest) -> list[str]:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what a killed writer was in the middle of; call it under the lock only."""
-    for place in (folder, folder / TRAJECTORY):
+    for place in (folder, folder / TRAJECTORY, folder / SHARED):
         for partial in place.glob(f".*{files.PARTIAL}"):
             partial.unlink(missing_ok=True)
 
@@ -234,6 +239,11 @@ def lock(folder: Path) -> Callable[[], None]:
         raise TrajectoryError(
             f"{str(folder)!r} is being written by {other}. Wait for it or end it, or write to another folder."
         ) from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            os.close(descriptor)
+            raise
+        logger.warning("%s has no locks (%s): see to it that nothing else writes there.", folder, error)
     except BaseException:
         os.close(descriptor)
         raise

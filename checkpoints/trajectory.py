@@ -4,18 +4,20 @@ import bisect
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from checkpoints import encoding, index, store, values
+from checkpoints import encoding, index, shared, store, values
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import TrajectoryError
 from checkpoints.formats import foreign
 from checkpoints.formats.conversion import Import, Progress
 from checkpoints.formats.naming import Naming, some
+from checkpoints.html import facts
 from checkpoints.writer import TrajectoryWriter
 
 logger = logging.getLogger(__name__)
@@ -207,6 +209,12 @@ class Trajectory:
         span = f", steps {self._steps[0]} to {self._steps[-1]}" if self._steps else ""
         return f"Trajectory({str(self._path)!r}, {len(self)} checkpoints{span})"
 
+    def _repr_html_(self) -> str:
+        shown = [str(step) for step in self._steps]
+        steps = ", ".join(shown if len(shown) < 13 else [*shown[:6], "...", *shown[-6:]])
+        rows = [("folder", self._path), ("checkpoints", len(self)), ("steps", steps or "none")]
+        return facts("Trajectory", [*rows, ("config", ", ".join(map(str, self.config)))])
+
     def __len__(self) -> int:
         return len(self._steps)
 
@@ -253,7 +261,7 @@ class Trajectory:
         """
         entry = self._entry(step)
         image = self._image(entry)
-        checkpoint = encoding.decode(image, str(self._path / entry.file))
+        checkpoint = encoding.decode(image, str(self._path / entry.file), partial(shared.read, self._path))
         if checkpoint.step != step:
             raise TrajectoryError(
                 f"{self._path / entry.file} holds step {checkpoint.step}, the manifest says {step}"
@@ -298,7 +306,7 @@ class Trajectory:
         entry = self._entry(step)
         if step not in self._verified:
             self._image(entry)
-        return encoding.read_tensor(self._path / entry.file, name, kind)
+        return encoding.read_tensor(self._path / entry.file, name, kind, partial(shared.read, self._path))
 
     def export(self, step: int, path: str | os.PathLike[str]) -> None:
         """Write one checkpoint's parameters and buffers as a state dict, `.pt` or `.safetensors`.
@@ -343,11 +351,11 @@ class Trajectory:
         return self._manifest.sealed
 
     def verify(self) -> list[str]:
-        """Read every checkpoint and every listed file, and say what is wrong with which; empty when all is well.
+        """Read every checkpoint and listed file, and say what is wrong with which; empty when all is well.
 
         Config, provenance and index were checked when the run was opened.
         """
-        problems = []
+        problems = shared.damaged(self._path)
         for step in self._steps:
             try:
                 self.at(step)

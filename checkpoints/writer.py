@@ -2,15 +2,18 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from checkpoints import encoding, files, index, store, values
+from checkpoints import encoding, files, index, shared, store, values
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import TrajectoryError
 from checkpoints.index import End, Entry
+from checkpoints.shared import SharedTensors
 
 
 class TrajectoryWriter:
@@ -127,9 +130,8 @@ class TrajectoryWriter:
         if checkpoint.step in self._entries:
             self._check_same(checkpoint)
             return
-        entry = store.write_checkpoint(
-            self._path, checkpoint.step, encoding.encode(checkpoint), checkpoint.begins_optimizer
-        )
+        image = encoding.encode(checkpoint, self._shared.store(checkpoint))
+        entry = store.write_checkpoint(self._path, checkpoint.step, image, checkpoint.begins_optimizer)
         self._end = index.append(self._path, entry, self._end or self._index_anew())
         self._entries[entry.step] = entry
 
@@ -166,15 +168,23 @@ class TrajectoryWriter:
             self._list({**listed, name: (checksum,)})
 
     def close(self) -> None:
-        """Let other writers in. Closing twice is harmless."""
+        """Count the checkpoints in the manifest and let other writers in. Closing twice is harmless."""
         if self._open:
             self._open = False
-            self._release()
+            try:
+                if len(self._entries) > self._manifest.n_checkpoints:
+                    with suppress(
+                        OSError
+                    ):  # each append is durable by itself: a full disk costs this count alone
+                        self._replace_manifest(self._manifest)
+            finally:
+                self._release()
 
     def _lock(self, folder: str | os.PathLike[str]) -> Path:
         self._path = Path(folder)
         self._path.mkdir(parents=True, exist_ok=True)
         self._release = store.lock(self._path)
+        self._shared = SharedTensors(self._path)
         self._open = True
         return self._path
 
@@ -190,6 +200,7 @@ class TrajectoryWriter:
         self._replace_manifest(replace(self._manifest, files=listed))
 
     def _replace_manifest(self, manifest: store.Manifest) -> None:
+        manifest = replace(manifest, n_checkpoints=len(self._entries))
         store.write_manifest(self._path, manifest)
         self._manifest = manifest
 
@@ -201,7 +212,11 @@ class TrajectoryWriter:
 
     def _check_same(self, checkpoint: Checkpoint) -> None:
         entry = self._entries[checkpoint.step]
-        stored = encoding.decode(store.read_checkpoint(self._path, entry), str(self._path / entry.file))
+        stored = encoding.decode(
+            store.read_checkpoint(self._path, entry),
+            str(self._path / entry.file),
+            partial(shared.read, self._path),
+        )
         different = stored.differences(checkpoint) + stored.rng_differences(checkpoint)
         if different:
             raise TrajectoryError(

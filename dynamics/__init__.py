@@ -4,6 +4,8 @@ The names below are imported when they are first used, so that `import dynamics`
 """
 
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -128,3 +130,18 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+def _expect_own_checkpoints() -> None:
+    """Raise an ImportError where a folder of the user's stands in for the package that `dynamics` needs."""
+    spec, own = find_spec("checkpoints"), Path(__file__).parents[1] / "checkpoints" / "__init__.py"
+    found = None if spec is None else spec.origin
+    if found is None or not Path(found).samefile(own):
+        raise ImportError(
+            f"`import checkpoints` finds {found or 'a folder without __init__.py'}, but dynamics needs its own "
+            f"package of that name, {own.parent}. A folder or file `checkpoints` in the working directory, or "
+            "beside the script that runs, comes first: rename it, or run from elsewhere."
+        )
+
+
+_expect_own_checkpoints()

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree
 
+from checkpoints.html import facts
 from dynamics.models import lightning_modules, trainers
 from dynamics.models.lightning_modules import RecipeError as RecipeError
 from dynamics.trees import described
@@ -118,6 +119,15 @@ class Recipe:
         if self.clip is not None:
             raise RecipeError("give clip= or max_grad_norm=, not both: max_grad_norm=x means clip=ByNorm(x).")
         object.__setattr__(self, "clip", ByNorm(max_grad_norm))
+
+    def _repr_html_(self) -> str:
+        numbers = sum(p.numel() for p in self.model.parameters())
+        rows: list[tuple[str, object]] = [("model", f"{type(self.model).__name__} of {numbers:,} parameters")]
+        for name in ("loss", "optimizer", "scheduler", "learning_rate"):
+            function = getattr(self, name)
+            rows += [] if function is None else [(name, _name(function) if callable(function) else function)]
+        rows += [("clip", self.clip or "none"), ("unused", self.unused), ("accumulate", self.accumulate)]
+        return facts("Recipe", rows)
 
     def __repr__(self) -> str:
         n_parameters = sum(p.numel() for p in self.model.parameters())
@@ -278,6 +288,10 @@ class Contrast:
 
     def __repr__(self) -> str:
         return described(self)
+
+    def _repr_html_(self) -> str:
+        batches = [(name, described(getattr(self, name))) for name in ("base", "source", "probe")]
+        return facts("Contrast", [*batches, *self.coords.items()])
 
     def reversed(self) -> Contrast:
         """Base and source exchanged: necessity where the contrast asked for sufficiency; a base alone stays."""

@@ -5,3 +5,14 @@ SITE_COORDS: dict[str, int | str] = {"layer": -1, "head": -1, "component": "", "
 
 PLACEBO = "placebo"
 """The level of sites that only show what a site's size would do by itself."""
+
+NESTED = "up_to_layer"
+"""The level of sites each of which holds the one before."""
+
+MEANINGS: dict[str, str] = {
+    "layer": "layer; -1: the site has none",
+    "head": "head; -1: the site has none",
+    "level": "kind of site, such as heads",
+    "component": "part of the model",
+}
+"""What the coordinates of every site are, said in each result."""

@@ -15,7 +15,7 @@ import xarray as xr
 
 from dynamics import results
 from dynamics.results.text_tables import Cell, aligned, interval, number
-from dynamics.site_coordinates import PLACEBO
+from dynamics.site_coordinates import NESTED, PLACEBO
 
 Array = npt.NDArray[np.float64]
 
@@ -175,7 +175,8 @@ def summarize(dataset: xr.Dataset, over: str = "example", confidence: float = 0.
         In the measure's units, for each site and each value of any other dim (measure, step, optimizer, ...):
         `effect` with `effect_low`, `effect_high` (t interval of the mean); `p` (sign flips over units);
         `q` (Benjamini–Hochberg over the sites of one `level`, within each value of the other dims);
-        `recovery` with bounds (ratio of means, Fieller; NaN unless the gap is distinguishable from zero);
+        `recovery` with bounds (ratio of means, Fieller; NaN unless the gap is distinguishable from zero; of one
+        unit the ratio by itself, as nothing bounds it);
         `n` units. For each value of the other dims: `gap` (= source − base) with bounds, and the means of
         `base`, `source`, `untouched`, `coasted`. With placebos among the sites, `placebo`: the 95th percentile
         of |mean effect| over the placebos of a site, NaN for one without. Attributes `unit`, `confidence` and
@@ -227,11 +228,29 @@ def summarize(dataset: xr.Dataset, over: str = "example", confidence: float = 0.
     without_units = {"p", "q", "n", "recovery", "recovery_low", "recovery_high"}
     units = dataset["effect"].attrs.get("units")
     summary = xr.Dataset(found)
+    ratio = summary["effect"] / summary["gap"].where(summary["gap"] != 0)
+    summary["recovery"] = summary["recovery"].where(summary["n"] != 1, ratio)
     for name in summary.data_vars:
         unit_of = "1" if name in without_units else units
         summary[name].attrs = {} if unit_of is None else {"units": unit_of}
     described = "run" if runs else f"{over}, in this run"
     return summary.assign_attrs({**dataset.attrs, "unit": described, "confidence": confidence})
+
+
+def is_summary(dataset: xr.Dataset) -> bool:
+    """Whether it has come out of `summarize`."""
+    return "effect_low" in dataset
+
+
+def can_be_summarised(dataset: xr.Dataset) -> bool:
+    """Whether it has what `summarize` takes: sites, examples or runs, and both references."""
+    value = "effect" if "effect" in dataset else "attribution"
+    return (
+        {value, "base", "source"} <= set(dataset)
+        and "site" in dataset[value].dims
+        and "site" not in dataset["base"].dims
+        and not {"example", "seed"}.isdisjoint(dataset[value].dims)
+    )
 
 
 def _without_placebos(dataset: xr.Dataset) -> tuple[xr.Dataset, xr.DataArray | None]:
@@ -316,7 +335,7 @@ def rank_correlation(one: xr.Dataset, other: xr.Dataset) -> xr.Dataset:
 
 
 def table(summary: xr.Dataset, n: int | None = None) -> str:
-    """A summary as plain text: the sites that recover most first.
+    """A summary as plain text: the sites that recover most first; those of `sites.up_to_layer` in their order.
 
     Sites without a recovery follow, by |effect|. The header line gives the gap and the number of units. Bars show
     |recovery|, or |effect| where no site has a recovery, beside the largest; they are left out where labels and
@@ -337,8 +356,10 @@ def table(summary: xr.Dataset, n: int | None = None) -> str:
             "other dim, as in summary.sel(step=...)."
         )
     size, share = np.abs(chosen["effect"].values), chosen["recovery"].values
-    # The last key is the first to count; NaN sorts last.
-    order = np.lexsort((-size, -share, np.isnan(share)))[:n]
+    nested = "level" in chosen.coords and set(chosen["level"].values.tolist()) == {NESTED}
+    # The last key is the first to count; NaN sorts last. Sites that hold each other keep their order.
+    order = np.arange(size.size) if nested else np.lexsort((-size, -share, np.isnan(share)))
+    order = order[:n]
     shown = np.abs(np.where(np.isnan(share).all(), size, share))
     longest = np.nanmax(shown, initial=0.0) or 1.0
     bars = ["█" * round(_BAR * shown[i] / longest) if np.isfinite(shown[i]) else "" for i in order]
@@ -355,6 +376,7 @@ def table(summary: xr.Dataset, n: int | None = None) -> str:
     counts = chosen["n"].values
     many = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
     many += f" (unit: {summary.attrs['unit']})" if "unit" in summary.attrs else ""
+    many += ": no intervals" if counts.max() == 1 else ""
     many += f", {100 * summary.attrs['confidence']:g} % intervals" if "confidence" in summary.attrs else ""
     gap = [number(float(chosen["gap"])), interval(*_bounds(chosen, "gap")), results.units(chosen, "gap")]
     return "\n".join([f"{' '.join(filter(None, ['gap', *gap]))}, n = {many}", *lines])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from itertools import islice
 from types import EllipsisType
@@ -15,6 +15,9 @@ from torch.nn.utils import get_total_norm
 
 _BLOCK = 65536
 """Elements whose squares are added up in one go: few enough for the cache."""
+
+_GPU_BLOCK = 2**24
+"""The same on a GPU, which is kept busy by fewer and larger kernels."""
 
 _SHOWN = 6
 """Entries of a dict or a list that `described` names."""
@@ -35,26 +38,14 @@ def stored(tensor: Tensor) -> Tensor:
 
 def squared_norm(tensor: Tensor | None) -> float:
     """Σ x², accumulated in fp64; 0 for None."""
-    if tensor is None:
-        return 0.0
-    flat = stored(tensor.detach()).flatten()
-    blocks = (flat,) if len(flat) <= _BLOCK else torch.split(flat, _BLOCK)
-    return sum(float(block.double().square().sum()) for block in blocks)
+    return 0.0 if tensor is None else sum(squares(tensor).tolist())
 
 
-def squared_norms(tensors: Sequence[Tensor]) -> list[float]:
-    """Σ x² of each of several tensors, accumulated in fp64; the small ones of a device in one go."""
-    found = {}
-    small: dict[torch.device, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        if tensor.is_sparse or tensor.numel() > _BLOCK:
-            found[i] = squared_norm(tensor)
-        else:
-            small.setdefault(tensor.device, []).append(i)
-    for numbers in small.values():
-        norms = torch._foreach_norm([tensors[i].detach() for i in numbers], 2, torch.float64)
-        found |= zip(numbers, torch.stack(norms).square().tolist(), strict=True)
-    return [found[i] for i in range(len(tensors))]
+def squares(tensor: Tensor) -> Tensor:
+    """Σ x² of a tensor's blocks, in fp64, [n_blocks]: on its device, which is not waited for."""
+    size = _BLOCK if tensor.device.type == "cpu" else _GPU_BLOCK
+    blocks = torch.split(stored(tensor.detach()).flatten(), size)
+    return torch.stack([block.double().square().sum() for block in blocks])
 
 
 def not_finite(gradients: Gradients) -> str | None:

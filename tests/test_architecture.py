@@ -30,6 +30,7 @@ FLOORS = [
     {"training"},
     {"plots"},
     {"studies"},
+    {"report"},
     {"cli"},
     {"__main__"},
 ]
@@ -41,6 +42,7 @@ ROOMS = {
     "torchmetrics": ("dynamics.training",),
     "matplotlib": ("dynamics.plots",),
     "jsonargparse": ("dynamics.cli",),
+    "jinja2": ("dynamics.report",),
     "dask": ("dynamics.sweeps",),
     "distributed": ("dynamics.sweeps",),
 }
@@ -69,10 +71,28 @@ def sources() -> Mapping[str, str]:
     return found
 
 
+@cache
+def parsed(text: str) -> ast.Module:
+    """The syntax tree of a module, which nobody changes."""
+    return ast.parse(text)
+
+
+@cache
+def nodes(text: str) -> tuple[ast.AST, ...]:
+    """Every import of a module and every call, wherever they stand."""
+    kinds = (ast.Import, ast.ImportFrom, ast.Call)
+    return tuple(node for node in ast.walk(parsed(text)) if isinstance(node, kinds))
+
+
+def called(node: ast.Call) -> str:
+    """The last name of what is called."""
+    return str(getattr(node.func, "attr", getattr(node.func, "id", "")))
+
+
 def imports(module: str, modules: Mapping[str, str]) -> set[str]:
     """Every module that one imports, by dotted name; `from package import module` counts as the module."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(modules[module])):
+    for node in nodes(modules[module]):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -82,7 +102,7 @@ def imports(module: str, modules: Mapping[str, str]) -> set[str]:
                 above = module.split(".")[: (1 if is_package else 0) - node.level or None]
                 home = ".".join([*above, *home.split(".")]).rstrip(".")
             found |= {inner if (inner := f"{home}.{a.name}") in modules else home for a in node.names}
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+        elif isinstance(node, ast.Call) and called(node).endswith(("import_module", "__import__")):
             found |= {a.value if isinstance(a, ast.Constant) else COMPUTED for a in node.args[:1]}
     return found
 
@@ -161,7 +181,7 @@ def printing(modules: Mapping[str, str]) -> list[str]:
         f"{module}:{node.lineno}"
         for module, text in modules.items()
         if not f"{module}.".startswith("dynamics.cli.")
-        for node in ast.walk(ast.parse(text))
+        for node in nodes(text)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     ]
 
@@ -224,7 +244,7 @@ def test_the_library_never_prints():
 def test_no_module_is_called_utils_and_every_one_says_what_it_is():
     for name, text in sources().items():
         assert "util" not in name.split(".")[-1], name
-        assert ast.get_docstring(ast.parse(text)), f"{name} has no docstring"
+        assert ast.get_docstring(parsed(text)), f"{name} has no docstring"
 
 
 def shadowed(modules: Mapping[str, str]) -> list[str]:
@@ -232,7 +252,7 @@ def shadowed(modules: Mapping[str, str]) -> list[str]:
     return [
         f"{package}.{alias.name}"
         for package, text in modules.items()
-        for node in ast.parse(text).body
+        for node in parsed(text).body
         if isinstance(node, ast.ImportFrom) and node.module in modules and node.module != package
         for alias in node.names
         if f"{package}.{alias.asname or alias.name}" in modules
@@ -257,7 +277,7 @@ def test_importing_takes_no_heavy_library(package):
 
 
 def test_every_public_name_resolves_and_is_known_to_type_checkers():
-    block = next(n for n in ast.parse(sources()["dynamics"]).body if isinstance(n, ast.If))
+    block = next(n for n in parsed(sources()["dynamics"]).body if isinstance(n, ast.If))
     typed = {alias.asname for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert set(dynamics.__all__) == typed
     assert len(dynamics.__all__) == len(typed)
@@ -286,7 +306,7 @@ SAYS_MORE = {"nouns", "package", "architecture"}
 def exported(package: str, modules: Mapping[str, str]) -> dict[str, set[str]]:
     """The public names of a package by the module they come from."""
     found: dict[str, set[str]] = {}
-    for node in ast.parse(modules[package]).body:
+    for node in parsed(modules[package]).body:
         if isinstance(node, ast.ImportFrom):
             found.setdefault(node.module or "", set()).update(alias.name for alias in node.names)
     return found
@@ -298,7 +318,7 @@ def borrowed(package: str, modules: Mapping[str, str]) -> list[str]:
     return [
         f"{module} imports {alias.name} from {node.module}"
         for module, text in modules.items()
-        for node in ast.walk(ast.parse(text))
+        for node in nodes(text)
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{package}.")
         for alias in node.names
         if alias.name not in public.get(node.module or "", set())

@@ -400,3 +400,26 @@ def test_the_rank_correlation_of_other_sites_or_examples_is_refused() -> None:
     for other in (build().isel(site=[1, 0, 2, 3]), build(n_examples=29)):
         with pytest.raises(ValueError, match="different sites or examples"):
             statistics.rank_correlation(build(), other)
+
+
+def test_one_example_has_a_ratio_and_no_interval() -> None:
+    one = build().isel(example=[0])
+    summary = statistics.summarize(one)
+    ratio = one["effect"].isel(example=0) / (one["source"] - one["base"]).isel(example=0)
+    np.testing.assert_allclose(summary["recovery"], ratio)
+    assert np.isnan(summary["recovery_low"]).all()
+    assert "n = 1 (unit: example, in this run): no intervals" in statistics.table(summary)
+
+
+def test_sites_that_hold_each_other_keep_their_order_in_a_table() -> None:
+    summary = statistics.summarize(build())
+    labels = summary["site"].values.tolist()
+    nested = summary.assign_coords(level=("site", ["up_to_layer"] * len(labels)))
+    shown = [line.split("  ")[0].strip() for line in statistics.table(nested).splitlines()[2:]]
+    assert shown == labels
+    by_size = [line.split("  ")[0].strip() for line in statistics.table(summary).splitlines()[2:]]
+    assert by_size != labels
+
+
+def test_results_say_what_no_layer_is() -> None:
+    assert "-1" in build()["layer"].attrs["long_name"]

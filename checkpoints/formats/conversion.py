@@ -18,6 +18,7 @@ from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import TrajectoryError
 from checkpoints.formats.naming import Naming, Split, optimizer_state, split
 from checkpoints.rng import RngState
+from checkpoints.wrappers import own_parameters
 
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
 
@@ -104,6 +105,7 @@ def _record(path: Path) -> dict[str, Any]:
 def _converted(source: Source, names: Naming) -> tuple[Checkpoint, Split]:
     """A source as a checkpoint; its numeric environment is not known."""
     contents = source.read()
+    model = names.model or contents.model
     try:
         found = split(contents.tensors, replace(names, model=contents.model or names.model))
         if len(contents.optimizers) > 1 or len(contents.schedulers) > 1:
@@ -124,6 +126,9 @@ def _converted(source: Source, names: Naming) -> tuple[Checkpoint, Split]:
         rng=contents.rng,
         fingerprint={},
         begins_optimizer=bool(optimizers) and contents.step == 0,
+        frozen=()
+        if model is None
+        else tuple(n for n, p in own_parameters(model).items() if not p.requires_grad),
     )
     return checkpoint, found
 

@@ -26,6 +26,7 @@ from dynamics.recipe import Contrast, Recipe
 from dynamics.steps.fallbacks import ComputePaths
 from dynamics.steps.states import starting_point
 from dynamics.steps.update import Steps
+from dynamics.steps.worker_threads import worker_threads
 
 
 @exclusive
@@ -97,7 +98,7 @@ def attribute_examples(
     measuring = Measuring(recipe, state, table.by_name, paths)
     gradients = MeasureGradients(recipe, state, paths)
     trained = [name for name, p in recipe.model.named_parameters() if p.requires_grad]
-    with progress_bar("attribute_examples", len(probes), "probe") as bar:
+    with worker_threads(state.parameters), progress_bar("attribute_examples", len(probes), "probe") as bar:
         for i, probe in enumerate(probes):
             name = named(probes, i)
             with naming(name):
@@ -114,5 +115,5 @@ def attribute_examples(
 
 def _projected(moved: Mapping[str, Tensor], onto: Mapping[str, Tensor], n_rows: int) -> Array:
     """⟨onto, what each row moved⟩ in fp64: [n_rows]."""
-    parts = [m.reshape(n_rows, -1).double() @ onto[name].flatten() for name, m in moved.items()]
+    parts = [m.reshape(n_rows, -1).double() @ onto[name].flatten().double() for name, m in moved.items()]
     return torch.stack(parts).sum(0).cpu().numpy()

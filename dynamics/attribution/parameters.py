@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 import xarray as xr
 
 from checkpoints import CheckpointPair
 from dynamics.engine.arguments import check_pair_arguments, named, naming, probe_of
-from dynamics.engine.attribution_table import AttributionTable
 from dynamics.engine.exclusive import exclusive
-from dynamics.engine.measure_gradients import MeasureGradients
-from dynamics.engine.measuring import Measuring
-from dynamics.engine.path_integral import Method, Quadrature, StraightPath
+from dynamics.engine.parameter_attribution import ParameterAttribution
+from dynamics.engine.path_integral import Method, Quadrature
 from dynamics.engine.progress import progress_bar
-from dynamics.engine.site_sums import site_sums
 from dynamics.measures import Measure
 from dynamics.recipe import Contrast, Recipe
-from dynamics.results.labels import site_columns
 from dynamics.sites import Site, check, check_whole
-from dynamics.steps.fallbacks import ComputePaths
 from dynamics.steps.states import starting_point
+from dynamics.steps.worker_threads import worker_threads
 
 
 @exclusive
@@ -70,25 +65,26 @@ def attribute_parameters(
     state, other = (starting_point(recipe, checkpoint) for checkpoint in (pair.base, pair.source))
     base, source = ({**c.parameters, **c.buffers} for c in (state, other))
     moved = {n: p.shape for n, p in state.parameters.items() if p.is_floating_point()}
-    sums = site_sums(sites, moved)
-    table = AttributionTable(measure, len(contrasts), len(sites), ("base", "source"))
-    paths = ComputePaths("attribute_parameters")
-    measuring, gradients = (
-        Measuring(recipe, state, table.by_name, paths),
-        MeasureGradients(recipe, state, paths),
+    attribution = ParameterAttribution(
+        "attribute_parameters",
+        recipe,
+        state,
+        contrasts,
+        sites,
+        measure,
+        moved,
+        ("base", "source"),
+        quadrature,
     )
-    others_differ = any(not torch.equal(base[n], source[n]) for n in base.keys() - moved)
-    with progress_bar("attribute_parameters", len(contrasts), "contrast") as bar:
+    unmoved = {n: base[n] for n in base.keys() - moved}
+    with (
+        worker_threads(state.parameters),
+        progress_bar("attribute_parameters", len(contrasts), "contrast") as bar,
+    ):
         for i, contrast in enumerate(contrasts):
             name, probe = named(contrasts, i), probe_of(contrast)
             with naming(name):
-                table.evaluate(measuring, i, probe, {"base": base, "source": source})
-                end = table.references["source"][:, i]
-                if others_differ:
-                    end = measuring.one_model({**base, **{n: source[n] for n in moved}}, probe)
-                path = StraightPath(gradients, base, source, moved, probe, name)
-                table.integrate(i, path, end, quadrature, sums)
+                attribution.evaluate(i, probe, {"base": base, "source": source})
+                attribution.divide(i, name, probe, base, source, unmoved)
             bar.update()
-    return table.labelled(
-        "attribute_parameters", state, contrasts, "site", site_columns(sites), paths, source_step=other.step
-    )
+    return attribution.labelled(source_step=other.step)

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
 
-import torch
 import xarray as xr
+from torch import Tensor
 
 from checkpoints import Checkpoint
 from dynamics.engine.arguments import check_sources, check_step_arguments, named, naming
-from dynamics.engine.attribution_table import AttributionTable
 from dynamics.engine.exclusive import exclusive
 from dynamics.engine.gradient_prefetch import GradientPrefetch
-from dynamics.engine.measure_gradients import MeasureGradients
-from dynamics.engine.measuring import Measuring
-from dynamics.engine.path_integral import Method, Quadrature, StraightPath
+from dynamics.engine.parameter_attribution import ParameterAttribution
+from dynamics.engine.path_integral import Method, Quadrature
 from dynamics.engine.progress import progress_bar
-from dynamics.engine.runs import REFERENCE_ORDER, Runs, reference_models
-from dynamics.engine.site_sums import site_sums
+from dynamics.engine.runs import REFERENCE_ORDER, Runs, reference_models_trimmed
+from dynamics.engine.stack_memory import trim_freed_memory
 from dynamics.measures import Measure
 from dynamics.recipe import Contrast, Recipe
-from dynamics.results.labels import site_columns
 from dynamics.sites import Site, SiteError, check
-from dynamics.steps.fallbacks import ComputePaths
 from dynamics.steps.states import starting_point
 from dynamics.steps.update import Steps
+from dynamics.steps.worker_threads import worker_threads
 
 
 @exclusive
@@ -93,25 +89,26 @@ def attribute_step(
         )
     state = starting_point(recipe, checkpoint)
     trained = {n: p.shape for n, p in recipe.model.named_parameters() if p.requires_grad}
-    sums = site_sums(sites, trained)
-    table = AttributionTable(measure, len(contrasts), len(sites), REFERENCE_ORDER)
-    paths = ComputePaths("attribute_step")
-    steps, measuring = Steps(recipe, state, paths), Measuring(recipe, state, table.by_name, paths)
-    gradients = MeasureGradients(recipe, state, paths)
-    prefetch = GradientPrefetch(recipe, state, contrasts, paths)
-    with progress_bar("attribute_step", len(contrasts), "contrast") as bar:
+    attribution = ParameterAttribution(
+        "attribute_step", recipe, state, contrasts, sites, measure, trained, REFERENCE_ORDER, quadrature
+    )
+    steps = Steps(recipe, state, attribution.paths)
+    prefetch = GradientPrefetch(recipe, state, contrasts, attribution.paths)
+    with worker_threads(state.parameters), progress_bar("attribute_step", len(contrasts), "contrast") as bar:
         for i, contrast in enumerate(contrasts):
             runs = Runs(steps, contrast, named(contrasts, i), prefetch)
             with naming(runs.name):
-                models = dict(zip(REFERENCE_ORDER, chain.from_iterable(reference_models(runs)), strict=True))
-                table.evaluate(measuring, i, contrast.probe, models)
-                base, source, buffers = models["base"], models["source"], runs.base.buffers
-                models.clear()
-                runs.release()
-                path = StraightPath(gradients, base, source, trained, contrast.probe, runs.name)
-                end = table.references["source"][:, i]
-                if any(not torch.equal(source[n], buffer) for n, buffer in buffers.items()):
-                    end = measuring.one_model({**source, **buffers}, contrast.probe)
-                table.integrate(i, path, end, quadrature, sums)
+                kept: dict[str, dict[str, Tensor]] = {}
+                buffers, names = runs.base.buffers, iter(REFERENCE_ORDER)
+                for models in reference_models_trimmed(runs):
+                    for tensors, name in zip(models, names, strict=False):
+                        attribution.evaluate(i, contrast.probe, {name: tensors})
+                        if name in ("base", "source"):
+                            kept[name] = tensors
+                        del tensors
+                    del models  # before the next ones are made
+                    runs.release(kept)
+                trim_freed_memory(state.parameters)
+                attribution.divide(i, runs.name, contrast.probe, kept["base"], kept["source"], buffers)
             bar.update()
-    return table.labelled("attribute_step", state, contrasts, "site", site_columns(sites), paths)
+    return attribution.labelled()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from checkpoints import Checkpoint
 from dynamics import measures
-from dynamics.engine.arguments import check_step_arguments
+from dynamics.engine.arguments import check_step_arguments, naming
 from dynamics.engine.batch_sources import source_gradients
 from dynamics.engine.exclusive import exclusive
 from dynamics.engine.measure_gradients import MeasureGradients, MeasureQuery
@@ -123,14 +123,16 @@ def attribute_training(
     with resumed(recipe, state) as loop, progress_bar("attribute_training", len(batches), "step") as bar:
         kept = replace(state, parameters={}, optimizer=None, scheduler=None)  # the loop has its own
         del state
-        stretch = _Stretch(
-            loop, kept, asked, sites, measures.named(measure), sources, tolerance, max_nodes, paths
-        )
+        with naming(f"the model before step {loop.step}"):
+            stretch = _Stretch(
+                loop, kept, asked, sites, measures.named(measure), sources, tolerance, max_nodes, paths
+            )
         entries = [stretch.entry()]
         for first in range(0, len(batches), every):
             entry = stretch.entry()
             for i in range(first, min(first + every, len(batches))):
-                stretch.step(batches[i], entry)
+                with naming(f"step {loop.step}"):
+                    stretch.step(batches[i], entry)
                 bar.update()
             entries.append(entry)
         labels = stretch.labels

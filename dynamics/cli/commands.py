@@ -15,10 +15,12 @@ from dynamics.cli import (
     account,
     believe,
     compare,
+    demo,
     export,
     fit,
     importing,
     plot,
+    report,
     show,
     study,
     sweep,
@@ -40,11 +42,13 @@ class Command(Protocol):
 
 
 COMMANDS: dict[str, Command] = {
+    "demo": demo,
     "study": study,
     "fit": fit,
     "verify": verify,
     "show": show,
     "plot": plot,
+    "report": report,
     "believe": believe,
     "compare": compare,
     "sweep": sweep,

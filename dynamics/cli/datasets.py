@@ -78,19 +78,3 @@ def load(path: Path) -> xr.Dataset:
         return results.load(path)
     except (OSError, ValueError) as error:
         raise CommandError(f"{path} is no file of results (netCDF, .h5): {error}") from error
-
-
-def is_summary(dataset: xr.Dataset) -> bool:
-    """Whether it has come out of `statistics.summarize`."""
-    return "effect_low" in dataset
-
-
-def can_be_summarised(dataset: xr.Dataset) -> bool:
-    """Whether it has what `statistics.summarize` takes: sites, examples or runs, and both references."""
-    value = "effect" if "effect" in dataset else "attribution"
-    return (
-        {value, "base", "source"} <= set(dataset)
-        and "site" in dataset[value].dims
-        and "site" not in dataset["base"].dims
-        and not {"example", "seed"}.isdisjoint(dataset[value].dims)
-    )

@@ -45,6 +45,13 @@ def run(words: Sequence[str]) -> None:
     if given.kind == "huggingface":
         sources = given.paths[0], given.paths[1:]
         settings["load"] = _hugging_face
+    if given.kind == "trainer":
+        if len(given.paths) > 1:
+            raise CommandError(
+                f"found {len(given.paths)} folders; a Trainer has one, which holds checkpoint-N/."
+            )
+        sources = (given.paths[0],)
+        settings |= _trainers(Path(given.paths[0]))
     progress = partial(tqdm, desc="importing", unit="checkpoint", delay=1)
     try:
         trajectory = convert(*sources, given.out, progress=progress, **settings)
@@ -67,11 +74,14 @@ def _parser() -> Parser:
         prog="dynamics import",
         usage="dynamics import state_dicts|lightning|safetensors PATH [PATH ...] --out RUN [--prefix P] "
         "[--step PATTERN] [--key NAME] [--ignore GLOB ...]\n"
-        "       dynamics import huggingface FOLDER_OR_REPO REVISION [REVISION ...] --out RUN [...]",
+        "       dynamics import huggingface FOLDER_OR_REPO REVISION [REVISION ...] --out RUN [...]\n"
+        "       dynamics import trainer OUTPUT_DIR --out RUN [...]",
         description="Convert checkpoints of another format into a run's folder.",
     )
     parser.add_argument(
-        "kind", choices=["state_dicts", "lightning", "safetensors", "huggingface"], help="the format"
+        "kind",
+        choices=["state_dicts", "lightning", "safetensors", "huggingface", "trainer"],
+        help="the format",
     )
     parser.add_argument(
         "paths", type=str, nargs="+", metavar="PATH", help="files, folders, globs; repository, revisions"
@@ -82,6 +92,20 @@ def _parser() -> Parser:
     parser.add_argument("--key", type=str, help="the entry of a file that is the state dict")
     parser.add_argument("--ignore", type=str, nargs="+", default=[], help="globs of names to leave out")
     return parser
+
+
+def _trainers(folder: Path) -> dict[str, Any]:
+    """What a Trainer's folder is read with: the model that its config names, and a Trainer's two groups."""
+    if not (first := next(iter(sorted(folder.glob("checkpoint-*"))), None)):
+        return {}  # which is said where the folder is read
+    import torch
+    import transformers
+
+    model = _hugging_face(first)
+    decayed = transformers.Trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]  # asks no Trainer
+    trained = [(name in decayed, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [{"params": [p for decays, p in trained if decays is wanted]} for wanted in (True, False)]
+    return {"load": _hugging_face, "model": model, "optimizer": torch.optim.AdamW(groups)}
 
 
 def _hugging_face(folder: Path) -> Any:

@@ -42,14 +42,18 @@ def run(words: Sequence[str]) -> None:
         "that dynamics compare draws.",
     )
     parser.add_argument("file", type=Path, metavar="FILE.h5", help="a file of results")
-    parser.add_argument("--out", type=Path, help="the figure's file, .png; default: beside the file")
+    parser.add_argument(
+        "--out", type=Path, help="its file: .png, .svg or .pdf; default: .png beside the file"
+    )
     datasets.add_at(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a figure that is there")
     given = parser.parse_args(list(words))
 
     out = given.out or given.file.with_suffix(".png")
-    if out.suffix.lower() != ".png":
-        raise CommandError(f"--out {out}: figures are saved as PNG; expected {out.with_suffix('.png')}.")
+    if out.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise CommandError(
+            f"--out {out}: figures are saved as PNG, SVG or PDF; expected {out.with_suffix('.png')}."
+        )
     if out.exists() and not given.overwrite:
         raise CommandError(f"{out} is there already. Give --out FILE.png, or --overwrite to replace it.")
     from dynamics import plots
@@ -65,8 +69,10 @@ def run(words: Sequence[str]) -> None:
 
 def _figure(dataset: xr.Dataset, path: Path) -> tuple[Figure, list[str]]:
     """The figure that fits, and in words what was selected for it."""
+    from dynamics import statistics
+
     value = "effect" if "effect" in dataset else "attribution"
-    if datasets.is_summary(dataset) or datasets.can_be_summarised(dataset):
+    if statistics.is_summary(dataset) or statistics.can_be_summarised(dataset):
         return _of_effects(dataset, value)
     if value in dataset and "pos" in dataset.coords:
         return _tiles(dataset, value)
@@ -90,14 +96,14 @@ def _of_effects(dataset: xr.Dataset, value: str) -> tuple[Figure, list[str]]:
     """Tiles, sites by steps, states against each other, heads, or intervals."""
     from dynamics import plots, statistics
 
-    if "pos" in dataset.coords and not datasets.is_summary(dataset):
+    if "pos" in dataset.coords and not statistics.is_summary(dataset):
         return _tiles(dataset, value)
     one, level = _one_level(dataset)
     several = [dim for dim in ("step", "optimizer") if one.sizes.get(dim, 1) > 1][:1]
     if {"step", "source_step"} <= set(one.dims):
         several = ["step", "source_step"]
     one, words = datasets.first_of_others(one, ("site", "example", "seed", *several))
-    summary = one if datasets.is_summary(one) else statistics.summarize(one)
+    summary = one if statistics.is_summary(one) else statistics.summarize(one)
     words = [*level, *words]
     if several == ["step", "source_step"]:
         return plots.transfer(summary), words

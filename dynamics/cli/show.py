@@ -161,11 +161,11 @@ def _show_file(path: Path, asked: Sequence[str]) -> None:
     dataset = datasets.load(path)
     print(f"{path}: {', '.join(f'{size} {dim}' for dim, size in dataset.sizes.items())}")
     dataset = datasets.at(dataset, asked)
-    if datasets.is_summary(dataset) or datasets.can_be_summarised(dataset):
+    if statistics.is_summary(dataset) or statistics.can_be_summarised(dataset):
         chosen, words = datasets.first_of_others(dataset, ("site", "example", "seed"))
         if words:
             print(f"at {', '.join(words)}")
-        summary = chosen if datasets.is_summary(chosen) else statistics.summarize(chosen)
+        summary = chosen if statistics.is_summary(chosen) else statistics.summarize(chosen)
         print(statistics.table(summary))
         return
     variables = {str(name): array for name, array in dataset.data_vars.items()}

@@ -27,6 +27,7 @@ def run(words: Sequence[str]) -> None:
         given.into,
         *question(given, trained),
         source_steps=given["from"],
+        source_run=None if given.source is None else open_trained(given.source, "a transfer needs"),
     )
     folder = given.out or given.run / "results" / "transfer"
     found = sweeps.run(asked, folder, given.workers)
@@ -41,8 +42,8 @@ def run(words: Sequence[str]) -> None:
 def _parser() -> Parser:
     parser = Parser(
         prog="dynamics transfer",
-        usage="dynamics transfer RUN --from STEP ... --into STEP ... [--verb NAME] [--levels LEVEL ...]\n"
-        "         [--measures NAME ...] [--out FOLDER] [--workers N]",
+        usage="dynamics transfer RUN --from STEP ... --into STEP ... [--source RUN] [--verb NAME]\n"
+        "         [--levels LEVEL ...] [--measures NAME ...] [--out FOLDER] [--workers N]",
         description="What does a run have at one step that it lacks at another, and where? Each site of the "
         "checkpoint at every step of --from is put into that at every step of --into; what this changes is "
         "measured on every contrast of the run's task, and drawn. Later into earlier asks what suffices, earlier "
@@ -53,6 +54,9 @@ def _parser() -> Parser:
         parser.add_argument(
             f"--{name}", type=int, nargs="+", required=True, help=f"steps of the checkpoint that {which}"
         )
+    parser.add_argument(
+        "--source", type=Path, metavar="RUN", help="another run that gives; default: the run itself"
+    )
     parser.add_argument("--verb", choices=VERBS, default="patch_parameters", help="exchange, or integrate")
     add_question(parser)
     parser.add_argument("--out", type=Path, help="where results are kept; default: RUN/results/transfer")

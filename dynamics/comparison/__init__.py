@@ -18,6 +18,8 @@ from dynamics.comparison.internals import compare_activations as compare_activat
 from dynamics.comparison.internals import compare_patterns as compare_patterns
 from dynamics.comparison.internals import head_roles as head_roles
 from dynamics.comparison.internals import linear_cka as linear_cka
+from dynamics.comparison.noise import perturbed as perturbed
+from dynamics.comparison.noise import under_noise as under_noise
 from dynamics.comparison.pairs import compare as compare
 from dynamics.comparison.sizes import step_sizes as step_sizes
 from dynamics.comparison.trajectories import over_training as over_training

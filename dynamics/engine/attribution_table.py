@@ -78,9 +78,13 @@ class AttributionTable:
         for m, (name, function) in enumerate(self.by_name.items()):
             start, stop = (self.references[which][m, example] for which in ("base", "source"))
             mean, self.nodes[m, example] = path.mean_gradient(name, function, end[m] - start, quadrature)
-            elements = {n: g * path.change[n] for n, g in mean.items()}
-            self.attribution[m, example] = sums(elements)
-            self.residual[m, example] = sum(float(e.sum()) for e in elements.values()) - (stop - start)
+            of_sites, total = np.zeros((1, self.attribution.shape[-1])), 0.0
+            for n, gradient in mean.items():
+                elements = path.elements(n, gradient)
+                sums.add(of_sites, n, elements[None])
+                total += float(elements.sum())
+            self.attribution[m, example] = of_sites[0]
+            self.residual[m, example] = total - (stop - start)
 
     def labelled(
         self,

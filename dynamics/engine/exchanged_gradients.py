@@ -13,16 +13,23 @@ from dynamics.trees import exchanged
 
 
 def patched_gradients(runs: Runs, sites: Sequence[Site]) -> Iterator[StepGradient]:
-    """The base run's gradient and buffers with the source run's on one site at a time."""
+    """The base run's gradient and buffers with the source run's on one site at a time.
+
+    Of the source run's gradient what no site covers is released.
+    """
     located = [site for site in sites if site.positions is not None]
     crossed = CrossedFactors(runs, located) if located else None
+    covered = {name for site in sites for name in site.covers}
+    whole = {n: g if n in covered else None for n, g in runs.source.gradients.items()}
+    buffers = runs.source.buffers
+    runs.release(("source",))
     for site in sites:
         if crossed and site.positions is not None:
             source = crossed.gradient("source", "source", site.positions)
         else:
-            source = runs.source.gradients
+            source = whole
         yield replace(
             runs.base,
             gradients=exchanged(runs.base.gradients, source, site.covers),
-            buffers=exchanged(runs.base.buffers, runs.source.buffers, site.covers),  # type: ignore[arg-type]
+            buffers=exchanged(runs.base.buffers, buffers, site.covers),  # type: ignore[arg-type]
         )

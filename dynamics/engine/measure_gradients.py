@@ -24,6 +24,7 @@ from dynamics.steps import NonFiniteGradient
 from dynamics.steps.fallbacks import ComputePaths, Fallback, in_halves, out_of_memory, reason
 from dynamics.steps.per_example import signature, stacked_batches
 from dynamics.steps.pullbacks import alike
+from dynamics.steps.worker_threads import spread
 from dynamics.trees import Gradients, copied, not_finite
 
 A = TypeVar("A")
@@ -152,6 +153,32 @@ class MeasureGradients:
         self.paths.took(PART, path)
         return first, found
 
+    def add_to(
+        self,
+        total: Mapping[str, Tensor],
+        query: MeasureQuery,
+        leaves: Mapping[str, Tensor],
+        weights: Sequence[float],
+    ) -> None:
+        """Add Σ_k w_k ∇M(θ_k) to a total, as `summed`.
+
+        Of one model each tensor's gradient is added as soon as it is there, so that never all of them are held.
+
+        Args:
+            total: by trained parameter; written.
+            query, leaves, weights: as `summed`.
+        """
+        if len(weights) > 1 or any(total[n].dtype != leaf.dtype for n, leaf in leaves.items()):
+            found = self.summed(query, leaves, weights)
+            spread(lambda name: total[name].add_(found[name]), list(found))
+            return
+        inputs = {n: leaf[0].detach().requires_grad_() for n, leaf in leaves.items()}
+        value = self._value(query, inputs)
+        for n, leaf in inputs.items():
+            leaf.grad = total[n]
+        torch.autograd.backward(value, value.new_tensor(weights[0]), inputs=list(inputs.values()))
+        self._check_finite(query, total)
+
     def of_probes(
         self, queries: Sequence[MeasureQuery], leaves: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -279,6 +306,18 @@ class MeasureGradients:
     ) -> tuple[Tensor, dict[str, Tensor | None]]:
         """One model's measure, and the gradient times its weight."""
         inputs = {n: leaf.detach().requires_grad_() for n, leaf in leaves.items()}
+        value = self._value(query, inputs)
+        grads = torch.autograd.grad(value, list(inputs.values()), value.new_tensor(weight), allow_unused=True)
+        found: dict[str, Tensor | None] = dict(zip(inputs, grads, strict=True))
+        self._check_finite(query, found)
+        return value.detach(), found
+
+    def _value(self, query: MeasureQuery, inputs: Mapping[str, Tensor]) -> Tensor:
+        """One model's measure, with its graph from the inputs.
+
+        Raises:
+            ValueError: it has none.
+        """
         tensors = {**query.others, **inputs}
         own = self.checkpoint.buffers if isinstance(query.measure, LogitMeasure) else tensors
         with self.checkpoint.random_state(), torch.enable_grad(), eval_mode(self.recipe.model):
@@ -288,13 +327,13 @@ class MeasureGradients:
                 f"measure {query.name!r} has no gradient with respect to any trained parameter, so nothing can be "
                 "attributed. Give one that can be differentiated, such as a logit; patch_updates takes any."
             )
-        grads = torch.autograd.grad(value, list(inputs.values()), value.new_tensor(weight), allow_unused=True)
-        found: dict[str, Tensor | None] = dict(zip(inputs, grads, strict=True))
+        return value
+
+    def _check_finite(self, query: MeasureQuery, found: Gradients) -> None:
         if culprit := not_finite(found):
             raise NonFiniteGradient(
                 f"The gradient of measure {query.name!r} of {query.where} at {culprit} is not finite."
             )
-        return value.detach(), found
 
     def _together(
         self, query: MeasureQuery, leaves: Mapping[str, Tensor], weights: Sequence[float]

@@ -127,7 +127,10 @@ class Measuring:
             self._call(partial(measures.refuse_all_nan, self.by_name), models[i], probe)
 
     def _one_by_one(self, models: Stack, probe: Any, first: int = 0) -> Array:
-        return np.stack([self.one_model(models[i], probe) for i in range(first, len(models))])
+        each = [self._call(self._evaluate, models[i], probe) for i in range(first, len(models))]
+        found: Array = torch.stack(each).double().cpu().numpy()
+        self._refuse_all_nan(found, models.part(first, len(models)), probe)
+        return found
 
     def _one_by_one_from_now_on(self, why: BaseException | str) -> None:
         self._vmap_holds = False

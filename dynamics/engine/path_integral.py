@@ -17,6 +17,8 @@ from torch import Tensor
 from dynamics.engine.measure_gradients import MeasureGradients, MeasureQuery
 from dynamics.engine.stack_memory import QUARTER, chunks, models_per_stack
 from dynamics.measures import Measure
+from dynamics.steps.stacks import Workspace
+from dynamics.steps.worker_threads import blocks, spread
 
 Method = Literal["first_order", "integrated"]
 
@@ -82,14 +84,15 @@ class StraightPath:
     name: str
 
     @cached_property
-    def change(self) -> dict[str, Tensor]:
-        """Stop − start of every parameter that is moved, in fp64."""
-        return {name: self._change_of(name) for name in self.moved}
+    def _space(self) -> Workspace:
+        """Memory for the parameters at nodes."""
+        return Workspace()
 
     def mean_gradient(
         self, name: str, measure: Measure, change_of_measure: float, quadrature: Quadrature
     ) -> tuple[dict[str, Tensor], int]:
-        """The measure's gradient averaged over the path, by moved parameter in fp64, and the number of nodes.
+        """The measure's gradient averaged over the path, by moved parameter in its dtype (fp32 or more), and the
+        number of nodes.
 
         Nodes are doubled until the gradient times the change of the parameters is the change of the measure
         to within the tolerance, or there are no more. A parameter the measure does not read has gradient zero.
@@ -100,18 +103,20 @@ class StraightPath:
         """
         mean: dict[str, Tensor] = {}
         n_nodes = 0
-        others = {n: t for n, t in self.start.items() if n not in self.change}
+        others = {n: t for n, t in self.start.items() if n not in self.moved}
         query = MeasureQuery(name, measure, self.probe, others, self.name)
         for rule in quadrature.rules():
-            mean = {n: torch.zeros_like(delta) for n, delta in self.change.items()}
-            for chunk in chunks(rule, models_per_stack((self.start[n] for n in self.change), QUARTER)):
+            mean = {
+                n: torch.zeros_like(self.start[n], dtype=_at_least_fp32(self.start[n])) for n in self.moved
+            }
+            for chunk in chunks(rule, models_per_stack((self.start[n] for n in self.moved), QUARTER)):
                 nodes, weights = zip(*chunk, strict=True)
-                for n, g in self.gradients.summed(query, self._at(nodes), weights).items():
-                    mean[n].add_(g)
+                self.gradients.add_to(mean, query, self._at(nodes), weights)
             n_nodes = len(rule)
             parts = self._parts(mean)
             if abs(sum(parts) - change_of_measure) <= quadrature.tolerance * sum(map(abs, parts)):
                 break
+        vars(self).pop("_space", None)  # while the mean is summed over sites
         return mean, n_nodes
 
     def refined(
@@ -151,19 +156,49 @@ class StraightPath:
                 break
         return mean, n_nodes, sum(parts)
 
+    def elements(self, name: str, gradient: Tensor) -> Tensor:
+        """A gradient times the change of one parameter, element by element in fp64."""
+        found = torch.empty_like(gradient, dtype=torch.float64, memory_format=torch.contiguous_format)
+        flat, of_each = found.view(-1), gradient.reshape(-1)
+
+        def fill(at: slice) -> None:
+            torch.mul(of_each[at], self._change_of(name, at), out=flat[at])
+
+        spread(fill, blocks(flat))
+        return found
+
     def _parts(self, mean: Mapping[str, Tensor]) -> list[float]:
         """A gradient times the change of each parameter, in fp64."""
-        return [float((g * self._change_of(n)).sum()) for n, g in mean.items()]
 
-    def _change_of(self, name: str) -> Tensor:
-        """Stop − start of one parameter, in fp64."""
-        return self.stop[name].double() - self.start[name].double()
+        def of_block(unit: tuple[str, slice]) -> Tensor:
+            name, at = unit
+            return (mean[name].reshape(-1)[at] * self._change_of(name, at)).sum()
+
+        units = [(n, at) for n, g in mean.items() for at in blocks(g)]
+        total: dict[str, float] = dict.fromkeys(mean, 0.0)
+        for (name, _), part in zip(units, torch.stack(spread(of_block, units)).tolist(), strict=True):
+            total[name] += part
+        return list(total.values())
+
+    def _change_of(self, name: str, at: slice) -> Tensor:
+        """Stop − start of a block of one parameter, in fp64."""
+        start, stop = (tensors[name].detach().reshape(-1)[at] for tensors in (self.start, self.stop))
+        return stop.double() - start.double()
 
     def _at(self, nodes: Sequence[float]) -> dict[str, Tensor]:
-        """Moved parameters at start + node · change: [n_nodes, *shape]."""
-        found = {}
-        for n in self.moved:
-            start = self.start[n].detach()
-            step = self._change_of(n).to(start.dtype)
-            found[n] = torch.stack([torch.add(start, step, alpha=node) for node in nodes])
+        """Moved parameters at start + node · change: [n_nodes, *shape], which hold until it is called again."""
+        found = {n: self._space.empty(n, self.start[n], len(nodes), *self.start[n].shape) for n in self.moved}
+
+        def fill(unit: tuple[str, slice]) -> None:
+            name, at = unit
+            start = self.start[name].detach().reshape(-1)[at]
+            step = self._change_of(name, at).to(start.dtype)
+            for node, out in zip(nodes, found[name].view(len(nodes), -1), strict=True):
+                torch.add(start, step, alpha=node, out=out[at])
+
+        spread(fill, [(n, at) for n in self.moved for at in blocks(self.start[n])])
         return found
+
+
+def _at_least_fp32(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import chain
+from itertools import chain, cycle
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from dynamics.steps.fallbacks import ComputePaths, out_of_memory, reason
 from dynamics.steps.stacks import Stack, Workspace, stack
 from dynamics.steps.states import starting_point
 from dynamics.steps.update import Steps
+from dynamics.steps.worker_threads import has_workers, worker_threads
 
 REFERENCE_ORDER = ("untouched", "coasted", "base", "source")
 """What every patched step is compared with, in the order in which the models are made: where they are large, no
@@ -176,7 +178,7 @@ def run_contrasts(
     steps, measuring = Steps(recipe, state, paths), Measuring(recipe, state, by_name, paths)
     groups = _sharing_batches(contrasts)
     prefetch = GradientPrefetch(recipe, state, [contrasts[members[0]] for members in groups], paths)
-    with progress_bar(verb, values[..., 0].size, "step") as bar:
+    with worker_threads(state.parameters), progress_bar(verb, values[..., 0].size, "step") as bar:
         for members in groups:
             runs = Runs(steps, contrasts[members[0]], named(contrasts, members[0]), prefetch, space)
             with naming(runs.name):
@@ -269,70 +271,74 @@ def _reference_steps(runs: Runs) -> Iterator[StepGradient]:
     return (steps[name]() for name in REFERENCE_ORDER)
 
 
-def stepped_models(runs: Runs, gradients: Iterable[StepGradient], share: float = 1) -> Iterator[Stack]:
+def stepped_models(
+    runs: Runs, gradients: Iterable[StepGradient], share: float = 1, beside: Sequence[StepGradient] = ()
+) -> Iterator[Stack]:
     """The models after a step with each of the gradients, as many of them at a time as that share of memory allows.
 
-    Each stack holds until the next one is asked for.
+    Each stack holds until the next one is asked for. Where there are worker threads they begin on the next one
+    while it is measured, in memory of its own.
+
+    Args:
+        beside: whose models come first in every stack; left out of one for which memory is too short.
     """
-    return _stepped(runs, gradients, lambda: runs.space, share)
+    begun: deque[Callable[[], Iterator[Stack]]] = deque()
+    spaces = cycle([runs.space, Workspace()] if has_workers() else [runs.space])
+    most = models_per_stack(runs.checkpoint.parameters.values(), share)
+    many = chunks(gradients, max(1, most - len(beside)))
+    for steps, space in zip(many, spaces, strict=False):
+        begun.append(_begun(runs, space, steps, beside if most > len(beside) else ()))
+        del steps  # while the stack is measured
+        if not has_workers() or len(begun) > 1:
+            yield from begun.popleft()()
+    for finish in begun:
+        yield from finish()
 
 
 def stepped_variants(
     runs: Runs, gradients: Iterable[StepGradient], share: float = 1
 ) -> Iterator[Stack | Variants]:
-    """The same beside the model after the base step, of which they are variants where two fit the memory."""
-    most = models_per_stack(runs.checkpoint.parameters.values(), share)
-    if most == 1:
-        return stepped_models(runs, gradients, share)
-    return chain.from_iterable(map(partial(_variants_after, runs), chunks(gradients, most - 1)))
+    """The same, as variants of the model after the base step where two models fit the memory."""
+    for models in stepped_models(runs, gradients, share, [runs.base]):
+        yield Variants(models, None) if len(models) > 1 else models
+        del models  # before the next ones are made
 
 
 def _stepped(
     runs: Runs, gradients: Iterable[StepGradient], space: Callable[[], Workspace], share: float
 ) -> Iterator[Stack]:
     many = chunks(gradients, models_per_stack(runs.checkpoint.parameters.values(), share))
-    return chain.from_iterable(map(partial(_after, runs, space), many))
+    return chain.from_iterable(_begun(runs, space(), steps)() for steps in many)
 
 
-def _after(runs: Runs, space: Callable[[], Workspace], steps: Sequence[StepGradient]) -> Iterator[Stack]:
-    """One stack of the models after these steps; where memory runs out one of either half."""
-    try:
-        models = _taken(runs, space(), steps)
-    except Exception as error:
-        if len(steps) < 2 or not out_of_memory(error):
-            raise
+def _begun(
+    runs: Runs, space: Workspace, steps: list[StepGradient], beside: Sequence[StepGradient] = ()
+) -> Callable[[], Iterator[Stack]]:
+    """What gives one stack of the models after these steps; where memory runs out one of either half."""
+
+    def halved(error: Exception) -> Iterator[Stack]:
+        if len(beside) + len(steps) < 2 or not out_of_memory(error):
+            raise error
         runs.steps.paths.fell_back("steps", "fewer at a time", reason(error))
-    else:
-        del steps  # while the stack is measured
-        yield models
-        return
-    middle = len(steps) // 2
-    yield from _after(runs, space, steps[:middle])
-    yield from _after(runs, space, steps[middle:])
+        if len(steps) == 1:
+            return _begun(runs, space, steps)()
+        middle = len(steps) // 2
+        halves = steps[:middle], steps[middle:]
+        return chain.from_iterable(_begun(runs, space, half, beside)() for half in halves)
 
-
-def _variants_after(runs: Runs, steps: Sequence[StepGradient]) -> Iterator[Stack | Variants]:
-    """The same beside the model after the base step; a single step for which memory is short stands alone."""
     try:
-        models = _taken(runs, runs.space, [runs.base, *steps])
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
-        runs.steps.paths.fell_back("steps", "fewer at a time", reason(error))
-    else:
-        del steps
-        yield Variants(models, None)
-        return
-    if len(steps) < 2:
-        yield from _after(runs, lambda: runs.space, steps)
-        return
-    middle = len(steps) // 2
-    yield from _variants_after(runs, steps[:middle])
-    yield from _variants_after(runs, steps[middle:])
+        finish = runs.steps.begin([step.gradients for step in (*beside, *steps)], space)
+    except Exception as error:  # noqa: BLE001 (raised again where memory did not run out)
+        return partial(halved, error)
 
+    def finished() -> Iterator[Stack]:
+        try:
+            moved = finish()
+        except Exception as error:  # noqa: BLE001 (raised again where memory did not run out)
+            yield from halved(error)
+            return
+        n, buffers = len(beside) + len(steps), stack([step.buffers for step in (*beside, *steps)])
+        steps.clear()  # while the stack is measured
+        yield Stack(n, {**moved.shared, **buffers.shared}, {**moved.stacked, **buffers.stacked})
 
-def _taken(runs: Runs, space: Workspace, steps: Sequence[StepGradient]) -> Stack:
-    """The models after these steps, parameters and buffers."""
-    moved = runs.steps.take([step.gradients for step in steps], space)
-    buffers = stack([step.buffers for step in steps])
-    return Stack(len(steps), {**moved.shared, **buffers.shared}, {**moved.stacked, **buffers.stacked})
+    return finished

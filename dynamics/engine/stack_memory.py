@@ -19,6 +19,9 @@ T = TypeVar("T")
 MAX_STACKED = 16
 """Models stacked at most, whatever their size: more no longer share what comes before the first change."""
 
+MAX_STACKED_GPU = 64
+"""The same on a GPU, where launching kernels for few models at a time costs more than what they share."""
+
 CPU_STACK_BYTES = 2**26
 """Bytes of a stack where memory abounds: a stack of this size, two gradients and what a pass leaves fit four models
 of the size of the stack. Twice as much takes less time, and more memory than that."""
@@ -62,8 +65,9 @@ def models_per_stack(tensors: Iterable[Tensor], share: float = 1) -> int:
     """How many models of these tensors are stacked in a share of the memory."""
     given = list(tensors)
     size = max(1, sum(t.nbytes for t in given))
-    room = memory_budget(given[0].device if given else torch.device("cpu"), share)
-    return min(MAX_STACKED, max(1, room // size))
+    device = given[0].device if given else torch.device("cpu")
+    most = MAX_STACKED_GPU if device.type == "cuda" else MAX_STACKED
+    return min(most, max(1, memory_budget(device, share) // size))
 
 
 def memory_budget(device: torch.device, share: float = 1) -> int:

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from dynamics.plots import figures
+from dynamics.plots.figures import Figure, styled
 
 COLOURS = (
     figures.BLUE,
@@ -26,6 +26,7 @@ COLOURS = (
 OTHERS = "all others"
 
 
+@styled
 def account(dataset: xr.Dataset) -> Figure:
     """The measure along a stretch of training, over what its account adds up from: by source, and by site.
 
@@ -41,7 +42,7 @@ def account(dataset: xr.Dataset) -> Figure:
     """
     chosen = figures.expect_dims(dataset, "attribution", ("step", "source", "site"))
     kinds = [dim for dim in ("source", "site") if dim in chosen["attribution"].dims]
-    figure = Figure(figsize=(5.2 * len(kinds) + 0.6, 4.4), layout="constrained")
+    figure = Figure(figsize=(5.2 * len(kinds) + 0.6, 4.4))
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for kind, axes in zip(kinds, panels, strict=True):
         rest = [dim for dim in kinds if dim != kind]
@@ -49,16 +50,14 @@ def account(dataset: xr.Dataset) -> Figure:
         risen = chosen["value"] - chosen["value"].isel(step=0)
         axes.plot(chosen["step"], risen, color=figures.BLACK, linewidth=1.8, label="the measure's change")
         axes.axhline(0, color=figures.GREY, linewidth=0.8, zorder=1)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set(xlabel="training step", title=f"by {kind}")
+        axes.set(xlabel="training step", title=f"What was written, by {kind}")
         axes.margins(x=0)
-        axes.legend(
-            loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False, fontsize=8, reverse=True
-        )
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=8, reverse=True)
     panels[0].set_ylabel(_what(chosen))
     return figure
 
 
+@styled
 def account_map(dataset: xr.Dataset) -> Figure:
     """What each source wrote at each site over the whole stretch, with the sums at the margins.
 
@@ -107,7 +106,7 @@ def account_map(dataset: xr.Dataset) -> Figure:
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     first, last = chosen["step"].values[[0, -1]]
-    axes.set_title(f"written in steps {first} to {last}", fontsize=10)
+    axes.set_title(f"What each source wrote at each {figures.kinds(chosen)}, steps {first} to {last}")
     bar = figure.colorbar(image, ax=axes, label=_what(chosen), fraction=0.05, pad=0.02)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import xarray as xr
-from matplotlib.figure import Figure
 
 from dynamics import statistics
 from dynamics.plots import figures
+from dynamics.plots.figures import Figure, styled
 
 Array = npt.NDArray[np.float64]
 
@@ -19,6 +19,7 @@ _SIGNED = ("effect", "attribution")
 """Variables whose colours diverge from zero."""
 
 
+@styled
 def tiles(
     dataset: xr.Dataset,
     value: str = "effect",
@@ -49,7 +50,6 @@ def tiles(
             len(cells) * (0.34 * len(columns) + 0.6) + 1.1 + 0.075 * max(map(len, rows)),
             0.2 * len(rows) + 1.5,
         ),
-        layout="constrained",
     )
     grid = figure.subplots(1, len(cells), sharey=True, squeeze=False)[0]
     settings = _colours(np.stack(list(cells.values())), value)
@@ -63,10 +63,11 @@ def tiles(
         axes.tick_params(length=0)
     grid[0].set_yticks(range(len(rows)), rows, fontsize=7)
     _colour_bar(figure, image, list(grid), figures.with_units(dataset, value))
-    figure.suptitle(f"{value}, {_mean_over(panels)}", fontsize=9)
+    figure.suptitle(f"{value.capitalize()} by component and position, {_mean_over(panels)}")
     return figure
 
 
+@styled
 def bars(dataset: xr.Dataset, value: str = "patched", facet: str = "measure") -> Figure:
     """One bar for each layer's component on a logarithmic axis, in one panel for each value of a dim.
 
@@ -88,7 +89,7 @@ def bars(dataset: xr.Dataset, value: str = "patched", facet: str = "measure") ->
         for name in ("base", "source")
         if name in dataset and value == "patched"
     }
-    figure = Figure(figsize=(max(0.22 * len(rows) + 1.2, 4.0), 1.7 * len(cells) + 0.9), layout="constrained")
+    figure = Figure(figsize=(max(0.22 * len(rows) + 1.2, 4.0), 1.7 * len(cells) + 0.9))
     grid = figure.subplots(len(cells), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     colours = [figures.BLUE, figures.ORANGE, figures.GREEN, figures.PURPLE, figures.VERMILLION, figures.SKY]
     for i, (axes, (name, values)) in enumerate(zip(grid, cells.items(), strict=True)):
@@ -96,22 +97,20 @@ def bars(dataset: xr.Dataset, value: str = "patched", facet: str = "measure") ->
         axes.set_yscale("log")
         axes.tick_params(axis="y", labelsize=7)
         axes.set_title(name, fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
         for reference, style in zip(references, ("--", ":"), strict=False):
             level = float(
                 references[reference].isel({facet: i} if facet in references[reference].dims else {})
             )
             axes.axhline(level, color=figures.BLACK, linestyle=style, linewidth=0.8, label=reference)
     if references:
-        figure.legend(
-            *grid[0].get_legend_handles_labels(), fontsize=7, frameon=False, loc="outside right upper"
-        )
+        figure.legend(*grid[0].get_legend_handles_labels(), fontsize=7, loc="outside right center")
     grid[-1].set_xticks(range(len(rows)), rows, rotation=90, fontsize=7)
     figure.supylabel(figures.with_units(dataset, value), fontsize=9)
-    figure.suptitle(f"{value}, {_mean_over(panels)}", fontsize=9)
+    figure.suptitle(f"{value.capitalize()} by component, {_mean_over(panels)}")
     return figure
 
 
+@styled
 def signed_heads(dataset: xr.Dataset, tokens: Sequence[str], n: int = 6) -> Figure:
     """Attention by head and sign: what each attention weight, destination by source, adds to the measure or takes.
 
@@ -141,7 +140,7 @@ def signed_heads(dataset: xr.Dataset, tokens: Sequence[str], n: int = 6) -> Figu
     n_columns = min(3, len(largest))
     n_rows = -(-len(largest) // n_columns)
     side = 0.17 * n_pos + 1.0
-    figure = Figure(figsize=(n_columns * side + 1.0, n_rows * (side + 0.2)), layout="constrained")
+    figure = Figure(figsize=(n_columns * side + 1.0, n_rows * (side + 0.2)))
     grid: Any = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
     settings = _colours(np.stack([parts[name] for name in largest]), "attribution")
     for axes, name in zip(grid, largest, strict=False):
@@ -153,12 +152,14 @@ def signed_heads(dataset: xr.Dataset, tokens: Sequence[str], n: int = 6) -> Figu
         axes.spines[:].set_visible(False)
     for axes in grid[len(largest) :]:
         axes.set_axis_off()
+    figure.suptitle("What attention weights add to the measure or take from it, by head and sign")
     figure.supxlabel("attended to", fontsize=8)
     figure.supylabel("attending", fontsize=8)
     _colour_bar(figure, image, list(grid), figures.with_units(dataset, "attribution"), shrink=0.7)
     return figure
 
 
+@styled
 def attribution_against_patching(attribution: xr.Dataset, patched: xr.Dataset) -> Figure:
     """One point for each site: its attribution across, the effect of patching it up, means over examples.
 
@@ -184,7 +185,7 @@ def attribution_against_patching(attribution: xr.Dataset, patched: xr.Dataset) -
         fontsize=9,
     )
     if len(components) > 1:
-        axes.legend(fontsize=7, frameon=False)
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from dynamics.plots import figures
+from dynamics.plots.figures import Figure, styled
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +26,7 @@ SETS = {
 OTHERS = (figures.GREEN, figures.PURPLE, figures.GREY)
 
 
+@styled
 def accuracies(metrics: pd.DataFrame, phases: Mapping[str, int], chance: Mapping[str, float]) -> Figure:
     """Accuracy of each set of questions over training: reliable sets in blues, unreliable ones in oranges.
 
@@ -68,7 +69,7 @@ def accuracies(metrics: pd.DataFrame, phases: Mapping[str, int], chance: Mapping
         axes.axvline(first, color=figures.GREY, linewidth=0.8, zorder=1)
     for guess in chance.values():
         axes.axhline(guess, color=figures.GREY, linewidth=1.0, linestyle=":", zorder=1)
-    figure.legend(loc="outside lower center", ncols=min(len(names), 3), frameon=False, fontsize=8.5)
+    figure.legend(loc="outside lower center", ncols=min(len(names), 3), fontsize=8.5)
     _name_guesses(axes, chance)
     _name_phases(figure, axes, phases)
     return figure

@@ -10,11 +10,11 @@ import numpy.typing as npt
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
-from matplotlib.figure import Figure
 
 from dynamics import statistics
 from dynamics.plots import figures
 from dynamics.plots.curves import OTHERS, SETS
+from dynamics.plots.figures import Figure, styled
 
 Figures = Mapping[str, Figure]
 """Figures by name."""
@@ -23,6 +23,7 @@ Panel = tuple[xr.Dataset, Mapping[str, xr.Dataset]]
 """Curves, one variable each, and by name the events marked in them, from `comparison.when`."""
 
 
+@styled
 def event_curves(columns: Mapping[str, Sequence[Panel]]) -> Figure:
     """Curves over training, panels below each other, with a line and its interval where each event happened.
 
@@ -42,7 +43,7 @@ def event_curves(columns: Mapping[str, Sequence[Panel]]) -> Figure:
     if len(sizes) != 1 or 0 in sizes:
         raise ValueError(f"the columns have {sorted(sizes)} panels; expected as many in each, at least one")
     (n_rows,) = sizes
-    figure = Figure(figsize=(4.6 * len(columns) + 0.6, 2.5 * n_rows + 0.9), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(columns) + 0.6, 2.5 * n_rows + 0.9))
     grid = figure.subplots(n_rows, len(columns), squeeze=False, sharex="col")
     for column, (title, panels) in enumerate(columns.items()):
         grid[0, column].set_title(title, fontsize=10)
@@ -53,7 +54,6 @@ def event_curves(columns: Mapping[str, Sequence[Panel]]) -> Figure:
 
 
 def _panel(axes: Axes, curves: xr.Dataset, marks: Mapping[str, xr.Dataset]) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
     others = iter(OTHERS * max(1, len(curves.data_vars)))
     for name, curve in curves.data_vars.items():
         if set(curve.dims) - {"seed", "step"} or "step" not in curve.dims:
@@ -82,9 +82,12 @@ def _panel(axes: Axes, curves: xr.Dataset, marks: Mapping[str, xr.Dataset]) -> N
     axes.axhline(0, color=figures.GREY, linewidth=0.6, zorder=1)
     axes.set_ylabel(curves.attrs.get("long_name", ""), fontsize=9)
     axes.tick_params(labelsize=8)
-    axes.legend(frameon=False, fontsize=7.5)
+    if str(curves.attrs.get("long_name", "")).startswith("accuracy") and axes.get_ylim()[0] >= -0.1:
+        axes.set_ylim(0.0, 1.0)  # an interval may reach beyond, an accuracy cannot
+    axes.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
+@styled
 def map_under_accuracies(dataset: xr.Dataset, value: str, scores: xr.Dataset) -> Figure:
     """One row per site and one column per checkpoint, with the sets' accuracies at the same checkpoints above.
 
@@ -110,7 +113,6 @@ def map_under_accuracies(dataset: xr.Dataset, value: str, scores: xr.Dataset) ->
     label_width = 0.075 * max(map(len, sites))
     figure = Figure(
         figsize=(min(max(0.11 * len(steps), 4.6), 11.0) + label_width + 1.2, height + 3.0),
-        layout="constrained",
     )
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1.6, height))
     others = iter(OTHERS * max(1, scores.sizes["example"]))
@@ -118,9 +120,8 @@ def map_under_accuracies(dataset: xr.Dataset, value: str, scores: xr.Dataset) ->
         label, color, line = SETS[name] if name in SETS else (name, next(others), "-")
         values = scores["accuracy"].sel(example=name, step=steps).values
         above.plot(np.arange(len(steps)), values, label=label, color=color, linestyle=line, linewidth=1.4)
-    above.spines[["top", "right"]].set_visible(False)
     above.set(ylabel="accuracy", ylim=(0.0, 1.0))
-    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=7.5)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=7.5)
     below.set_facecolor("#dddddd")
     image = below.imshow(
         np.ma.masked_invalid(cells),
@@ -151,6 +152,7 @@ def _norm(known: npt.NDArray[np.float64]) -> Normalize:
     return LogNorm(low, limit, clip=True) if limit > 100 * low else Normalize(0.0, limit)
 
 
+@styled
 def moved(weights: xr.Dataset, logits: xr.Dataset, most: int = 24) -> Figure:
     """Two checkpoints: the sites that moved most, and how far the answers about each example did.
 
@@ -162,8 +164,10 @@ def moved(weights: xr.Dataset, logits: xr.Dataset, most: int = 24) -> Figure:
     relative = weights["relative"].sortby(weights["relative"], ascending=False)[:most]
     kl = logits["kl"].sortby(logits["kl"], ascending=False)[:most]
     rows = max(relative.size, kl.size)
-    figure = Figure(figsize=(10.0, 0.2 * rows + 1.6), layout="constrained")
+    figure = Figure(figsize=(10.0, 0.2 * rows + 1.6))
     left, right = figure.subplots(1, 2)
+    left.set_title(f"The {figures.kinds(weights)}s that moved most".replace("matrixs", "matrices"))
+    right.set_title("The answers that changed most")
     sets = [str(s) for s in kl["set"].values] if "set" in kl.coords else [""] * kl.size
     sides: list[tuple[Axes, xr.DataArray, list[str], list[str], str]] = [
         (
@@ -187,11 +191,10 @@ def moved(weights: xr.Dataset, logits: xr.Dataset, most: int = 24) -> Figure:
         axes.set_yticks(places, labels)
         axes.set_ylim(values.size - 0.4, -0.6)
         axes.tick_params(axis="y", length=0, labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
         units = values.attrs.get("units", "1")
         axes.set_xlabel(values.attrs["long_name"] + ("" if units == "1" else f" ({units})"), fontsize=9)
     for name in dict.fromkeys(s for s in sets if s in SETS):
         right.barh([np.nan], [0], color=SETS[name][1], label=SETS[name][0])
     if right.get_legend_handles_labels()[0]:
-        right.legend(frameon=False, fontsize=7.5, loc="lower right")
+        figure.legend(loc="outside lower right", ncols=2, fontsize=7.5)
     return figure

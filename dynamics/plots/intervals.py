@@ -6,13 +6,13 @@ import numpy as np
 import numpy.typing as npt
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
 from dynamics.plots import figures
+from dynamics.plots.figures import Figure, styled
 
-_LABELLED = 8  # sites named in a scatter: those farthest from the origin
+_LABELLED = 16  # sites named in a scatter: those farthest from the origin
 _OFFSETS = [  # of a name from its point, in points: the places it is tried at, in this order
     (5, 5, "left", "bottom"),
     (-5, 5, "right", "bottom"),
@@ -22,9 +22,25 @@ _OFFSETS = [  # of a name from its point, in points: the places it is tried at, 
     (-8, 14, "right", "bottom"),
     (8, -14, "left", "top"),
     (-8, -14, "right", "top"),
+    *(
+        (far * dx, far * dy, "left" if dx > 0 else "right", "center")
+        for far in (24, 40, 60, 84, 110)
+        for dx, dy in (
+            (1, 0),
+            (-1, 0),
+            (0.8, 0.8),
+            (-0.8, 0.8),
+            (0.8, -0.8),
+            (-0.8, -0.8),
+            (0.4, 1),
+            (0.4, -1),
+        )
+    ),
 ]
+_LED = 16  # points beyond which a thin line leads from a name to its point
 
 
+@styled
 def recoveries(summary: xr.Dataset) -> Figure:
     """Every site's recovery with its interval, in the summary's order, with lines at 0 and 1.
 
@@ -60,15 +76,16 @@ def recoveries(summary: xr.Dataset) -> Figure:
     axes.set_ylim(len(sites) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0, labelsize=8)
     axes.set_xlabel(label)
-    figures.entitle(axes, f"{value} by site, {_percent(summary)}", chosen)
+    figures.entitle(axes, f"{value.capitalize()} by {figures.kinds(chosen)}, {_percent(summary)}", chosen)
     return figure
 
 
+@styled
 def stored_and_fresh(summary: xr.Dataset, value: str = "effect") -> Figure:
     """Each site's value under the run's own optimizer state and under a fresh one, with both intervals.
 
-    Sites on the dashed line do not depend on the moments. The sites farthest from the origin are named, as
-    far as there is room.
+    Sites on the dashed line do not depend on the moments. The sites farthest from the origin are named, up
+    to sixteen.
 
     Args:
         summary: with `optimizer` values "stored" and "fresh", every other dim but `site` selected.
@@ -104,7 +121,11 @@ def stored_and_fresh(summary: xr.Dataset, value: str = "effect") -> Figure:
     label = figures.with_units(chosen, value)
     axes.set_xlabel(f"{label}, stored optimizer state")
     axes.set_ylabel(f"{label}, fresh optimizer state")
-    figures.entitle(axes, f"{value} by site, {_percent(summary)}", chosen)
+    figures.entitle(
+        axes,
+        f"{value.capitalize()} by {figures.kinds(chosen)} in stored and fresh optimizer state, {_percent(summary)}",
+        chosen,
+    )
     distance = np.nan_to_num(np.hypot(across, up), nan=-1.0)
     named = [int(i) for i in np.argsort(-distance)[:_LABELLED] if distance[i] >= 0]
     _name_points(
@@ -148,5 +169,9 @@ def _name_points(figure: Figure, axes: Axes, points: npt.NDArray[np.float64], na
             covers = any(box.overlaps(other) for other in taken)
             if not covers and all(inside.contains(x, y) for x, y in (box.min, box.max)):
                 taken.append(box)
+                if np.hypot(dx, dy) > _LED:
+                    centre = axes.transData.transform(points[i])
+                    end = axes.transData.inverted().transform(centre + np.array([dx, dy]) * figure.dpi / 72)
+                    axes.plot(*zip(points[i], end, strict=True), color=figures.GREY, linewidth=0.6, zorder=1)
                 break
             text.remove()

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import xarray as xr
-from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from dynamics.plots import figures
+from dynamics.plots.figures import Figure, styled
 
 _PAIRS = "training step, from → into"
 _NUMBERED = 400  # cells; more are too small to hold a number
 
 
+@styled
 def heatmap(dataset: xr.Dataset, x: str = "head", y: str = "layer", value: str = "effect") -> Figure:
     """The mean over the units at every site, by two coordinates of the sites or two dims.
 
@@ -50,12 +53,13 @@ def heatmap(dataset: xr.Dataset, x: str = "head", y: str = "layer", value: str =
         labels = xr.broadcast(summary["site"], array)[0].values.ravel()[(row == i) & (column == j)].tolist()
         raise ValueError(
             f"{len(labels)} values fall in the cell {x} {columns[j]}, {y} {rows[i]}: {labels[:6]}. "
-            "Select the sites that differ there, or choose coordinates that tell them apart."
+            f"Select the sites that differ there, or choose coordinates that tell them apart{_apart(summary)}."
         )
     cells[row, column] = array.values.ravel()
     return _draw(cells, columns, rows, (x, y), summary, value)
 
 
+@styled
 def site_by_step(summary: xr.Dataset, value: str = "effect") -> Figure:
     """One row per site and one column per checkpoint, in the order of training.
 
@@ -73,6 +77,7 @@ def site_by_step(summary: xr.Dataset, value: str = "effect") -> Figure:
     return heatmap(summary, x="step", y="site", value=value)
 
 
+@styled
 def transfer(summary: xr.Dataset, value: str = "effect") -> Figure:
     """One row per site and one column for each source checkpoint put into each base checkpoint: from → into.
 
@@ -95,6 +100,20 @@ def transfer(summary: xr.Dataset, value: str = "effect") -> Figure:
     steps = zip(stacked["source_step"].values.tolist(), stacked["step"].values.tolist(), strict=True)
     labels = [f"{source} → {base}" for source, base in steps]
     return heatmap(stacked.assign_coords({_PAIRS: labels}), x=_PAIRS, y="site", value=value)
+
+
+def _apart(summary: xr.Dataset) -> str:
+    """Which two coordinates tell all sites apart, in words; every site by itself where no two do."""
+    names = [str(name) for name, coord in summary.coords.items() if coord.dims == ("site",)]
+    for x, y in combinations(sorted(set(names) - {"site"}), 2):
+        pairs = set(zip(summary[x].values.tolist(), summary[y].values.tolist(), strict=True))
+        if len(pairs) == summary.sizes["site"] and min(np.unique(summary[n]).size for n in (x, y)) > 1:
+            return f", such as x={x!r}, y={y!r}"
+    return (
+        ": here no two of "
+        f"{', '.join(sorted(set(names) - {'site'}))} do, but x='site', y='level' does, and "
+        "plots.recoveries(statistics.summarize(dataset)) draws a row for each site"
+    )
 
 
 def _places(values: npt.NDArray[Any], coord: xr.DataArray) -> tuple[list[str], npt.NDArray[np.int64]]:
@@ -120,7 +139,14 @@ def _draw(
     n_rows, n_columns = cells.shape
     known = np.abs(cells[np.isfinite(cells)])
     limit = float(known.max(initial=0.0)) or 1.0
-    texts = [[figures.number(cell, limit) if np.isfinite(cell) else "" for cell in line] for line in cells]
+    power = figures.power_of_ten(limit)
+    texts = [
+        [
+            figures.number(cell / 10.0**power, limit / 10.0**power) if np.isfinite(cell) else ""
+            for cell in line
+        ]
+        for line in cells
+    ]
     numbered = cells.size <= _NUMBERED
     longest = max(len(text) for line in texts for text in line) if numbered else 2
     cell_width = min(max(0.085 * longest + 0.12, 0.42), 0.9) if numbered else 0.25
@@ -157,8 +183,19 @@ def _draw(
     axes.tick_params(length=0, labelsize=8)
     axes.set_xlabel("training step" if names[0] == "step" else names[0])
     axes.set_ylabel("training step" if names[1] == "step" else names[1])
-    figures.entitle(axes, "mean effect" if value == "effect" else value, summary)
-    bar = figure.colorbar(image, ax=axes, label=figures.with_units(summary, value), fraction=0.05, pad=0.02)
+    figures.entitle(axes, _title(names, summary, value), summary)
+    label = figures.with_power(figures.with_units(summary, value), power)
+    bar = figure.colorbar(image, ax=axes, label=label, fraction=0.05, pad=0.02)
+    bar.formatter = FuncFormatter(lambda number, _: f"{number / 10.0**power:g}")
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)
     return figure
+
+
+def _title(names: tuple[str, str], summary: xr.Dataset, value: str) -> str:
+    """What is seen, such as `Mean effect by head and layer`."""
+    words = {"step": "training step", "site": figures.kinds(summary)}
+    along = [words.get(name, name) for name in names]
+    if names[0] == _PAIRS:
+        along[0] = "pair of checkpoints"
+    return f"{'Mean effect' if value == 'effect' else value.capitalize()} by {along[1]} and {along[0]}"

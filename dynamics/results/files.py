@@ -61,9 +61,9 @@ def save(dataset: xr.Dataset, path: str | os.PathLike[str], overwrite: bool = Fa
         )
     plain = dataset.drop_encoding().assign_attrs({_SCHEMA: SCHEMA_VERSION})
     encoding = {name: {"_FillValue": None, **_checksum(array)} for name, array in plain.variables.items()}
-    with replacing(target) as temporary:
-        plain.to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
-        _seal(temporary)
+    image = plain.to_netcdf(engine="h5netcdf", encoding=encoding)  # in memory: a full disk crashes HDF5
+    target.parent.mkdir(parents=True, exist_ok=True)
+    files.write_atomically(target, _sealed(bytes(image)))
 
 
 @contextmanager
@@ -146,10 +146,8 @@ def _checksum(array: xr.Variable) -> dict[str, Any]:
     return {"fletcher32": True, "chunksizes": hdf5.chunks(array.shape, array.dtype.itemsize)}
 
 
-def _seal(path: Path) -> None:
-    with path.open("r+b") as file:
-        digest = _sha256(file, os.fstat(file.fileno()).st_size)
-        file.write(_MARK + digest.encode() + b"\n")
+def _sealed(image: bytes) -> bytes:
+    return image + _MARK + files.sha256(image).encode() + b"\n"
 
 
 def _verify_seal(path: Path) -> bool:

@@ -12,7 +12,7 @@ import xarray as xr
 from dynamics import measures, results
 from dynamics.measures import Measure
 from dynamics.recipe import Contrast
-from dynamics.results import datasets
+from dynamics.results import coordinate_columns
 from dynamics.sites import Site
 
 Numbers = npt.NDArray[Any]
@@ -120,13 +120,13 @@ def example_columns(contrasts: Sequence[Contrast]) -> Columns:
 
 def site_columns(sites: Sequence[Site]) -> Columns:
     """The labels and coordinates of sites."""
-    datasets.expect_free("site", {name for s in sites for name in s.coords})
+    coordinate_columns.expect_free("site", {name for s in sites for name in s.coords})
     return columns([{"site": s.label, **s.coords} for s in sites])
 
 
 def check_coordinates(contrasts: Sequence[Contrast], sites: Sequence[Site]) -> None:
     """Raise a ValueError where the coordinates of contrasts and sites cannot stand in one result."""
-    datasets.crossed(example_columns(contrasts), "site", site_columns(sites))
+    coordinate_columns.crossed(example_columns(contrasts), "site", site_columns(sites))
 
 
 def columns(rows: Sequence[Mapping[str, str | int | float]]) -> Columns:

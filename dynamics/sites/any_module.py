@@ -8,9 +8,10 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from dynamics.sites.families import layer_of, other_names, tied
-from dynamics.sites.site import Site, SiteError, coords_of, some
+from dynamics.sites.site import Site, SiteError, coords_of, listed, some
 
 
+@listed
 def parameters(model: nn.Module) -> list[Site]:
     """One site per parameter tensor; the label of a tied one lists its further names."""
     others = other_names(model)
@@ -26,6 +27,7 @@ def everything(model: nn.Module) -> Site:
     return Site("everything", dict.fromkeys(names, ...), coords_of("everything", "everything"))
 
 
+@listed
 def matching(
     model: nn.Module, patterns: Mapping[str, str | Sequence[str]], exclude: str | Sequence[str] = ()
 ) -> list[Site]:

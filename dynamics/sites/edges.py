@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from dynamics.sites.site import Site, SiteError, check_labels, coords_of, some
+from dynamics.sites.site import Site, SiteError, check_labels, coords_of, listed, some
 from dynamics.trees import Index
 
 SWITCHES = ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in")
@@ -59,6 +59,7 @@ class End:
     stage: int
 
 
+@listed
 def paths(model: nn.Module, senders: str = "*", receivers: str = "*") -> list[Path]:
     """Every edge between components that match two globs, one site each, sender by sender.
 

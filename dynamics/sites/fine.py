@@ -5,13 +5,14 @@ from __future__ import annotations
 from torch import nn
 
 from dynamics.sites.families import layer_of
-from dynamics.sites.site import Site, SiteError, coords_of, some
+from dynamics.sites.site import Site, SiteError, coords_of, listed, some
 from dynamics.trees import Index
 
 _OF_NEURON = {"W_in": 1, "W_gate": 1, "b_in": 0, "b_gate": 0, "W_out": 0}
 """The axis along which a block's neurons lie, by the last part of a parameter's name."""
 
 
+@listed
 def neurons(model: nn.Module) -> list[Site]:
     """One site per MLP neuron: its column of W_in (and W_gate), its b_in, its row of W_out.
 
@@ -38,6 +39,7 @@ def neurons(model: nn.Module) -> list[Site]:
     return found
 
 
+@listed
 def rows(model: nn.Module, name: str) -> list[Site]:
     """One site for each index of a parameter's first axis: a token of an embedding, a unit of a Linear.
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from torch import nn
 
 from dynamics.sites.families import layer_of, unadapted
-from dynamics.sites.site import Site, SiteError, coords_of
+from dynamics.sites.site import Site, SiteError, coords_of, listed
 
 _BY = ("layer", "projection")
 
 
+@listed
 def adapters(model: nn.Module, by: Sequence[str] = _BY) -> list[Site]:
     """Sites of a PeftModel's adapters: both factors of one projection's, of one block's, or of all.
 

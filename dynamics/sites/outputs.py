@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from checkpoints.rng import replayed
 from dynamics.batch import Batch, output_of
 from dynamics.models.functional import call_with, eval_mode, is_bridge
-from dynamics.sites.site import Site, SiteError, check_labels, coords_of, some
+from dynamics.sites.site import Site, SiteError, check_labels, coords_of, listed, some
 
 Axis = Literal["layer", "head", "pos", "src"]
 
@@ -65,6 +65,7 @@ def hooks(model: nn.Module, pattern: str = "*") -> list[str]:
     return matched
 
 
+@listed
 def activations(
     model: nn.Module, pattern: str, by: Sequence[Axis] = ("layer",), like: Any = None
 ) -> list[Site]:
@@ -153,6 +154,7 @@ def attach(
     return remove
 
 
+@listed
 def at_positions(sites: Sequence[Site], positions: Mapping[str, SupportsIndex | Sequence[int]]) -> list[Site]:
     """Every site once per named position: what that position contributes to the gradient of its parameters.
 

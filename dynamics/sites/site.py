@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import wraps
 from types import EllipsisType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from checkpoints.html import table
 from dynamics.site_coordinates import SITE_COORDS
 from dynamics.sites.families import other_names
 from dynamics.trees import Index, mask
@@ -53,6 +55,35 @@ class Site:
         first, *others = self.covers
         whole = all(isinstance(index, EllipsisType) for index in self.covers.values())
         return f"{'all' if whole else 'part'} of {first}" + (f" and {len(others)} more" if others else "")
+
+
+SomeSite = TypeVar("SomeSite", bound=Site)
+Arguments = ParamSpec("Arguments")
+
+_SHOWN = 16  # rows of a list of sites in a notebook
+
+
+class Sites(list[SomeSite]):
+    """A list of sites, which a notebook shows as a table."""
+
+    def _repr_html_(self) -> str:
+        head = ["label", "level", "layer", "head", "covers"]
+        rows = [
+            [s.label, *("" if s.coords.get(n, -1) == -1 else s.coords[n] for n in head[1:4]), s._covered()]
+            for s in self[:_SHOWN]
+        ]
+        more = f", the first {_SHOWN}" if len(self) > _SHOWN else ""
+        return table(f"{len(self)} sites{more}", head, rows)
+
+
+def listed(make: Callable[Arguments, list[SomeSite]]) -> Callable[Arguments, list[SomeSite]]:
+    """A constructor of sites whose list a notebook shows as a table."""
+
+    @wraps(make)
+    def made(*args: Arguments.args, **kwargs: Arguments.kwargs) -> list[SomeSite]:
+        return Sites(make(*args, **kwargs))
+
+    return made
 
 
 _FITTED: WeakKeyDictionary[Site, dict[str, torch.Size]] = WeakKeyDictionary()

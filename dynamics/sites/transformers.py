@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from dynamics.site_coordinates import NESTED
 from dynamics.sites.families import (
     FAMILIES,
     Attention,
@@ -24,10 +25,11 @@ from dynamics.sites.families import (
     tied,
     unadapted,
 )
-from dynamics.sites.site import Site, SiteError, coords_of
+from dynamics.sites.site import Site, SiteError, coords_of, listed
 from dynamics.trees import Index
 
 
+@listed
 def layers(model: nn.Module) -> list[Site]:
     """One site per block: everything in it."""
     known = transformer(model)
@@ -37,6 +39,7 @@ def layers(model: nn.Module) -> list[Site]:
     ]
 
 
+@listed
 def components(model: nn.Module) -> list[Site]:
     """A partition of all parameters: embeddings, per block attn / mlp / ln, final norm, unembedding.
 
@@ -50,6 +53,7 @@ def components(model: nn.Module) -> list[Site]:
     return _partition(known, "components", sites)
 
 
+@listed
 def heads(model: nn.Module) -> list[Site]:
     """One site per attention head: its W_Q, W_K, W_V, W_O and their biases (b_O belongs to no head).
 
@@ -63,6 +67,7 @@ def heads(model: nn.Module) -> list[Site]:
     ]
 
 
+@listed
 def circuits(model: nn.Module) -> list[Site]:
     """Two sites per head: QK, which decides where it attends, and OV, what it moves (Elhage et al. 2021).
 
@@ -82,6 +87,7 @@ _MATRICES = {"embed": "W_E", "pos_embed": "W_pos", "ln_final": "ln_final.w,b", "
 """The matrices outside the blocks, by the component they are."""
 
 
+@listed
 def matrices(model: nn.Module) -> list[Site]:
     """A partition of all parameters into matrices, each with its bias.
 
@@ -111,18 +117,19 @@ def matrices(model: nn.Module) -> list[Site]:
     return _partition(known, "matrices", sites)
 
 
+@listed
 def up_to_layer(model: nn.Module) -> list[Site]:
     """The seed's cumulative order: the embeddings, then with block 0, with block 1, ..., then all."""
     known = transformer(model)
     outside = known.family.outside
     covers = known.whole(outside["embed"] + outside.get("pos_embed", ()))
-    sites = [_site(known, "embeddings", dict(covers), "up_to_layer", "embeddings")]
+    sites = [_site(known, "embeddings", dict(covers), NESTED, "embeddings")]
     for layer in range(known.n_layers):
         covers |= known.whole(known.block(layer))
-        coords = coords_of("up_to_layer", "up to block", layer)
+        coords = coords_of(NESTED, "up to block", layer)
         sites.append(Site(f"+ block {layer}", known.own(covers), coords))
     everything = known.own(dict.fromkeys(known.tensors, ...))
-    return [*sites, Site("+ unembedding", everything, coords_of("up_to_layer", "up to unembedding"))]
+    return [*sites, Site("+ unembedding", everything, coords_of(NESTED, "up to unembedding"))]
 
 
 LEVELS = {
@@ -131,7 +138,7 @@ LEVELS = {
     "heads": heads,
     "circuits": circuits,
     "matrices": matrices,
-    "up_to_layer": up_to_layer,
+    NESTED: up_to_layer,
 }
 """The levels of detail a study goes through, coarse ones first."""
 

@@ -6,7 +6,9 @@ blocks small enough to stay in the processor's cache. Nothing is written but θ'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -14,14 +16,15 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from dynamics.steps.stacks import Workspace
+from dynamics.steps.worker_threads import GPU_BLOCK
 
 BLOCK = 16384
 """Elements of a parameter taken at a time under 9 gradients or more; under n, so many times as n goes into 16. A
 multiple of what a processor takes at once: bits do not depend on it."""
 
-Moved = Callable[[slice, Tensor, Tensor, Tensor, Tensor], None]
-"""(elements of the flat parameter, gradient [n or 1, width], scale [n, 1], scratch, out, each [n, width]) -> writes
-θ' under scale · gradient into `out`."""
+Moved = Callable[[slice, Tensor, Tensor, Tensor], None]
+"""(elements of the flat parameter, gradient, scratch, out, each [n, width]) -> writes θ' into `out`, in the order
+of operations that torch has."""
 
 
 def unsupported(
@@ -68,31 +71,24 @@ def is_decoupled(kind: type[Optimizer], group: Mapping[str, Any]) -> bool:
 
 
 def _adam(group: Mapping[str, Any], state: Mapping[str, Any], theta: Tensor, decoupled: bool) -> Moved:
-    """θ' = θ(1 − ηλ) − η m̂' / (√v̂' + ε); with L2 decay, λθ joins the gradient instead.
-
-    The corrections of both moments are taken out of the fraction, so that no element is divided by them:
-    η m̂' / (√v̂' + ε) = η √(1 − β2ᵗ) / (1 − β1ᵗ) · m' / (√v' + ε √(1 − β2ᵗ)).
-    """
+    """θ' = θ(1 − ηλ) − η m̂' / (√v̂' + ε); with L2 decay, λθ joins the gradient instead."""
     beta1, beta2 = group["betas"]
-    lr, decay = group["lr"], group["weight_decay"]
+    lr, decay, eps = group["lr"], group["weight_decay"], group["eps"]
     t = float(state.get("step", 0)) + 1
-    spread = (1 - beta2**t) ** 0.5
-    size, eps = lr * spread / (1 - beta1**t), group["eps"] * spread
+    size, spread = lr / (1 - beta1**t), (1 - beta2**t) ** 0.5
     first, second = (
         state[key].reshape(-1) if key in state else torch.zeros_like(theta)
         for key in ("exp_avg", "exp_avg_sq")
     )
 
-    def moved(at: slice, gradient: Tensor, scale: Tensor, scratch: Tensor, out: Tensor) -> None:
+    def moved(at: slice, gradient: Tensor, scratch: Tensor, out: Tensor) -> None:
         start = theta[at]
         if decay and not decoupled:
-            gradient = torch.mul(gradient, scale, out=scratch).add_(start, alpha=decay)
-            scale = torch.ones_like(scale)
-        mean = torch.addcmul(first[at] * beta1, gradient, scale * (1 - beta1), out=out)
-        square = gradient.square() if len(gradient) < len(out) else torch.square(gradient, out=scratch)
-        root = torch.addcmul(second[at] * beta2, square, scale.square() * (1 - beta2), out=scratch).sqrt_()
+            gradient = torch.add(gradient, start, alpha=decay)
+        root = torch.addcmul(second[at] * beta2, gradient, gradient, value=1 - beta2, out=scratch)
+        mean = torch.lerp(first[at], gradient, 1 - beta1, out=out)
         kept = start * (1 - lr * decay) if decoupled else start
-        torch.addcdiv(kept, mean, root.add_(eps), value=-size, out=out)
+        torch.addcdiv(kept, mean, root.sqrt_().div_(spread).add_(eps), value=-size, out=out)
 
     return moved
 
@@ -103,11 +99,9 @@ def _sgd(group: Mapping[str, Any], state: Mapping[str, Any], theta: Tensor) -> M
     recorded = state.get("momentum_buffer")
     buffer = None if recorded is None else recorded.reshape(-1)
 
-    def moved(at: slice, gradient: Tensor, scale: Tensor, scratch: Tensor, out: Tensor) -> None:
+    def moved(at: slice, gradient: Tensor, scratch: Tensor, out: Tensor) -> None:
         start = theta[at]
-        direction = torch.mul(gradient, scale, out=scratch)
-        if decay:
-            direction.add_(start, alpha=decay)
+        direction = torch.add(gradient, start, alpha=decay) if decay else gradient
         if momentum:
             rolling = direction
             if buffer is not None:
@@ -118,23 +112,59 @@ def _sgd(group: Mapping[str, Any], state: Mapping[str, Any], theta: Tensor) -> M
     return moved
 
 
-def step_into(
-    out: Tensor, moved: Moved, begin: int, gradients: Tensor, scale: Tensor, space: Workspace
-) -> None:
-    """Write θ' under each gradient, of a part of a flat parameter.
+def step_blocks(
+    out: Tensor,
+    moved: Moved,
+    first: int,
+    gradients: Sequence[Sequence[Tensor]],
+    limit: float | None,
+    scale: Tensor | None,
+    space: Workspace,
+) -> list[Callable[[], None]]:
+    """θ' under each gradient, in blocks: what one of these functions writes, no other touches.
 
     Args:
-        out: [n, size]; written.
-        moved: the parameter's rule.
-        begin: where the part begins.
-        gradients: [n, size], or [1, size] where all are alike but for their scale.
-        scale: [n], what each is multiplied by (clipping).
-        space: memory for what lies between.
+        out: [n, size], contiguous; written by all of them together.
+        moved: the rule of the flat parameter of which this is a part.
+        first: where in it the part begins.
+        gradients: n of them, or one where all are alike but for their scale; each as tensors that make up the part
+            side by side.
+        limit: what each element is clamped to (clipping by value); None leaves it.
+        scale: [n], or [1], what each is multiplied by (clipping by norm); None for one.
+        space: memory for what lies between, each thread's its own.
     """
-    n, size = out.shape
-    width = BLOCK * max(1, 16 // n)
-    for first in range(0, size, width):
-        part = slice(first, min(first + width, size))
-        at = slice(begin + part.start, begin + part.stop)
-        scratch = space.empty("scratch", out, n, part.stop - part.start)
-        moved(at, gradients[:, part], scale[:, None], scratch, out[:, part])
+    (n, size), flat = out.shape, [[g.detach().reshape(-1) for g in row] for row in gradients]
+    width = BLOCK * max(1, 16 // n) if out.device.type == "cpu" else max(1, GPU_BLOCK // n)
+
+    def step(begin: int) -> None:
+        at, thread = slice(begin, min(begin + width, size)), get_ident()
+        to = out[:, at]
+
+        def between(use: str, rows: int) -> Tensor:
+            return space.empty((thread, use), out, rows, to.shape[1])
+
+        pieces = [piece for row in flat for piece in _covered(row, at)]
+        if len(pieces) == 1:
+            block = pieces[0][None]
+        else:
+            block = between("gradients", len(flat))
+            torch.cat(pieces, out=block.view(-1))
+        if limit is not None:
+            block = block.clamp(-limit, limit)
+        if scale is not None:
+            block = torch.mul(block, scale[:, None], out=between("scaled", len(scale)))
+        moved(slice(first + at.start, first + at.stop), block.expand(n, -1), between("scratch", n), to)
+
+    return [partial(step, begin) for begin in range(0, size, width)]
+
+
+def _covered(side_by_side: Sequence[Tensor], at: slice) -> Iterator[Tensor]:
+    """What of flat tensors lies in a slice of all of them."""
+    begin = 0
+    for tensor in side_by_side:
+        end = begin + len(tensor)
+        if at.start <= begin and end <= at.stop:
+            yield tensor
+        elif begin < at.stop and at.start < end:
+            yield tensor[max(0, at.start - begin) : at.stop - begin]
+        begin = end

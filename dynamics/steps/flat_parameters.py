@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynamics.steps.elementwise_optimizers import Moved, rule
-from dynamics.steps.stacks import Workspace
 
 SMALL = 65536
 """Elements of a vector in which parameters are put together; larger ones stand alone."""
@@ -35,15 +34,6 @@ class FlatParameters:
     moved: Moved
     begin: int
     theta: Tensor
-
-    def gradients(self, rows: Sequence[Sequence[Tensor]], space: Workspace) -> Tensor:
-        """Gradients of all of them as one vector each: [n_rows, size]."""
-        if len(rows) == len(rows[0]) == 1:
-            return rows[0][0].detach().reshape(1, -1)
-        found = space.empty("gradient", self.theta, len(rows), len(self.theta))
-        for out, row in zip(found, rows, strict=True):
-            torch.cat([g.detach().reshape(-1) for g in row], out=out)
-        return found
 
     def apart(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Vectors [n, size] as views in the parameters' shapes, by name: [n, *shape]."""

@@ -8,23 +8,26 @@ element by element, and every other step the obvious way.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from checkpoints import Checkpoint
 from dynamics.recipe import ByNorm, ByValue, Recipe
 from dynamics.steps.clipping import clipped, coefficient, counted
-from dynamics.steps.elementwise_optimizers import step_into, unsupported
+from dynamics.steps.elementwise_optimizers import step_blocks, unsupported
 from dynamics.steps.fallbacks import ComputePaths
 from dynamics.steps.flat_parameters import FlatParameters, flat_parameters
 from dynamics.steps.stacks import Stack, Workspace, stack
 from dynamics.steps.states import assign_rates, check_optimizer_kind, held_names, restored_copy
-from dynamics.trees import Gradients, squared_norms
+from dynamics.steps.worker_threads import Spread, spread
+from dynamics.trees import Gradients, squares
 
 
 def step_from(recipe: Recipe, checkpoint: Checkpoint, gradients: Gradients) -> dict[str, Tensor]:
@@ -76,61 +79,63 @@ class Steps:
         checkpoint's own. Memory: a copy of each parameter that moves for every step, in the workspace if one is
         given: the stack then holds until it is used again.
         """
+        return self.begin(many, space)()
+
+    def begin(self, many: Sequence[Gradients], space: Workspace | None = None) -> Callable[[], Stack]:
+        """Have worker threads begin on `take`: the function returned waits for them and gives the stack.
+
+        Until then the gradients and the workspace belong to them.
+        """
         space = space or Workspace()
         rules = self._rules
         sparse = any(g is not None and g.is_sparse for gs in many for g in gs.values())
         if isinstance(rules, str) or sparse:
             why = rules if isinstance(rules, str) else "gradients are sparse"
             self.paths.fell_back("steps", "the optimizer itself, one step at a time", why)
-            return stack([step_from(self.recipe, self.checkpoint, gradients) for gradients in many])
+            one_by_one = stack([step_from(self.recipe, self.checkpoint, gradients) for gradients in many])
+            return lambda: one_by_one
         self.paths.took("steps", "all at once, element by element")
         scales = self._scales(many)
         shared, stacked = dict(self.checkpoint.parameters), {}
-        for flat in rules:
-            rows = [[gradients[name] for name in flat.parts] for gradients in many]
-            present = [[g is not None for g in row] for row in rows]
-            if not any(map(any, present)):
-                continue
-            whole = all(any(row) == all(row) for row in present)
-            for part in (flat,) if whole else flat.one_by_one:
-                after = self._stepped(part, many, scales, space)
-                for name, moved in part.apart(after) if after is not None else ():
-                    del shared[name]
-                    if len(moved) == 1:
-                        shared[name] = moved[0]
-                    else:
-                        stacked[name] = moved
-        return Stack(len(many), shared, stacked)
+        clip = self.recipe.clip
+        limit = clip.limit if isinstance(clip, ByValue) else None
+        blocks: list[Callable[[], None]] = []
+        scattered: list[tuple[Tensor, list[int], Tensor]] = []
+        for flat, present, ours in _moving(rules, many):
+            theta = flat.theta
+            alike = all(g is first for row in ours[1:] for g, first in zip(row, ours[0], strict=True))
+            apart = ours[:1] if alike else ours
+            scale = None
+            one = alike and len(present) == len(many) and len(set(scales)) == 1
+            if any(scales[i] != 1 for i in present):
+                of_steps = scales[:1] if one else [scales[i] for i in present]
+                scale = torch.tensor(of_steps, dtype=theta.dtype, device=theta.device)
+            n = 1 if one else len(many)
+            after = space.empty(next(iter(flat.parts)), theta, n, len(theta))
+            rows = slice(0, 1) if one else slice(present[0], present[-1] + 1)
+            into = after[rows]
+            if one or len(present) == len(into):
+                after[: rows.start], after[rows.stop :] = theta, theta
+            else:
+                after[:] = theta
+                into = after.new_empty(len(present), len(theta))
+                scattered.append((after, present, into))
+            blocks += step_blocks(into, flat.moved, flat.begin, apart, limit, scale, space)
+            for name, moved in flat.apart(after):
+                del shared[name]
+                if one:
+                    shared[name] = moved[0]
+                else:
+                    stacked[name] = moved
+        n, begun = len(many), Spread(lambda block: block(), blocks)
 
-    def _stepped(
-        self, flat: FlatParameters, many: Sequence[Gradients], scales: Sequence[float], space: Workspace
-    ) -> Tensor | None:
-        """Some parameters after each step, [n, size]; [1, size] where all steps move them alike, None where none
-        does. Each gradient has all of them or none."""
-        rows = [[gradients[name] for name in flat.parts] for gradients in many]
-        present = [i for i, row in enumerate(rows) if row[0] is not None]
-        if not present:
-            return None
-        found = [[g for g in rows[i] if g is not None] for i in present]
-        alike = all(g is first for row in found[1:] for g, first in zip(row, found[0], strict=True))
-        gradients = flat.gradients(found[:1] if alike else found, space)
-        if isinstance(self.recipe.clip, ByValue):
-            gradients = gradients.clamp(-self.recipe.clip.limit, self.recipe.clip.limit)
-        one = alike and len(present) == len(many) and len(set(scales)) == 1
-        of_rows = present[:1] if one else present
-        scale = flat.theta.new_tensor([scales[i] for i in of_rows])
-        n = 1 if one else len(many)
-        after = space.empty(next(iter(flat.parts)), flat.theta, n, len(flat.theta))
-        into = after[of_rows[0] : of_rows[-1] + 1]
-        if len(of_rows) < n:
-            after[:] = flat.theta
-        if len(of_rows) == len(into):
-            step_into(into, flat.moved, flat.begin, gradients, scale, space)
-        else:
-            apart = after.new_empty(len(of_rows), len(flat.theta))
-            step_into(apart, flat.moved, flat.begin, gradients, scale, space)
-            after[of_rows] = apart
-        return after
+        def finish() -> Stack:
+            begun.join()
+            for after, present, rows in scattered:
+                after[present] = rows
+            return Stack(n, shared, stacked)
+
+        return finish
 
     def separable(self, one: Gradients, other: Gradients) -> bool:
         """Whether the step with any mixture of two gradients has each element from one of their two steps.
@@ -191,16 +196,35 @@ class Steps:
         return [sum(norms[id(g)] for g in gs) for gs in each]
 
     def _norms_of(self, gradients: Mapping[int, Tensor]) -> dict[int, float]:
-        """Σ g² by id, added up once as long as a tensor lives and is not written into."""
-        known = {i: self._norms[i] for i, g in gradients.items() if i in self._norms}
-        found = {
-            i: n for i, (alive, v, n) in known.items() if alive() is (g := gradients[i]) and v == g._version
-        }
+        """Σ g² by id, added up once as long as a tensor lives and is not written into, with one transfer from the
+        device."""
+        found = {}
+        for i, gradient in gradients.items():
+            alive, version, norm = self._norms.get(i, (None, 0, 0.0))
+            if alive is not None and alive() is gradient and version == gradient._version:
+                found[i] = norm
         new = [g for i, g in gradients.items() if i not in found]
-        for g, norm in zip(new, squared_norms(new), strict=True):
-            self._norms[id(g)] = weakref.ref(g), g._version, norm
-            found[id(g)] = norm
+        sums = spread(squares, new)
+        numbers = iter(torch.cat([s.to(sums[0].device) for s in sums]).tolist() if sums else ())
+        for gradient, of_blocks in zip(new, sums, strict=True):
+            norm = sum(islice(numbers, len(of_blocks)))
+            self._norms[id(gradient)] = weakref.ref(gradient), gradient._version, norm
+            found[id(gradient)] = norm
         return found
+
+
+def _moving(
+    rules: Sequence[FlatParameters], many: Sequence[Gradients]
+) -> Iterator[tuple[FlatParameters, list[int], list[list[Tensor]]]]:
+    """What moves: parameters side by side as far as each step moves all of them or none, the numbers of the steps
+    that do, and for each of these their gradients."""
+    for flat in rules:
+        absent = [[gradients[name] is None for name in flat.parts] for gradients in many]
+        together = all(any(row) == all(row) for row in absent)
+        for part in (flat,) if together else flat.one_by_one:
+            rows = [[g for name in part.parts if (g := gradients[name]) is not None] for gradients in many]
+            if present := [i for i, row in enumerate(rows) if row]:
+                yield part, present, [rows[i] for i in present]
 
 
 def _groups(checkpoint: Checkpoint, template: Optimizer, names: Mapping[int, str]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from checkpoints import Checkpoint, Trajectory, index, store
+from checkpoints import Checkpoint, Trajectory, index, shared, store
 from dynamics import results
 from dynamics.recipe import ByNorm, Recipe
 from dynamics.steps.replaying import advance
@@ -56,7 +56,8 @@ def verify_files(run: Trajectory) -> FileReport:
     """
     problems = run.verify()
     unchecked: list[str] = []
-    checked = [*(entry.file for entry in store.read_manifest(run.path).entries), *run.files]
+    entries = store.read_manifest(run.path).entries
+    checked = [*(entry.file for entry in entries), *shared.names(run.path), *run.files]
     known = {*checked, index.INDEX, *([store.MANIFEST] if run.sealed else [])}
     for path in sorted(path for path in run.path.rglob("*") if path.is_file()):
         name, sealed = path.relative_to(run.path).as_posix(), False

@@ -3,6 +3,7 @@
 from dynamics.steps import environment_changes as environment_changes
 from dynamics.studies.aliases import run as run
 from dynamics.studies.checks import Check as Check
+from dynamics.studies.checks import as_dataset as as_dataset
 from dynamics.studies.checks import ten_checks as ten_checks
 from dynamics.studies.comparing import Compared as Compared
 from dynamics.studies.comparing import compare_every as compare_every

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -36,7 +37,7 @@ class Report:
     findings: str
 
 
-def run(config: StudyConfig, out: Path) -> Report:
+def run(config: StudyConfig, out: str | os.PathLike[str]) -> Report:
     """Train, patch, summarise, draw; go on where an earlier call with the same config stopped.
 
     Writes RUN/{config.yaml, manifest.json, trajectory/, metrics.csv, results/*.h5, figures/*.png,
@@ -45,6 +46,7 @@ def run(config: StudyConfig, out: Path) -> Report:
     Raises:
         RunError: the folder holds another run.
     """
+    out = Path(out)
     trajectory = training.fit(config, out)
     task = tasks.aliases.load(trajectory.config)
     effects = {name: _effects(task, trajectory, name, out / "results" / f"{name}.h5") for name in VERBS}

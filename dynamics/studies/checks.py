@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import numpy as np
@@ -13,8 +13,9 @@ import torch
 import xarray as xr
 
 from checkpoints import Checkpoint, Trajectory
-from dynamics import measures, sites, statistics, steps, tasks
+from dynamics import measures, results, sites, statistics, steps, tasks
 from dynamics.batch import Batch
+from dynamics.comparison import under_noise
 from dynamics.config import ConfigError, StudyConfig, read, task_name
 from dynamics.config.checks import did_you_mean
 from dynamics.measures import Measure
@@ -29,6 +30,7 @@ Verdict = Literal["holds", "fails", "open", "-"]
 Units = npt.NDArray[np.float64]
 
 N_PLACEBOS = 20
+N_NOISE = 3
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,24 @@ class Check:
     name: str
     figure: str
     verdict: Verdict
+
+
+def as_dataset(checks: Sequence[Check], site: str, at: str) -> xr.Dataset:
+    """Checks as a Dataset [check]: `verdict` and `figure`; which site was asked, and at what, as attributes.
+
+    Args:
+        checks: from `ten_checks`.
+        site: its label.
+        at: step, optimizer state and unit, in words.
+    """
+    return xr.Dataset(
+        {
+            "verdict": ("check", [check.verdict for check in checks]),
+            "figure": ("check", [check.figure for check in checks]),
+        },
+        {"check": [check.name for check in checks]},
+        {"site": site, "at": at, "provenance": results.provenance(verb="ten_checks", site=site, at=at)},
+    )
 
 
 @dataclass(frozen=True)
@@ -305,16 +325,28 @@ def _placebo(runs: Sequence[_Run]) -> Check:
 
 
 def _impulse(runs: Sequence[_Run]) -> Check:
-    def responses(run: _Run) -> xr.Dataset:
-        windows = run.aliases.impulses(run.stored.step, run.impulse + 1)
+    """Beside its noise floor: how far the mean response lies from where a perturbed start takes it, typically."""
+
+    def responses(run: _Run, start: Checkpoint) -> xr.Dataset:
+        windows = run.aliases.impulses(start.step, run.impulse + 1)
         return patch_window(
-            run.recipe, run.stored, windows, [run.site], measures.correct_logit, (1, run.impulse + 1)
+            run.recipe, start, windows, [run.site], measures.correct_logit, (1, run.impulse + 1)
         ).isel(site=0)
 
-    found = {id(run): responses(run)["effect"] for run in runs}
+    found = {id(run): responses(run, run.stored)["effect"] for run in runs}
     first, last = (_gathered(runs, lambda run, i=i: found[id(run)].isel(step=i).values) for i in (0, -1))  # type: ignore[misc]
     single = _gathered(runs, lambda run: run.patched()["effect"].values)
-    figure = f"in the real batch, stored state: {_text(first)} at once, {_text(last)} {runs[0].impulse} steps later"
+    noisy = [
+        under_noise(partial(responses, run), run.stored, N_NOISE)["effect"].isel(step=-1) for run in runs
+    ]
+    moved = [
+        (effects.mean("example") - found[id(run)].isel(step=-1).mean("example")).values
+        for run, effects in zip(runs, noisy, strict=True)
+    ]
+    figure = (
+        f"in the real batch, stored state: {_text(first)} at once, {_text(last)} {runs[0].impulse} steps later; "
+        f"noise floor of a run's mean there ±{np.sqrt(np.mean(np.square(moved))):.3f}"
+    )
     return Check(_ABOUT_ALIASES[_impulse], figure, _signs(single, last))
 
 

@@ -12,6 +12,9 @@ from dynamics.tasks import AliasTask
 SIGNIFICANT = 0.05
 """False discovery rate at which a site is named."""
 
+COLLAPSED = 0.5
+"""Share of its late mean below which an accuracy is said to have collapsed."""
+
 
 def findings(task: AliasTask, accuracy: Mapping[str, float], summary: xr.Dataset, chosen: xr.Dataset) -> str:
     """One paragraph: what training did, what the primary analysis shows, how sure it is.
@@ -22,13 +25,12 @@ def findings(task: AliasTask, accuracy: Mapping[str, float], summary: xr.Dataset
         summary: of all effects, for the comparison of optimizer states.
         chosen: the primary analysis, dims `site` alone.
     """
-    patching = task.config.patching
     return " ".join(
         [
             _trained(task, accuracy),
             _gap(task, chosen),
             _sites(chosen),
-            _states(summary, patching.primary.level),
+            _states(task, summary),
         ]
     )
 
@@ -56,8 +58,15 @@ def _trained(task: AliasTask, accuracy: Mapping[str, float]) -> str:
         f"{accuracy['Dt3']:.0%} correctly and those under the unreliable tag (Df4) {accuracy['Df4']:.0%}, a "
         f"difference of {accuracy['strong']:+.2f} (a uniform guess scores {guess['uniform guess']:.0%}, the best "
         f"constant answer {guess['constant answer']:.0%}); late in X1, DtQ1 − DfQ2 on untrained questions is "
-        f"{accuracy['weak']:+.2f}."
+        f"{accuracy['weak']:+.2f}.{_collapse(accuracy)}"
     )
+
+
+def _collapse(accuracy: Mapping[str, float]) -> str:
+    """A sentence where an accuracy fell far below its late mean on the way, as when training is unstable."""
+    fell = [n for n in ("Dt3", "Df4") if accuracy.get(f"{n}_lowest", 1.0) < COLLAPSED * accuracy[n]]
+    words = [f"{n} {accuracy[f'{n}_lowest']:.0%} at X2 step {accuracy[f'{n}_lowest_at']:.0f}" for n in fell]
+    return f" Accuracy collapsed on the way ({', '.join(words)}), which lowers these means." if fell else ""
 
 
 def _gap(task: AliasTask, chosen: xr.Dataset) -> str:
@@ -94,17 +103,18 @@ def _site(site: xr.Dataset) -> str:
     return f"{effect}, q = {site['q']:.2g})"
 
 
-def _states(summary: xr.Dataset, level: str) -> str:
+def _states(task: AliasTask, summary: xr.Dataset) -> str:
     if not {"stored", "fresh"} <= set(summary["optimizer"].values.tolist()):
         return ""
-    gaps = summary.isel(measure=0)
+    gaps, first = summary.isel(measure=0), task.config.phases.starts["x2"]
     words = []
     for optimizer in ("stored", "fresh"):
         here = gaps.sel(optimizer=optimizer)
         step = int(np.argmax(np.abs(here["gap"].values)))
         at = here.isel(step=step)
         words.append(
-            f"with the {optimizer} optimizer state it is largest at step {int(at['step'])}: {at['gap']:+.3g} "
+            f"with the {optimizer} optimizer state it is largest at X2 step {int(at['step']) - first}: "
+            f"{at['gap']:+.3g} "
             f"[{at['gap_low']:.3g}, {at['gap_high']:.3g}]"
         )
     return (

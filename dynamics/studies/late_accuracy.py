@@ -21,7 +21,8 @@ def internalisation(metrics: pd.DataFrame, phases: PhasesConfig) -> Mapping[str,
 
     Returns:
         `weak`: DtQ1 − DfQ2 on untrained questions, mean over the last quarter of X1 (NaN where every
-        question is trained); `strong`: Dt3 − Df4, mean over the last quarter of X2; and the four means.
+        question is trained); `strong`: Dt3 − Df4, mean over the last quarter of X2; the four means; and of Dt3 and
+        Df4 the `lowest` accuracy in that quarter, with the X2 step it is at, as `Dt3_lowest`, `Dt3_lowest_at`.
 
     Raises:
         ValueError: nothing was evaluated in the last quarter of a phase.
@@ -34,7 +35,16 @@ def internalisation(metrics: pd.DataFrame, phases: PhasesConfig) -> Mapping[str,
         for rows, names in ((late_x1, ("DtQ1", "DfQ2")), (late_x2, ("Dt3", "Df4")))
         for name in names
     }
-    return {"weak": found["DtQ1"] - found["DfQ2"], "strong": found["Dt3"] - found["Df4"], **found}
+    lowest = {}
+    for name in ("Dt3", "Df4"):
+        curve = (
+            late_x2[["step", f"{name}_accuracy"]].dropna() if f"{name}_accuracy" in late_x2 else late_x2[:0]
+        )
+        if len(curve):
+            row = curve.iloc[int(curve[f"{name}_accuracy"].to_numpy().argmin())]
+            lowest[f"{name}_lowest"] = float(row[f"{name}_accuracy"])
+            lowest[f"{name}_lowest_at"] = float(row["step"] - starts["x2"])
+    return {"weak": found["DtQ1"] - found["DfQ2"], "strong": found["Dt3"] - found["Df4"], **found, **lowest}
 
 
 def _late(metrics: pd.DataFrame, start: int, stop: int) -> pd.DataFrame:

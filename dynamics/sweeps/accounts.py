@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import xarray as xr
@@ -81,28 +82,16 @@ def account(
     return carry_out(asked, out, workers, scheduler)
 
 
-def estimate_account(
-    run: Trajectory,
-    first: int,
-    last: int,
-    sites: Sites,
-    measure: Measure | Mapping[str, Measure],
-    probes: Probes = of_evaluation,
-    sources: Sources | None = None,
-    every: int = 1,
-    tolerance: float = 0.01,
-    *,
-    task_of: Callable[[Trajectory], Task] = of_config,
-    workers: int = 0,
-) -> Estimate:
+def estimate_account(run: Trajectory, first: int, last: int, *asked: Any, **settings: Any) -> Estimate:
     """What `account` will take: its first five steps are tried and timed, and nothing is kept.
 
-    Args: as `account`.
+    Args, Raises: as `account`.
     """
     tried = min(TRIED, last - first)
-    of_few = _plan(
-        run, first, first + tried, sites, measure, probes, sources, every, tolerance, None, task_of
-    )
+    given = signature(account).bind(run, first, first + tried, *asked, **{**settings, "stretch": None})
+    given.apply_defaults()
+    workers = given.arguments["workers"]
+    of_few = _plan(**{name: given.arguments[name] for name in signature(_plan).parameters})
     found = estimate(of_few, None, 0)
     times = (last - first) / tried
     return replace(

@@ -93,11 +93,10 @@ def peak_megabytes() -> float:
 
 def _seconds(question: Question, units: Sequence[Unit]) -> float:
     """All units of one run, one after another in this process."""
-    stored = question.run.steps
-    reaches = [*dict.fromkeys(unit.step for unit in units)]
+    behind = {unit.step: _behind(question, unit.step) for unit in units}
     pairs = dict.fromkeys((unit.step, unit.source_step) for unit in units)
-    reaches += [source for _, source in pairs if source is not None]
-    behind = {step: step - max(s for s in stored if s <= step) for step in reaches}
+    giving = question.source or question
+    reaches = [*behind.values(), *(_behind(giving, source) for _, source in pairs if source is not None)]
     near = min((unit.step for unit in units), key=lambda step: (behind[step] == 0, behind[step]))
     start = near - behind[near]
     _seconds_to_reach(question, start)  # warms up
@@ -110,10 +109,15 @@ def _seconds(question: Question, units: Sequence[Unit]) -> float:
         path = Path(folder) / "shard.h5"
         keeping, _ = _timed(lambda: shards.keep(found, path))
     return (
-        sum(load + train * behind[step] for step in reaches)
+        sum(load + train * distance for distance in reaches)
         + computing / len(trial.contrasts) * sum(len(unit.contrasts) for unit in units)
         + keeping * len(units)
     )
+
+
+def _behind(question: Question, step: int) -> int:
+    """How many steps lie between a step and the stored checkpoint that it is reached from."""
+    return step - max(stored for stored in question.run.steps if stored <= step)
 
 
 def _seconds_to_reach(question: Question, step: int) -> float:

@@ -6,7 +6,7 @@ import json
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from typing import Any
 
@@ -102,6 +102,7 @@ class Plan:
             "verb": self.verb,
             "runs": {str(seed): str(question.run.path) for seed, question in self.questions.items()},
             "steps": list(self.steps),
+            **({} if self._question.source is None else {"source_run": str(self._question.source.run.path)}),
             **({} if None in self.source_steps else {"source_steps": list(self.source_steps)}),
             "optimizers": [name or in_words(state) for name, state in self.states.items()],
             "measures": list(measures.named(self._question.measure)),
@@ -173,6 +174,7 @@ def plan(
     state: State | Mapping[str, State] = as_stored,
     task_of: Callable[[Trajectory], Task] = of_config,
     source_steps: int | Sequence[int] | None = None,
+    source_run: Trajectory | None = None,
 ) -> Plan:
     """What a sweep would do; nothing is computed yet.
 
@@ -195,23 +197,42 @@ def plan(
     threads = torch.get_num_threads()
     questions: dict[Seed, Question] = {}
     cells: dict[Cell, tuple[Unit, ...]] = {}
+    given = _source_run(source_run, source_steps)
     with replayed(None):
         for seed, run in by_seed.items():
-            expect_steps(run, [*chosen, *(source for source in sources if source is not None)])
+            expect_steps(run, chosen)
+            expect_steps(given or run, [source for source in sources if source is not None])
             task = task_of(run)
             of_run = tuple(sites(task.recipe().model) if callable(sites) else sites)
             _expect_some(sites=of_run)
-            question = questions[seed] = Question(
-                uuid.uuid4().hex, verb, run, task_of, of_run, measure, dims, threads
+            asked_of = partial(
+                Question,
+                verb=verb,
+                task_of=task_of,
+                sites=of_run,
+                measure=measure,
+                dims=dims,
+                threads=threads,
             )
+            other = None if given is None else asked_of(uuid.uuid4().hex, run=given)
+            question = questions[seed] = asked_of(uuid.uuid4().hex, run=run, source=other)
             for step in chosen:
-                given = _labelled(contrasts(task, step) if callable(contrasts) else contrasts)
-                groups = _groups(given, len(of_run))
+                labelled = _labelled(contrasts(task, step) if callable(contrasts) else contrasts)
+                groups = _groups(labelled, len(of_run))
                 for source, (name, function) in product(sources, states.items()):
                     units = (Unit(question, step, function, group, source) for group in groups)
                     cells[seed, step, source, name] = tuple(units)
     _expect_alike([(seed, [(s.label, s.coords) for s in q.sites]) for seed, q in questions.items()])
     return Plan(questions, chosen, sources, states, cells, dims, _common_labels(cells))
+
+
+def _source_run(run: Trajectory | None, steps: int | Sequence[int] | None) -> Trajectory | None:
+    """The other run that source checkpoints are of, opened by absolute path."""
+    if run is not None and steps is None:
+        raise SweepError(
+            "the sweep was given a source_run without source_steps; name the steps of it as well."
+        )
+    return None if run is None else Trajectory.open(run.path.resolve())
 
 
 def _as_steps(steps: int | Sequence[int]) -> tuple[int, ...]:

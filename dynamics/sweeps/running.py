@@ -33,6 +33,7 @@ def sweep(
     measure: Measure | Mapping[str, Measure],
     *,
     source_steps: int | Sequence[int] | None = None,
+    source_run: Trajectory | None = None,
     state: State | Mapping[str, State] = as_stored,
     task_of: Callable[[Trajectory], Task] = of_config,
     out: str | os.PathLike[str] | None = None,
@@ -55,9 +56,11 @@ def sweep(
             `lambda task, step: task.contrasts()` or `AliasTask.contrasts_at`.
         sites: a list; or a function model -> list, such as `dy.sites.heads`. All runs must have the same.
         measure: as the verb takes it.
-        source_steps: steps of source checkpoints of the same run; several make a dim `source_step`. The verb is
+        source_steps: steps of source checkpoints; several make a dim `source_step`. The verb is
             then given a `CheckpointPair` for each step, its base, and each source step: the result is that grid.
             For `patch_parameters`, `attribute_parameters`, `patch_activations`. None gives it one checkpoint.
+        source_run: another run that the source checkpoints are of, instead of each run's own: of the same
+            architecture, read by `task_of` as the runs are.
         state: what is made of each checkpoint first, such as `Checkpoint.with_fresh_optimizer`; or a dict of those
             by name, which makes a dim `optimizer`.
         task_of: run -> task, by default the run's own, from its config. For other runs any class or function whose
@@ -81,7 +84,7 @@ def sweep(
         TrajectoryError: a checkpoint cannot be read.
         KeyboardInterrupt: what was kept in `out` stays, and the same call goes on from there.
     """
-    asked = plan(verb, runs, steps, contrasts, sites, measure, state, task_of, source_steps)
+    asked = plan(verb, runs, steps, contrasts, sites, measure, state, task_of, source_steps, source_run)
     return run(asked, out, workers, scheduler)
 
 

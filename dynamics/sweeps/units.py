@@ -48,6 +48,7 @@ class Question:
         task_of: run -> task; called again wherever the question is worked on.
         dims: what the sweep's Dataset has and no verb's result may have.
         threads: how many to compute with where a checkpoint does not say with how many it was trained.
+        source: the same of the run that source checkpoints are of, where that is another.
     """
 
     key: str
@@ -58,6 +59,7 @@ class Question:
     measure: Measure | Mapping[str, Measure] = field(compare=False)
     dims: frozenset[str] = field(compare=False)
     threads: int = field(compare=False)
+    source: Question | None = field(compare=False, default=None)
 
     @cached_property
     def identity(self) -> str:
@@ -123,16 +125,16 @@ class Unit:
     @cached_property
     def identity(self) -> str:
         """A hash of everything the unit's numbers depend on."""
-        stretches = [(self._start_of(step), step) for step in self._steps]
-        return digest(self.question.identity, stretches, self.state, self.contrasts)
-
-    def _start_of(self, step: int) -> str:
-        """The checksum of the stored checkpoint that a step is reached from."""
-        return self.question.files[max(stored for stored in self.question.files if stored <= step)]
+        stretches = [(_start_of(self.question, self.step), self.step)]
+        if self.source_step is not None:
+            stretches.append((_start_of(self._source, self.source_step), self.source_step))
+        other = [] if self.question.source is None else [self.question.source.identity]
+        return digest(self.question.identity, stretches, self.state, self.contrasts, *other)
 
     @property
-    def _steps(self) -> list[int]:
-        return [self.step] if self.source_step is None else [self.step, self.source_step]
+    def _source(self) -> Question:
+        """What is asked of the run that source checkpoints are of."""
+        return self.question.source or self.question
 
     @property
     def replays(self) -> int:
@@ -150,7 +152,7 @@ class Unit:
                 base = self.state(checkpoint)
                 given: Checkpoint | CheckpointPair = base
                 if self.source_step is not None:
-                    source = reached_source(self.question, self.source_step)
+                    source = reached_source(self._source, self.source_step)
                     given = CheckpointPair(base, self.state(source))
                 with _threads(self.question, checkpoint):
                     found = self.question.verb(
@@ -162,7 +164,8 @@ class Unit:
                     )
                 return self.question.expect(found)
             except Exception as error:
-                into = "" if self.source_step is None else f" {self.source_step} into"
+                of = "" if self.question.source is None else f" of {self.question.source.run.path}"
+                into = "" if self.source_step is None else f" {self.source_step}{of} into"
                 error.add_note(f"This was at step{into} {self.step} of {self.question.run.path}.")
                 raise
 
@@ -191,6 +194,11 @@ def _reach(question: Question, step: int) -> tuple[Recipe, Checkpoint]:
         task = question.task_of(question.run)
         recipe = task.recipe()
         return recipe, steps.advance(recipe, start, step, lambda n: task.batch(n))
+
+
+def _start_of(question: Question, step: int) -> str:
+    """The checksum of the stored checkpoint that a step is reached from."""
+    return question.files[max(stored for stored in question.files if stored <= step)]
 
 
 _ALONE = threading.Lock()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import warnings
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ class RunError(RuntimeError):
     """The output folder holds something else; nothing was overwritten."""
 
 
-def fit(config: RunConfig, out: Path, start: Checkpoint | None = None) -> Trajectory:
+def fit(config: RunConfig, out: str | os.PathLike[str], start: Checkpoint | None = None) -> Trajectory:
     """Train the run of a config into a folder, or go on where it stopped.
 
     Args:
@@ -51,6 +52,7 @@ def fit(config: RunConfig, out: Path, start: Checkpoint | None = None) -> Trajec
         NonFiniteLoss: the loss became NaN or infinite.
         KeyboardInterrupt: as the user asked; the same call resumes.
     """
+    out = Path(out)
     with _writer(config, out) as writer:
         task = load({**writer.config, "trainer": config.to_dict()["trainer"]})
         if not writer.steps:

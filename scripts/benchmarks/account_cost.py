@@ -14,6 +14,7 @@ import ctypes
 import gc
 import json
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,8 @@ from dynamics.batch import Batch, concatenate
 from dynamics.config import StudyConfig
 from dynamics.steps.replaying import resumed
 from dynamics.tasks import AliasTask
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.shared import runs
 from scripts.shared.into_readme import conclude, markdown, stamp
 

@@ -10,6 +10,7 @@ clock's, which other programs on the machine disturb.
 from __future__ import annotations
 
 import resource
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ import xarray as xr
 import dynamics as dy
 from checkpoints import Checkpoint, Trajectory, TrajectoryWriter
 from dynamics.config import StudyConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.shared import runs
 from scripts.shared.into_readme import conclude, stamp
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 import warnings
 from collections import Counter
@@ -26,6 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from dynamics.results import REFERENCES
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.benchmarks.patching_speed import (
     PRESETS,
     SIZES,
@@ -52,7 +55,7 @@ PARTS: dict[str, list[str]] = {
     ],
     "references": [],
     "backward from the sites": [f"{_STEPS}.pullbacks.Pullbacks.exchanging", f"{_SIGNALS}.gradient"],
-    "steps": [f"{_STEPS}.update.Steps.take"],
+    "steps": [f"{_STEPS}.update.Steps.begin", f"{_STEPS}.worker_threads.Spread.join"],
     "measure": [f"{_ENGINE}.measuring.Measuring.{name}" for name in ("__call__", "variants_of", "one_model")],
     "slopes": [f"{_ENGINE}.path_integral.StraightPath.mean_gradient"],
 }

@@ -14,6 +14,7 @@ import gc
 import json
 import multiprocessing
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -36,6 +37,8 @@ from tqdm import tqdm
 import dynamics as dy
 from checkpoints import Checkpoint
 from dynamics.config import StudyConfig, ToyConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.benchmarks import seed_loop
 from scripts.shared import runs
 from scripts.shared.into_readme import beside, conclude, stamp

@@ -27,7 +27,7 @@ def revived(recipe: Recipe, state: Checkpoint) -> Start:
     """A copy of the model at the checkpoint and its optimizer."""
     model = copy.deepcopy(recipe.model)
     optimizer = recipe.optimizer(model.parameters())
-    scheduler = recipe.scheduler(optimizer)
+    scheduler = recipe.scheduler(optimizer) if recipe.scheduler else None
     state.restore(model, optimizer if state.optimizer else None, scheduler if state.scheduler else None)
     return model, optimizer
 

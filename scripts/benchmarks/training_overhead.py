@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -27,6 +28,8 @@ from transformer_lens.model_bridge.sources.native import boot as boot_native
 import dynamics as dy
 from checkpoints import Checkpoint, TrajectoryWriter
 from dynamics.config import StudyConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.shared import runs
 from scripts.shared.into_readme import conclude, stamp
 

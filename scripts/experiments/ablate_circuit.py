@@ -14,6 +14,7 @@ and as many others, and as many of all.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from tqdm import tqdm
 import dynamics as dy
 from checkpoints import Trajectory
 from dynamics.sites import Site
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.shared.into_readme import conclude, interval, markdown, stamp
 from scripts.shared.runs import by_task, parser_of_runs, run_key, stored
 

@@ -10,6 +10,7 @@ beside scores of single definitions. What is found is kept for each run in --out
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -30,10 +31,13 @@ import dynamics as dy
 from checkpoints import Checkpoint, Trajectory
 from dynamics import results, steps
 from dynamics.batch import Batch, concatenate
+from dynamics.comparison import perturbed
 from dynamics.measures import LogitMeasure
 from dynamics.randomness import generator
 from dynamics.sites import Site
 from dynamics.tasks import AliasTask
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.shared.into_readme import conclude, interval, markdown, stamp
 from scripts.shared.runs import each, parser_of_runs, run_key, stored
 
@@ -96,15 +100,6 @@ def whole(task: AliasTask, start: Checkpoint) -> xr.Dataset:
     )
 
 
-def perturbed(start: Checkpoint, seed: int) -> Checkpoint:
-    """The checkpoint with every parameter times 1 + noise."""
-    draws = torch.Generator().manual_seed(seed)
-    parameters = {
-        n: p * (1 + NOISE * torch.randn(p.shape, generator=draws)) for n, p in start.parameters.items()
-    }
-    return replace(start, parameters=parameters)
-
-
 def paths(task: AliasTask, start: Checkpoint) -> xr.Dataset:
     """Accounts of D over the longest window, as trained and with the tags of X2's definitions exchanged."""
     recipe, (measure, probe) = task.recipe(), difference(task)
@@ -141,7 +136,7 @@ def windows(task: AliasTask, start: Checkpoint) -> xr.Dataset:
     return xr.Dataset(
         {
             "window": window(start, retagged, components, longest),
-            "window under noise": window(perturbed(start, 1), retagged, components, longest),
+            "window under noise": window(perturbed(start, 1, NOISE), retagged, components, longest),
             "impulse": window(start, [retagged[0], *batches[1:]], components, longest),
             "window of heads": window(start, retagged, heads, HEADS_UNTIL).rename(site="head_site"),
             "fresh": single(start.with_fresh_optimizer()),
@@ -193,7 +188,7 @@ def without_halves(task: AliasTask, start: Checkpoint) -> xr.Dataset:
         {
             "kept": (("half", "definition"), kept.astype(np.int64)),
             "end": ("half", ends(start)),
-            "end under noise": ("half", ends(perturbed(start, 2))),
+            "end under noise": ("half", ends(perturbed(start, 2, NOISE))),
             **{name: ("definition", found) for name, found in scores.items()},
         },
         coords={"definition": defined},

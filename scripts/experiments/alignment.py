@@ -10,6 +10,7 @@ piecewise-constant fit along the log-spaced steps.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from itertools import combinations
@@ -22,6 +23,8 @@ from matplotlib.figure import Figure
 
 import dynamics as dy
 from checkpoints import Checkpoint, Trajectory
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.shared.into_readme import conclude, interval, stamp
 from scripts.shared.runs import parser_of_runs, run_key
 

@@ -10,6 +10,7 @@ an unreliable definition.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,6 +27,8 @@ from tqdm import tqdm
 import dynamics as dy
 from checkpoints import Checkpoint, Trajectory
 from dynamics.recipe import ByNorm, Contrast, Recipe
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.shared.into_readme import beside, interval, markdown, stamp
 from scripts.shared.runs import each, parser_of_runs, run_key, stored
 

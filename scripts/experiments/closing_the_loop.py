@@ -10,6 +10,7 @@ large a difference.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,6 +27,8 @@ import dynamics as dy
 from checkpoints import Checkpoint, Trajectory
 from dynamics.recipe import Recipe
 from dynamics.sites import Site
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.shared.into_readme import conclude, interval, markdown, stamp
 from scripts.shared.runs import each, parser_of_runs, run_key
 

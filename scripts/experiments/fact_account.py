@@ -10,6 +10,7 @@ positions, into the same question about another subject. Measured in the correct
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,10 +24,11 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 import dynamics as dy
-from checkpoints import Trajectory
 from dynamics import results, steps
 from dynamics.config import FactsRun
 from dynamics.sites import Site
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.shared.into_readme import conclude, interval, markdown, stamp
 from scripts.shared.runs import each, parser_of_runs, stored
 
@@ -51,7 +53,7 @@ def of_run(folder: Path, config: FactsRun) -> xr.Dataset:
     """What each statement wrote at each component into each late fact, and what patching its recall brings back."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    run = Trajectory.open(folder) if folder.exists() else dy.training.fit(config, folder)
+    run = dy.training.fit(config, folder)
     task: Any = dy.tasks.load(run.config)
     recipe, first = task.recipe(), run.config["phases"]["learn"]["steps"]
     start = steps.reach(recipe, run, first, task.batch)

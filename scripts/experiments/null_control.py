@@ -9,6 +9,7 @@ twenty.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,6 +21,8 @@ import xarray as xr
 
 import dynamics as dy
 from dynamics.config import PatchingConfig, PrimaryConfig, ScheduleConfig, StudyConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.shared import runs
 from scripts.shared.into_readme import conclude, stamp
 

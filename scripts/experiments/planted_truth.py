@@ -11,6 +11,7 @@ the plant and the truth.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -30,6 +31,8 @@ import dynamics as dy
 from checkpoints import Checkpoint, Trajectory
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.shared.into_readme import conclude, stamp
 from scripts.shared.runs import each, parser_of_runs, run_key
 

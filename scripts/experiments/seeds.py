@@ -9,49 +9,39 @@ goes into the README.
 
 from __future__ import annotations
 
-import warnings
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
 import dynamics as dy
-from dynamics.config import PatchingConfig, PrimaryConfig, ScheduleConfig, StudyConfig
+from dynamics.config import StudyConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.shared import runs
+from scripts.shared.forks import ROLES, forked, sparse
 from scripts.shared.into_readme import conclude, interval, stamp
 
 
-def forked(seed: int, train_multipliers: int, out: Path) -> dict[str, float]:
+def one_seed(seed: int, train_multipliers: int, out: Path) -> dict[str, float]:
     """One seed at one setting of the dial: the two forks' internalisation, averaged."""
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
     default = StudyConfig(seed=seed)
-    drawn = replace(
-        default,
-        task=replace(default.task, train_multipliers=train_multipliers),
-        schedule=ScheduleConfig(per_decade=1, dense=0, evaluate_every=default.schedule.evaluate_every),
-        patching=PatchingConfig(x2_steps=(0,), primary=PrimaryConfig(x2_step=0)),
-    )
-    exchanged = replace(drawn, task=replace(drawn.task, x2_roles="exchanged"))
-    folder = out / f"train-{train_multipliers}-seed-{seed}"
-    run = dy.training.fit(drawn, folder / "drawn")
-    start = run.at(drawn.phases.starts["x2"])
-    dy.training.fit(exchanged, folder / "exchanged", start=start)
-    x1 = pd.read_csv(folder / "drawn" / "metrics.csv")
-    x1 = x1[x1["step"] < start.step]
+    config = sparse(replace(default, task=replace(default.task, train_multipliers=train_multipliers)))
+    folder, x2 = out / f"train-{train_multipliers}-seed-{seed}", config.phases.starts["x2"]
+    forked(config, folder)
+    logged = {role: pd.read_csv(folder / role / "metrics.csv") for role in ROLES}
+    x1 = logged["drawn"][logged["drawn"]["step"] < x2]
     forks = [
-        dy.studies.internalisation(pd.concat([x1, x2[x2["step"] >= start.step]]), config.phases)
-        for config in (drawn, exchanged)
-        for x2 in [pd.read_csv(folder / config.task.x2_roles / "metrics.csv")]
+        dy.studies.internalisation(pd.concat([x1, rows[rows["step"] >= x2]]), config.phases)
+        for rows in logged.values()
     ]
-    task = dy.tasks.load(drawn.to_dict())
     return {
         "train_multipliers": train_multipliers,
         "seed": seed,
-        "identified": task.identified(),
+        "identified": dy.tasks.load(config.to_dict()).identified(),
         **{key: float(np.mean([fork[key] for fork in forks])) for key in forks[0]},
         "strong_drawn": forks[0]["strong"],
         "strong_exchanged": forks[1]["strong"],
@@ -88,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=2)
     given = parser.parse_args(argv)
     jobs = [(seed, dial, given.out) for dial in given.dial for seed in given.seeds]
-    rows = runs.each(forked, jobs, given.workers)
+    rows = runs.each(one_seed, jobs, given.workers)
     results = pd.DataFrame(rows).sort_values(["train_multipliers", "seed"], ignore_index=True)
     results.to_csv(given.out / "summary.csv", index=False)
     conclude(given, "seeds", table(results))

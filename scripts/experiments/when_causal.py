@@ -12,6 +12,7 @@ the circuit of each step (threshold 0.5 % of that step's gap) beside that of the
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from tqdm import tqdm
 import dynamics as dy
 from checkpoints import Trajectory
 from dynamics.comparison import order_of_events, when
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.shared.into_readme import conclude, interval, markdown, stamp
 from scripts.shared.runs import parser_of_runs
 

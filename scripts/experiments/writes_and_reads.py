@@ -16,6 +16,7 @@ Both in the correct answer's logit less the mean logit. The optimizer's state is
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,8 @@ from tqdm import tqdm
 
 import dynamics as dy
 from checkpoints import Trajectory
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.shared.into_readme import conclude, interval, markdown, stamp
 from scripts.shared.runs import parser_of_runs
 

@@ -9,6 +9,7 @@ Indirect objects first, then facts.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ import xarray as xr
 import dynamics as dy
 from dynamics.recipe import Contrast
 from dynamics.tasks import facts, ioi
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.reproductions.subjects import Subject, draw, hugging_face, parser, sites, trained
 from scripts.shared.into_readme import conclude, interval, stamp
 

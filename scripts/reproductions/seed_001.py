@@ -10,13 +10,17 @@ which leaves the answer what it was; the other one lets the other person give.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 import dynamics as dy
 from dynamics.tasks.words import NAMES, PLACES, THINGS
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.reproductions.subjects import draw, hugging_face, parser, sites, trained
 
 HOOKS = {"hook_attn_out": ("layer",), "hook_mlp_out": ("layer",), "attn.hook_z": ("layer", "head")}

@@ -12,6 +12,7 @@ aliases (`--first 0` for the notebook's).
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,8 @@ import xarray as xr
 import dynamics as dy
 from checkpoints import Checkpoint, Trajectory
 from dynamics.recipe import Recipe
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.reproductions.subjects import draw
 from scripts.shared.into_readme import interval
 

@@ -9,11 +9,14 @@ One letter after another, with the current word corrupted: the residual stream a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import dynamics as dy
 from dynamics.tasks import acronyms
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.reproductions.subjects import draw, hugging_face, parser, sites, trained
 from scripts.shared.into_readme import beside
 

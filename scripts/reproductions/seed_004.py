@@ -9,11 +9,15 @@ MLP outputs and attention inputs are exchanged, by layer and position.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import dynamics as dy
 from dynamics.tasks.datasets import prompt_contrasts
 from dynamics.tasks.facts import Fact
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.reproductions.subjects import draw, hugging_face, parser, sites, trained
 
 SITES = ("ln1.hook_normalized", "hook_mlp_out")

@@ -9,6 +9,7 @@ Beside it here stand all held-out aliases.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from torch import nn
 
 import dynamics as dy
 from checkpoints import Checkpoint, Trajectory
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.shared import runs
 from scripts.shared.into_readme import conclude, stamp
 

@@ -1,4 +1,4 @@
-"""Tables that scripts print and put into the README, with when, where and by which script they were made."""
+"""Tables that scripts print and put into the README or a page of docs/, with when, where and by which script."""
 
 from __future__ import annotations
 
@@ -16,20 +16,35 @@ from matplotlib.figure import Figure
 import dynamics as dy
 
 ROOT = Path(__file__).resolve().parents[2]
-README = ROOT / "README.md"
+HOME = ROOT
+"""The folder of `README.md`, `docs/` and `.readme/`."""
 
 
 def write(name: str, text: str) -> None:
-    """Put a table between the marks `<!-- name: begin -->` and `<!-- name: end -->`."""
+    """Put a table between the marks `<!-- name: begin -->` and `<!-- name: end -->` of the page that has them.
+
+    Raises:
+        ValueError: no page has the marks, or several have.
+    """
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    before, _, rest = README.read_text().partition(begin)
+    holding = [page for page in pages() if begin in page.read_text()]
+    if len(holding) != 1:
+        found = ", ".join(str(page.relative_to(HOME)) for page in holding) or "no page"
+        raise ValueError(f"found the marks {begin} in {found}; expected them in one page")
+    (page,) = holding
+    before, _, rest = page.read_text().partition(begin)
     _, _, after = rest.partition(end)
-    README.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+
+
+def pages() -> list[Path]:
+    """The README and the pages of the documentation."""
+    return [HOME / "README.md", *sorted((HOME / "docs").rglob("*.md"))]
 
 
 def beside(name: str) -> Path:
-    """Where a picture or page that the README names lies."""
-    return README.parent / ".readme" / name
+    """Where a picture or page that the README or a page of docs/ names lies."""
+    return HOME / ".readme" / name
 
 
 def conclude(
@@ -39,7 +54,7 @@ def conclude(
     figure: Figure | None = None,
     provenance: Mapping[str, str] | None = None,
 ) -> None:
-    """Print a table and draw its figure into the folder `--out`; with `--readme` both go into the README too."""
+    """Print a table and draw its figure into the folder `--out`; with `--readme` both go into their page too."""
     print(text)
     places = [] if figure is None else [given.out / f"{name}.png"]
     if given.readme:

@@ -22,7 +22,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--readme", action="store_true", help="write what is found into the README")
+    made.add_argument(
+        "--readme", action="store_true", help="write what is found into its page of docs/ or the README"
+    )
     return made
 
 

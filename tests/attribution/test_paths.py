@@ -67,6 +67,7 @@ def test_first_order_is_the_slope_of_the_graph_written_out():
         assert found[site.label] == pytest.approx((logits[0] - logits[1]) / (2 * h), rel=1e-5, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_integrated_edges_of_the_embedding_divide_the_whole_difference():
     model, contrasts = smooth(), [pair(0), pair(1)]
     found = dy.attribute_paths(

@@ -48,8 +48,9 @@ def mine_for(verb, optimizer="AdamW", loss=None):
 @pytest.mark.slow
 @every_verb
 @methods
-@pytest.mark.parametrize("optimizer", ["AdamW", "RMSprop"])
-@pytest.mark.parametrize("start", ["stored", "fresh", "the model as it stands"])
+@pytest.mark.parametrize(
+    ("optimizer", "start"), [("AdamW", "stored"), ("RMSprop", "fresh"), ("AdamW", "the model as it stands")]
+)
 def test_everything_is_left_as_it_was(verb, method, optimizer, start):
     mine = mine_for(verb, optimizer)
     checkpoint = {"stored": mine.checkpoint, "fresh": mine.checkpoint.with_fresh_optimizer()}.get(start)

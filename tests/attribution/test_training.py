@@ -13,6 +13,7 @@ from dynamics import measures, sites
 from dynamics.recipe import RecipeError
 from dynamics.sites import Site, SiteError
 from tests.oracles.training_account import account_by_loop
+from tests.zoo.cases import first_quick
 from tests.zoo.small_models import (
     CLIPS,
     LOOPED,
@@ -54,18 +55,26 @@ def change(found):
 # --- it is right ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("max_norm", [None, 0.1])
+@pytest.mark.parametrize("max_norm", [pytest.param(None, marks=pytest.mark.slow), 0.1])
 def test_on_a_classifier_it_is_what_a_bare_loop_with_a_dense_trapezoid_finds(max_norm):
     optimizer = partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)
     recipe = classifier_recipe(optimizer=optimizer, max_grad_norm=max_norm)
     rows = [
         {label: [i for i, s in enumerate(by_parity(b)) if s == label] for label in ("even", "odd")}
-        for b in BATCHES
+        for b in BATCHES[:4]
     ]
     expected, values = account_by_loop(
-        recipe.model, classifier_loss, BATCHES, margin, PROBES["first"], rows, decay=0.1, max_norm=max_norm
+        recipe.model,
+        classifier_loss,
+        BATCHES[:4],
+        margin,
+        PROBES["first"],
+        rows,
+        decay=0.1,
+        max_norm=max_norm,
     )
-    found = account(recipe, sources=by_parity, tolerance=0, max_nodes=65).sel(example="first")
+    found = account(recipe, batches=BATCHES[:4], sources=by_parity, tolerance=0, max_nodes=65)
+    found = found.sel(example="first")
     np.testing.assert_allclose(found["value"], values, rtol=0, atol=1e-12)
     for step, by_source in enumerate(expected, start=1):
         for label, by_name in by_source.items():
@@ -74,6 +83,7 @@ def test_on_a_classifier_it_is_what_a_bare_loop_with_a_dense_trapezoid_finds(max
                 assert float(ours) == pytest.approx(attributed, abs=2e-7, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_on_a_transformer_it_is_what_a_bare_loop_with_a_dense_trapezoid_finds():
     optimizer = partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)
     recipe = transformer_recipe(optimizer=optimizer, max_grad_norm=0.5)
@@ -106,7 +116,7 @@ def test_on_a_transformer_it_is_what_a_bare_loop_with_a_dense_trapezoid_finds():
             np.testing.assert_allclose(ours, list(by_name.values()), rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize("optimizer", [*OPTIMIZERS, *LOOPED])
+@pytest.mark.parametrize("optimizer", first_quick([*LOOPED, *OPTIMIZERS], 5))
 def test_for_every_optimizer_it_adds_up_to_the_change_of_the_measure(optimizer):
     recipe = classifier_recipe(optimizer={**OPTIMIZERS, **LOOPED}[optimizer], clip=CLIPS["by value"])
     found = account(recipe, tolerance=1e-9)
@@ -117,7 +127,7 @@ def test_for_every_optimizer_it_adds_up_to_the_change_of_the_measure(optimizer):
     assert found.attrs["partition"] == 1
 
 
-@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if "amsgrad" not in name])
+@pytest.mark.parametrize("optimizer", first_quick((name for name in OPTIMIZERS if "amsgrad" not in name), 3))
 def test_the_sources_add_up_to_the_account_without_them(optimizer):
     recipe = classifier_recipe(optimizer=OPTIMIZERS[optimizer], clip=CLIPS["by norm"])
     state = trained(recipe, [points(90), points(91)]).last
@@ -189,6 +199,7 @@ def test_more_nodes_leave_a_smaller_residual_and_only_where_asked():
     np.testing.assert_array_equal(ours.where(~refined), theirs.where(~refined))
 
 
+@pytest.mark.slow
 def test_many_probes_at_once_are_each_what_it_is_alone():
     recipe = transformer_recipe()
     probes = {str(seed): tokens(seed) for seed in range(20, 25)}
@@ -332,3 +343,17 @@ def test_accumulated_micro_batches_have_the_account_of_one_batch_of_all_their_ro
     found = account(accumulated, batches=micro, sources=by_parity)
     for name in ("attribution", "value", "residual"):
         np.testing.assert_allclose(found[name], one[name], rtol=0, atol=1e-12)
+
+
+def test_an_error_says_at_which_step_it_happened():
+    calls = []
+
+    def measure(model, batch):
+        calls.append(1)
+        if len(calls) > len(PROBES) * 2:
+            raise ZeroDivisionError
+        return margin(model, batch)
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        account(classifier_recipe(), measure=measure)
+    assert any("This happened in step " in note for note in caught.value.__notes__)

@@ -2,10 +2,11 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 
-from checkpoints import Trajectory, TrajectoryError, TrajectoryWriter, files, index
+from checkpoints import Trajectory, TrajectoryError, TrajectoryWriter, files, index, store
 
 
 def flipped(data, bit):
@@ -19,9 +20,10 @@ def test_an_append_adds_a_line_and_leaves_what_is_there(run, small):
     before = path.read_bytes(), manifest.read_bytes(), manifest.stat().st_ino, path.stat().st_ino
     with TrajectoryWriter.resume(run) as writer:
         writer.append(small(30))
-    assert path.read_bytes().startswith(before[0])
-    assert path.read_bytes().count(b"\n") == before[0].count(b"\n") + 1
-    assert (manifest.read_bytes(), manifest.stat().st_ino, path.stat().st_ino) == before[1:]
+        assert path.read_bytes().startswith(before[0])
+        assert path.read_bytes().count(b"\n") == before[0].count(b"\n") + 1
+        assert (manifest.read_bytes(), manifest.stat().st_ino, path.stat().st_ino) == before[1:]
+    assert path.stat().st_ino == before[3]
 
 
 def test_an_append_of_the_thousandth_writes_as_much_as_of_the_tenth(tmp_path, monkeypatch):
@@ -38,20 +40,23 @@ def test_an_append_of_the_thousandth_writes_as_much_as_of_the_tenth(tmp_path, mo
 
 def test_a_line_cut_short_anywhere_counts_for_nothing_and_the_rest_opens_and_goes_on(run, small):
     """What a kill in the middle of an append leaves, at each of its bytes."""
-    path = run / index.INDEX
-    whole = path.read_bytes()
+    path, manifest = run / index.INDEX, run / "manifest.json"
+    whole, counted = path.read_bytes(), manifest.read_bytes()
     with TrajectoryWriter.resume(run) as writer:
         writer.append(small(30))
     grown = path.read_bytes()
+    manifest.write_bytes(counted)  # a killed writer does not close
     for length in range(len(whole), len(grown) - 1):
         path.write_bytes(grown[:length])
         assert Trajectory.open(run).steps == (0, 10, 20)
     for length in (len(whole), len(whole) + 1, len(grown) - 2):
         path.write_bytes(grown[:length])
+        manifest.write_bytes(counted)
         with TrajectoryWriter.resume(run) as writer:
             assert writer.steps == (0, 10, 20)
             writer.append(small(30))
         assert path.read_bytes() == grown
+    manifest.write_bytes(counted)
     path.write_bytes(whole + b"\0" * 200)  # as a loss of power may leave it
     assert Trajectory.open(run).steps == (0, 10, 20)
 
@@ -145,7 +150,27 @@ def test_a_missing_index_is_not_an_empty_run(run):
         Trajectory.open(run)
 
 
-def test_an_index_that_lost_lines_is_noticed_by_verify_and_not_written_over(run):
+def test_an_index_of_a_closed_writer_that_lost_its_end_is_noticed_wherever_it_was_cut(run):
+    path = run / index.INDEX
+    whole = path.read_bytes()
+    for length in range(len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(TrajectoryError, match=r"index\.jsonl.*(has lost its end|damaged in line)"):
+            Trajectory.open(run)
+    path.write_bytes(whole.splitlines(keepends=True)[0])
+    with pytest.raises(TrajectoryError, match="names 0 checkpoints, the manifest 3 or more"):
+        TrajectoryWriter.create(run, {})
+    with pytest.raises(TrajectoryError, match="names 0 checkpoints, the manifest 3 or more"):
+        TrajectoryWriter.resume(run)
+
+
+def uncounted(run):
+    """As a writer that was killed before it closed leaves a run."""
+    store.write_manifest(run, replace(store.read_manifest(run), n_checkpoints=0))
+
+
+def test_an_index_of_a_killed_writer_that_lost_lines_is_noticed_by_verify_and_not_written_over(run):
+    uncounted(run)
     path = run / index.INDEX
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0])
@@ -153,3 +178,23 @@ def test_an_index_that_lost_lines_is_noticed_by_verify_and_not_written_over(run)
     assert "3 checkpoints are there that trajectory/index.jsonl does not name" in problem
     with pytest.raises(TrajectoryError, match="already holds a run"):
         TrajectoryWriter.create(run, {})
+
+
+def test_whoever_resumes_a_killed_writers_run_counts_its_checkpoints(run):
+    uncounted(run)
+    TrajectoryWriter.resume(run).close()
+    assert store.read_manifest(run).n_checkpoints == 3
+
+
+def test_a_full_disk_at_closing_costs_the_count_alone(run, small, monkeypatch):
+    writer = TrajectoryWriter.resume(run)
+    writer.append(small(30))
+
+    def full(folder, manifest):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write_manifest", full)
+        writer.close()
+    assert Trajectory.open(run).steps == (0, 10, 20, 30)
+    TrajectoryWriter.resume(run).close()

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -140,41 +141,77 @@ def test_leftovers_of_a_killed_writer_are_removed_and_other_files_kept(run):
     assert kept.exists()
 
 
-WRITE_FOREVER = """
-import sys, torch
+WRITERS = """
+import os, sys, torch
 from dataclasses import replace
 from checkpoints import Checkpoint, TrajectoryWriter
-with TrajectoryWriter.resume(sys.argv[1]) as writer:
-    empty = Checkpoint.capture(torch.nn.Module())
-    step = max(writer.steps, default=-1)
-    while True:
-        step += 1
-        writer.append(replace(empty, step=step, parameters={"w": torch.full((50_000,), float(step))}))
-        print("wrote one", flush=True)
+
+def write_forever():
+    with TrajectoryWriter.resume(sys.argv[1]) as writer:
+        empty = Checkpoint.capture(torch.nn.Module())
+        step = first = max(writer.steps, default=-1) + 1
+        while True:
+            writer.append(replace(empty, step=step, parameters={"w": torch.full((50_000,), float(step))}))
+            if step == first:
+                print(os.getpid(), flush=True)
+            step += 1
+
+for _ in sys.stdin:
+    if (writer := os.fork()) == 0:
+        write_forever()
+    print(os.waitpid(writer, 0)[1], flush=True)
 """
+"""For every line a process that writes until it is killed: its number once it wrote, and what ended it."""
 
 
 @pytest.mark.slow
 def test_a_killed_writer_leaves_a_run_that_opens_verifies_and_resumes(tmp_path, small, files):
     TrajectoryWriter.create(tmp_path, {}).close()
     n_before = 0
-    for kill in range(6):
-        process = subprocess.Popen(
-            [sys.executable, "-c", WRITE_FOREVER, str(tmp_path)], stdout=subprocess.PIPE, text=True
-        )
-        with process:
-            assert process.stdout.readline() == "wrote one\n"
+    command, pipes = [sys.executable, "-c", WRITERS, str(tmp_path)], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipes, stdout=pipes, text=True, bufsize=1) as writers:
+        for kill in range(6):
+            writers.stdin.write("\n")
+            writer = int(writers.stdout.readline())
             time.sleep(0.1 + 0.037 * kill)
             if kill == 0:
-                with pytest.raises(TrajectoryError, match=f"is being written by process {process.pid} on "):
+                with pytest.raises(TrajectoryError, match=f"is being written by process {writer} on "):
                     TrajectoryWriter.resume(tmp_path)
-            process.kill()
-        trajectory = Trajectory.open(tmp_path)
-        assert trajectory.verify() == []
-        assert len(trajectory) > n_before
-        assert trajectory.steps == tuple(range(len(trajectory)))
-        assert trajectory.last.parameters["w"][0] == len(trajectory) - 1
-        n_before = len(trajectory)
+            os.kill(writer, signal.SIGKILL)
+            assert int(writers.stdout.readline()) == signal.SIGKILL
+            trajectory = Trajectory.open(tmp_path)
+            assert trajectory.verify() == []
+            assert len(trajectory) > n_before
+            assert trajectory.steps == tuple(range(len(trajectory)))
+            assert trajectory.last.parameters["w"][0] == len(trajectory) - 1
+            n_before = len(trajectory)
     with TrajectoryWriter.resume(tmp_path) as writer:
         writer.append(small(n_before))
     assert not [name for name in files(tmp_path) if name.endswith(".partial")]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_folder_without_locks_is_written_and_the_log_says_so(run, small, monkeypatch, caplog, number):
+    def flock(descriptor, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with caplog.at_level("WARNING"), TrajectoryWriter.resume(run) as writer:
+        writer.append(small(30))
+    assert f"{run} has no locks" in caplog.text
+    assert Trajectory.open(run).steps == (0, 10, 20, 30)
+
+
+def test_a_lock_that_fails_otherwise_is_an_error(run, monkeypatch):
+    def flock(descriptor, operation):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(OSError, match="Input/output error"):
+        TrajectoryWriter.resume(run)
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(run):
+    (run / ".writer.lock").write_text("process 1 on a machine that is gone")
+    with TrajectoryWriter.resume(run) as writer:
+        assert writer.steps == (0, 10, 20)

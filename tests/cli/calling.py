@@ -23,6 +23,9 @@ TINY = [
     "--phases.x1.steps=20",
     "--phases.x2.steps=20",
     "--patching.x2_steps=[0, 10]",
+    "--schedule.per_decade=2",
+    "--schedule.dense=2",
+    "--schedule.evaluate_every=4",
 ]
 """The smoke preset in miniature: four aliases, sixty steps, X2 from step 40."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints import Trajectory
+from dynamics import results
 from dynamics.studies import ten_checks
 from tests.cli.calling import dynamics
 
@@ -33,9 +34,9 @@ def complaint(done: subprocess.CompletedProcess[str]) -> str:
     return line
 
 
-def test_a_run_gets_ten_checks_each_with_its_figures(runs):
+def test_a_run_gets_ten_checks_each_with_its_figures(runs, tmp_path):
     before = files(runs[0])
-    done = dynamics("believe", runs[0], "--site", "attn 0", *IMPULSE)
+    done = dynamics("believe", runs[0], "--site", "attn 0", *IMPULSE, "--out", tmp_path / "checks.h5")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     head, *lines = done.stdout.splitlines()
@@ -49,6 +50,10 @@ def test_a_run_gets_ten_checks_each_with_its_figures(runs):
     assert len(re.findall(r"[+-]\d+\.\d+ \[[+-]\d+\.\d+, [+-]\d+\.\d+\]", done.stdout)) == 13
     assert "2 steps later" in done.stdout
     assert files(runs[0]) == before
+    kept = results.load(tmp_path / "checks.h5")
+    assert f"{kept.attrs['site']}, {kept.attrs['at']}" == head
+    assert kept["check"].values.tolist() == [check[2] for check in checks]
+    assert kept["figure"].values.tolist() == [line.strip() for line in lines[1::2]]
 
 
 def test_the_command_prints_what_the_battery_says_of_several_runs(runs):

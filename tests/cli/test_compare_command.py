@@ -18,6 +18,7 @@ BRIEF = [
     "--phases.pretrain.steps=10",
     "--phases.x1.steps=10",
     "--phases.x2.steps=10",
+    "--schedule.per_decade=1",
     "--schedule.dense=0",
     "--patching.x2_steps=[0]",
     "--patching.primary.x2_step=0",

@@ -140,5 +140,5 @@ def test_what_cannot_be_drawn_is_said(tmp_path, capsys):
     results.save(curves("cka", ("step", "site")), tmp_path / "cka.h5")
     assert f"needs {tmp_path / 'scores.h5'} too" in complaint(capsys, tmp_path / "cka.h5")
     assert "there is no file" in complaint(capsys, tmp_path / "none.h5")
-    assert "expected" in complaint(capsys, tmp_path / "rows.h5", "--out", tmp_path / "rows.pdf")
+    assert "expected" in complaint(capsys, tmp_path / "rows.h5", "--out", tmp_path / "rows.jpg")
     assert not list(tmp_path.glob("*.p??"))

@@ -67,7 +67,8 @@ def test_by_default_every_stored_step_of_x2_is_swept(run, tmp_path):
 
 
 def test_ctrl_c_ends_the_workers_and_the_same_command_goes_on(run, tmp_path):
-    given = ["sweep", run, "--out", tmp_path / "swept", *SMALL, "--levels", "matrices"]
+    steps = ["--steps", 40, 41, 42, 43, 44]
+    given = ["sweep", run, "--out", tmp_path / "swept", *steps, *SMALL, "--levels", "matrices"]
     heeding = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
         "from dynamics.cli import main; main()"

@@ -56,3 +56,13 @@ def test_what_cannot_be_is_said(alias_run, words, message):
     done = dynamics("transfer", alias_run, *words)
     assert done.returncode != 0
     assert message in done.stderr
+
+
+@pytest.mark.slow
+def test_another_run_may_give(alias_run, tmp_path):
+    words = ("--from", 7, "--into", 1, *SMALL, "--out")
+    succeed("transfer", alias_run, *words, tmp_path / "own")
+    succeed("transfer", alias_run, "--source", alias_run, *words, tmp_path / "other")
+    own, other = (results.load(next((tmp_path / name).glob("*.h5"))) for name in ("own", "other"))
+    assert own.drop_attrs().identical(other.drop_attrs())
+    assert "source_run" in other.attrs["provenance"]

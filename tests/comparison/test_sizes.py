@@ -138,6 +138,7 @@ def test_a_curve_is_its_quantity_at_every_step_stored_or_reached(run, task):
         np.testing.assert_array_equal(found["loss"].sel(step=step), alone["loss"])
 
 
+@pytest.mark.slow
 def test_neighbours_are_compared_pair_by_pair_and_updates_by_three(run, task):
     recipe = task.recipe()
     chosen = sites.layers(recipe.model)

@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands there."""
+"""The Python of the README and of the documentation's pages runs as it stands there."""
 
 import dataclasses
 import re
@@ -18,11 +18,15 @@ from dynamics.models.toy import ToyTransformer
 from tests.zoo.comparison_models import short_run
 from tests.zoo.word_level import save_gpt2
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
 
 
-def blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+def block(words: str) -> str:
+    """The one block of Python with these words; a page may repeat another's."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    blocks = [b for page in pages for b in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]
+    (found,) = {block for block in blocks if words in block}
+    return found
 
 
 @pytest.mark.slow
@@ -50,10 +54,10 @@ def test_the_ten_lines_run_on_a_finished_run(tmp_path, monkeypatch, capsys):
     )
     fit(config, tmp_path / "runs" / "aliases")
     monkeypatch.chdir(tmp_path)
-    first = blocks()[0]
+    first = block("heads.png")
     assert len([line for line in first.splitlines() if line]) <= 12
     for _ in range(2):  # what they write is replaced the second time
-        exec(first.replace("4513", "14"), {})
+        exec(first.replace("4510", "14"), {})
     assert "L1H1" in capsys.readouterr().out
     assert (tmp_path / "heads.png").exists()
     assert (tmp_path / "heads.h5").exists()
@@ -82,8 +86,7 @@ def test_the_example_on_a_users_own_model_runs():
             for name in ("unreliable", "reliable", "questions")
         },
     }
-    second = blocks()[1]
-    lines = second.strip().splitlines()
+    lines = block("dy.patch_factors").strip().splitlines()
     names["dy"] = pytest.importorskip("dynamics")
     names["shown"] = shown = []
     calls = [line for line in lines if line.startswith(("dy.patch_", "dy.attribute_"))]
@@ -97,6 +100,7 @@ def test_the_example_on_a_users_own_model_runs():
 
 
 def test_the_example_of_an_account_runs():
+    torch.manual_seed(0)
     net = nn.Linear(3, 4)
     batches = {
         name: (torch.randn(8, 3), torch.arange(8) % 4) for name in ("unreliable", "reliable", "questions")
@@ -105,7 +109,7 @@ def test_the_example_of_an_account_runs():
     def loss(model, batch):
         return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
-    (example,) = [block for block in blocks() if "attribute_training" in block]
+    example = block("attribute_training")
     recipe = dy.Recipe(net, loss, lambda parameters: torch.optim.AdamW(parameters, lr=1e-2))
     names = {
         "dy": dy,
@@ -123,8 +127,9 @@ def test_the_example_of_an_account_runs():
     assert float(abs(written - change).max()) < 1e-3 * float(abs(change).max())
 
 
+@pytest.mark.slow
 def test_the_example_of_two_checkpoints_of_a_run_runs(tmp_path):
-    (example,) = [block for block in blocks() if "CheckpointPair" in block]
+    example = block("CheckpointPair")
     run = short_run(tmp_path / "run")
     task = dy.tasks.load(run.config)
     recipe, contrasts = task.recipe(), task.contrasts()
@@ -153,7 +158,7 @@ def test_the_example_of_a_task_of_ones_own_runs_on_a_hugging_face_model(tmp_path
         "gpt2": transformers.AutoModelForCausalLM.from_pretrained(folder),
         "tokenizer": transformers.AutoTokenizer.from_pretrained(folder),
     }
-    (example,) = [block for block in blocks() if "target_tokens" in block]
+    example = block("target_tokens")
     exec(example, names)
     printed = capsys.readouterr().out
     assert names["patched"].sizes == {"example": 1, "site": 4}
@@ -178,7 +183,7 @@ def test_the_example_of_a_fact_being_written_runs_on_a_short_run(tmp_path, monke
     )
     fit(config, tmp_path / "runs" / "facts")
     monkeypatch.chdir(tmp_path)
-    (example,) = [block for block in blocks() if "statements_at" in block]
+    example = block("statements_at")
     names = {"dy": pytest.importorskip("dynamics"), "Trajectory": Trajectory}
     exec(example, names)
     assert names["written"].sizes["example"] == 2
@@ -189,8 +194,8 @@ def test_a_bare_loop_is_recorded_and_its_checkpoints_compared(tmp_path, monkeypa
     import dynamics as dy
     from checkpoints import Trajectory
 
-    (third,) = [block for block in blocks() if "TrajectoryWriter.create" in block]
-    (fourth,) = [block for block in blocks() if "batch_of" in block]
+    third = block("TrajectoryWriter.create")
+    fourth = block("batch_of")
     net = nn.Linear(3, 9)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     batches = [torch.randn(5, 3) for _ in range(12)]
@@ -241,7 +246,7 @@ def test_a_bare_loop_is_recorded_and_its_checkpoints_compared(tmp_path, monkeypa
 
 
 def test_the_example_of_a_circuit_runs_on_a_small_toy():
-    (example,) = [block for block in blocks() if "dy.sites.outside" in block]
+    example = block("dy.sites.outside")
     model = ToyTransformer(ToyConfig(n_layers=2, n_heads=2, d_model=8, d_head=4, d_mlp=8, n_ctx=3), 5)
     rows = (torch.tensor([[1, 2, 3]]), torch.tensor([2]), torch.tensor([4]), torch.tensor([[0]]))
     clean = dy.Batch(*rows)

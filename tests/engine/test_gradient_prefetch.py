@@ -19,6 +19,7 @@ from dynamics.steps.states import starting_point
 from tests.oracles.windows_by_hand import counted
 from tests.zoo import signal_models
 from tests.zoo.any_models import KINDS, made
+from tests.zoo.cases import first_quick
 from tests.zoo.signal_models import RECIPES, batch_of, begun, tolerance_of
 from tests.zoo.small_models import classifier_recipe, margin, points, tokens, trained, transformer_recipe
 
@@ -262,7 +263,7 @@ def test_a_batch_that_alone_writes_into_a_buffer_is_not_taken_with_others():
     assert float(recipe.model.largest) == 0
 
 
-@pytest.mark.parametrize("name", signal_models.TOYS)
+@pytest.mark.parametrize("name", first_quick(signal_models.TOYS))
 def test_rows_of_a_batch_are_taken_at_once(name, monkeypatch):
     recipe, checkpoint, batches, _ = case(name)
     probes = [Contrast(None, None, batches[1], {"example": "it"})]

@@ -106,9 +106,9 @@ def test_the_verb_finds_the_same_as_by_a_step_for_every_site(clip, setting, monk
     recipe = replace(setting[0], clip=clip)
     chosen = [*sites.heads(recipe.model), *sites.parameters(recipe.model)]
     taken = []
-    take = Steps.take
+    begin = Steps.begin
     monkeypatch.setattr(
-        Steps, "take", lambda self, many, space=None: taken.append(len(many)) or take(self, many, space)
+        Steps, "begin", lambda self, many, space=None: taken.append(len(many)) or begin(self, many, space)
     )
     found = dy.patch_gradients(recipe, setting[1], [CONTRAST], chosen, dy.measures.correct_logit)
     assert sum(taken) == 4  # the references alone

@@ -132,7 +132,7 @@ def failing_above(monkeypatch, owner, name, most, size_of):
     [
         ("patch_gradients", Measuring, "_vmapped", lambda self, models, probe: len(models), "measures"),
         ("patch_updates", Measuring, "_vmapped", lambda self, models, probe: len(models), "measures"),
-        ("patch_gradients", Steps, "take", lambda self, many, space=None: len(many), "steps"),
+        ("patch_gradients", Steps, "begin", lambda self, many, space=None: len(many), "steps"),
         ("patch_gradients", per_example, "_together", lambda r, c, batches, first: len(batches), "gradients"),
         ("patch_signals", Pullbacks, "exchanging", lambda self, chunk, source: len(chunk), "signals"),
         (
@@ -161,7 +161,7 @@ def test_where_memory_runs_out_fewer_are_taken_at_a_time_and_the_result_is_the_s
 
 
 def test_memory_that_does_not_hold_one_model_is_an_error_with_the_contrasts_name(monkeypatch):
-    failing_above(monkeypatch, Steps, "take", 0, lambda self, many, space=None: len(many))
+    failing_above(monkeypatch, Steps, "begin", 0, lambda self, many, space=None: len(many))
     with pytest.raises(torch.OutOfMemoryError) as caught:
         patched(transformer_recipe())
     assert "This happened in pair 0." in caught.value.__notes__

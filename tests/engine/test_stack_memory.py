@@ -155,8 +155,14 @@ class Unstackable(nn.Module):
 
 @pytest.mark.slow
 @every_verb
-@pytest.mark.parametrize("how", ["branches on a value", "does otherwise under vmap"])
-@pytest.mark.parametrize("n_bytes", [2**27, 40_000], ids=["all stacked", "references alone"])
+@pytest.mark.parametrize(
+    ("how", "n_bytes"),
+    [
+        pytest.param("branches on a value", 2**27, id="branches on a value, all stacked"),
+        pytest.param("branches on a value", 40_000, id="branches on a value, references alone"),
+        pytest.param("does otherwise under vmap", 2**27, id="does otherwise under vmap, all stacked"),
+    ],
+)
 def test_a_model_that_cannot_be_stacked_is_measured_one_at_a_time(verb, how, n_bytes):
     """Also where the first models are too large to be stacked and later ones are not."""
     recipe = transformer_recipe(model=Unstackable(how))
@@ -238,10 +244,8 @@ def test_a_step_has_the_same_bits_however_many_are_taken_beside_it(kind):
     recipe = dy.Recipe(perturbed(Long()), lambda model, x: model(x), optimizers[kind], max_grad_norm=1.0)
     checkpoint = trained(recipe, [torch.tensor(1.0), torch.tensor(0.5)]).last
     many = [{"weight": torch.randn(300_007)} for _ in range(16)]
-    expected = Steps(recipe, checkpoint).take(many[:1])[0]["weight"]
-    by_torch = step_from(recipe, checkpoint, many[0])["weight"]
-    torch.testing.assert_close(expected, by_torch, rtol=1e-6, atol=1e-6)
-    for n in (2, 3, 5, 8, 9, 16):
+    expected = step_from(recipe, checkpoint, many[0])["weight"]
+    for n in (1, 2, 3, 5, 8, 9, 16):
         assert torch.equal(Steps(recipe, checkpoint).take(many[:n])[0]["weight"], expected), n
 
 
@@ -313,15 +317,20 @@ def test_memory_is_given_back_around_both_gradients_and_before_updates_are_excha
 def test_of_the_references_none_is_held_that_is_not_needed_later(verb, monkeypatch):
     """While one is made: of updates the base model, which is exchanged with the source model."""
     made, held = [], []
-    take = Steps.take
+    begin = Steps.begin
 
     def remembered(self, many, space=None):
         held.append(sum(model() is not None for model in made))
-        stack = take(self, many, space)
-        made.append(weakref.ref({**stack.shared, **stack.stacked}["unembed.W_U"]))
-        return stack
+        finish = begin(self, many, space)
 
-    monkeypatch.setattr(Steps, "take", remembered)
+        def finished():
+            stack = finish()
+            made.append(weakref.ref({**stack.shared, **stack.stacked}["unembed.W_U"]))
+            return stack
+
+        return finished
+
+    monkeypatch.setattr(Steps, "begin", remembered)
     recipe = transformer_recipe()
     with dy.max_memory(1):
         VERBS[verb](

@@ -17,6 +17,7 @@ with warnings.catch_warnings():
 
 import dynamics as dy
 from dynamics.recipe import ByNorm, ByValue, RecipeError
+from tests.zoo.cases import first_quick
 from tests.zoo.lightning_modules import (
     BATCHES,
     ByModuleType,
@@ -47,7 +48,7 @@ CLIPS = {
 }
 
 
-@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("clip", first_quick(CLIPS))
 def test_replay_equals_what_the_trainer_did_bitwise(clip, tmp_path):
     """Groups, warm-up, logging, metrics, dropout, batch norm, an assigned buffer, generators."""
     ours, theirs = CLIPS[clip]
@@ -118,6 +119,7 @@ def in_two_groups(optimizer):
     return AdamW([{"params": vectors}, {"params": matrices, "weight_decay": 0.1}], lr=0.01)
 
 
+@pytest.mark.slow
 def test_a_clip_counts_the_optimizers_parameters_as_lightning_does(tmp_path):
     run = recorded(tmp_path / "run", with_optimizers(in_two_groups), epochs=5, gradient_clip_val=0.1)
     recipe = dy.Recipe.from_lightning(with_optimizers(in_two_groups), ByNorm(0.1))

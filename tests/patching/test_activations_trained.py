@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -53,9 +54,17 @@ TASKS = {
 
 
 @pytest.fixture(scope="module", params=["facts", "acronyms", pytest.param("ioi", marks=pytest.mark.slow)])
-def learnt(request):
+def learnt(request, made_once):
     """A task, and a toy that has learnt it."""
     task = TASKS[request.param]()
+    folder = made_once(f"toy-{request.param}", partial(train, task))
+    model = task.model()
+    model.load_state_dict(torch.load(folder / "toy.pt"))
+    return task, model.eval().requires_grad_(False)
+
+
+def train(task, folder):
+    """Keeps the weights of a toy that has learnt a task."""
     recipe = task.recipe()
     model = recipe.model
     optimizer = recipe.build_optimizer(model.parameters())
@@ -66,7 +75,8 @@ def learnt(request):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
-    return task, model.eval().requires_grad_(False)
+    folder.mkdir()
+    torch.save(model.state_dict(), folder / "toy.pt")
 
 
 @pytest.fixture(scope="module")

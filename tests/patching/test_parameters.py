@@ -14,6 +14,7 @@ from dynamics.engine import mixtures
 from dynamics.patching import patch_parameters
 from dynamics.recipe import RecipeError
 from dynamics.sites import Site, SiteError
+from tests.zoo.cases import first_quick
 from tests.zoo.pair_models import (
     MODELS,
     batch_for,
@@ -28,6 +29,10 @@ from tests.zoo.pair_models import (
 from tests.zoo.small_models import classifier, classifier_recipe, margin, points, tokens, transformer
 
 TRANSFORMERS = ("toy", "gpt2", "llama")
+
+either_measure = pytest.mark.parametrize(
+    "measure", first_quick([dy.measures.correct_logit, right_logit]), ids=["logits", "function"]
+)
 
 
 def sites_of(name: str, model: torch.nn.Module) -> list[Site]:
@@ -53,7 +58,7 @@ def test_every_site_is_the_base_with_the_sources_weights_swapped_in_by_hand(name
     assert (np.abs(found["effect"]) > 1e-6).any("example").mean() > 0.9
 
 
-@pytest.mark.parametrize("measure", [right_logit, dy.measures.correct_logit], ids=["function", "logits"])
+@either_measure
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_a_pair_of_one_checkpoint_changes_nothing_exactly(name, measure):
     model = MODELS[name]()
@@ -88,7 +93,7 @@ def test_everything_exchanged_is_the_source_to_the_bit(name):
     assert found["patched"].item() == found["source"].item() != found["base"].item()
 
 
-@pytest.mark.parametrize("measure", [right_logit, dy.measures.correct_logit], ids=["function", "logits"])
+@either_measure
 @pytest.mark.parametrize("name", ["toy", "mixer", "gpt2", "llama"])
 def test_exchanged_at_all_positions_is_the_whole_layer(name, measure):
     model = MODELS[name]()

@@ -13,6 +13,7 @@ from dynamics import sites
 from dynamics.sites import Site
 from dynamics.trees import mask
 from tests.oracles.seed_patching import backward, seed_patch
+from tests.zoo.cases import first_quick
 from tests.zoo.signal_models import (
     ALL,
     RECIPES,
@@ -190,7 +191,7 @@ def test_where_a_module_runs_twice_every_run_gets_the_signal_of_the_same_run(nam
             assert off(found[patched[0].label], expected) < 1e-12, n
 
 
-@pytest.mark.parametrize("name", [*TOYS, "GPT-2", "GPT-NeoX", "Llama"])
+@pytest.mark.parametrize("name", first_quick([*TOYS, "GPT-2", "GPT-NeoX", "Llama"]))
 def test_sites_on_one_path_are_replaced_one_after_the_other_and_not_added(name):
     """Where a linear term for each would be wrong by the first site's whole effect on the second."""
     bench = Workbench(name)
@@ -267,16 +268,24 @@ def assert_measures_agree(bench, start, patched, measures):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("clip", ["unclipped", "by norm", "by value"])
-@pytest.mark.parametrize("optimizer", ["AdamW", "SGD momentum"])
-@pytest.mark.parametrize("start", ["fresh", "warm"])
+@pytest.mark.parametrize(
+    ("clip", "optimizer", "start"),
+    [
+        ("unclipped", "AdamW", "fresh"),
+        ("unclipped", "SGD momentum", "warm"),
+        ("by norm", "AdamW", "warm"),
+        ("by norm", "SGD momentum", "fresh"),
+        ("by value", "AdamW", "fresh"),
+        ("by value", "SGD momentum", "warm"),
+    ],
+)
 def test_the_step_is_that_of_torchs_clipping_and_optimizer_on_the_patched_gradient(clip, optimizer, start):
     bench = Workbench("LN gelu", optimizer=OPTIMIZERS[optimizer], clip=CLIPS[clip])
     measures = {m.name: m for m in (dy.measures.correct_logit, dy.measures.logit_difference)}
     assert_measures_agree(bench, start, one_of_each(bench)[::9], measures)
 
 
-@pytest.mark.parametrize("name", ["MLP", "LSTM", "tied", "Llama"])
+@pytest.mark.parametrize("name", first_quick(["MLP", "LSTM", "tied", "Llama"], 2))
 def test_the_step_of_other_models_is_that_of_their_own_optimizer_too(name):
     bench = Workbench(name, optimizer=ADAMW, clip=CLIPS["by norm"])
     measure = margin if name == "MLP" else dy.measures.correct_logit

@@ -50,8 +50,8 @@ def task():
                 n_layers=N_LAYERS, n_heads=2, d_model=32, d_head=16, d_mlp=32, n_ctx=4, dtype="float64"
             ),
             phases=PhasesConfig(
-                pretrain=PhaseConfig(steps=100),
-                x1=PhaseConfig(steps=100),
+                pretrain=PhaseConfig(steps=30),
+                x1=PhaseConfig(steps=30),
                 x2=PhaseConfig(steps=10),
                 batch_size=64,
             ),
@@ -65,7 +65,7 @@ def task():
 def recipe(task):
     """The notebook's step on a model trained up to X2: a new AdamW, clipping at 1."""
     training = task.recipe()
-    after_x1 = dy.steps.advance(training, starting_point(training, None), 200, task.batch)
+    after_x1 = dy.steps.advance(training, starting_point(training, None), 60, task.batch)
     model = task.model()
     after_x1.restore(model)
     return dy.Recipe(model, dy.measures.cross_entropy, NOTEBOOK, max_grad_norm=1.0)

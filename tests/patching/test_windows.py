@@ -134,6 +134,7 @@ def test_a_window_patched_nowhere_is_the_base_window_and_everywhere_the_source_w
         assert not same(found["base"][n], found["source"][n])
 
 
+@pytest.mark.slow
 def test_on_a_transformer_every_step_is_the_training_loops():
     recipe = transformer_recipe(max_grad_norm=0.3, scheduler=warm_up)
     live = trained(recipe, [tokens(seed) for seed in range(3)])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dynamics import plots, results
-from tests.results.test_datasets_accounts import account
+from tests.results.test_combining_accounts import account
 
 SOURCES = ["Dt3's", "table", "before", "decay"]
 

@@ -18,6 +18,7 @@ from matplotlib.image import imread
 from matplotlib.text import Annotation
 
 from dynamics import plots, results, statistics
+from dynamics.config import StudyConfig
 from dynamics.plots.figures import number
 
 N_LAYERS, N_HEADS = 2, 3
@@ -82,7 +83,7 @@ def test_every_head_is_one_cell_with_its_mean_effect() -> None:
     np.testing.assert_allclose(np.asarray(cells), expected)
     assert texts(figure) == [f"{cell:.2f}".replace("-", "−") for cell in expected.ravel()]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("head", "layer")
-    assert "n = 30 (unit: example, in this run)" in axes.get_title()
+    assert axes.get_title() == "Mean effect by layer and head\n30 examples of one run"
 
 
 def test_the_colours_diverge_from_zero_as_far_to_either_side_and_carry_the_units() -> None:
@@ -102,7 +103,7 @@ def test_a_map_of_a_summary_is_the_map_of_its_result() -> None:
 def test_recovery_has_no_units_and_is_not_called_a_mean() -> None:
     figure = plots.heatmap(build(), value="recovery")
     assert figure.axes[1].get_ylabel() == "recovery"
-    assert figure.axes[0].get_title().splitlines()[0] == "recovery"
+    assert figure.axes[0].get_title().splitlines()[0] == "Recovery by layer and head"
 
 
 def test_a_site_without_a_number_stays_an_empty_cell() -> None:
@@ -278,8 +279,72 @@ def test_a_saved_figure_is_a_png_at_150_dpi_with_its_provenance(tmp_path: Path) 
     assert (width, height) == tuple(np.floor(figure.get_size_inches() * 150).astype(int))
     assert b"provenance\x00" + fact.encode() in path.read_bytes()
     assert [file.name for file in path.parent.iterdir()] == ["recovery.png"]
-    with pytest.raises(ValueError, match=r"expected recovery\.png"):
-        plots.save(figure, tmp_path / "recovery.pdf")
+    with pytest.raises(ValueError, match=r"expected recovery\.png, recovery\.svg or recovery\.pdf"):
+        plots.save(figure, tmp_path / "recovery.jpg")
+
+
+@pytest.mark.parametrize(("kind", "begins"), [("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_a_figure_is_saved_as_svg_or_pdf_with_its_provenance(
+    tmp_path: Path, kind: str, begins: bytes
+) -> None:
+    plots.save(
+        plots.recoveries(statistics.summarize(build())), tmp_path / f"a.{kind}", {"provenance": "seven"}
+    )
+    written = (tmp_path / f"a.{kind}").read_bytes()
+    assert written.startswith(begins)
+    assert b"seven" in written
+
+
+def test_a_figure_is_shown_by_a_notebook_without_pyplot() -> None:
+    shown = plots.recoveries(statistics.summarize(build()))._repr_png_()
+    assert shown.startswith(b"\x89PNG")
+
+
+def test_figures_look_the_same_whatever_the_user_has_set() -> None:
+    usual = plots.recoveries(statistics.summarize(build()))
+    with mpl.rc_context({"axes.spines.top": True, "axes.titlesize": 20.0, "lines.linewidth": 9.0}):
+        other = plots.recoveries(statistics.summarize(build()))
+    for one in (usual, other):
+        assert not one.axes[0].spines["top"].get_visible()
+        assert one.axes[0].title.get_fontsize() == 9.5
+
+
+def test_small_effects_are_written_in_a_power_of_ten_that_the_colour_bar_names() -> None:
+    small = build()
+    small["effect"] = (small["effect"] * 1e-5).assign_attrs(small["effect"].attrs)
+    figure, usual = plots.heatmap(small), plots.heatmap(build())
+    power = int(np.floor(np.log10(np.abs(np.asarray(figure.axes[0].images[0].get_array())).max())))
+    assert figure.axes[1].get_ylabel() == f"effect (10⁻{'⁰¹²³⁴⁵⁶⁷⁸⁹'[-power]} logits)"
+    assert not any("e-" in text for text in texts(figure))
+    ratio = [float(a.replace("−", "-")) * 10.0**power for a in texts(figure)]
+    full = [float(a.replace("−", "-")) * 1e-5 for a in texts(usual)]
+    np.testing.assert_allclose(ratio, full, atol=6e-7)
+
+
+def test_sites_without_coordinates_are_refused_with_what_would_do() -> None:
+    plain = build().assign_coords(layer=("site", [-1] * 6), head=("site", [-1] * 6))
+    with pytest.raises(ValueError, match=r"x='site', y='level' does, and plots\.recoveries"):
+        plots.heatmap(plain)
+    assert plots.heatmap(plain, x="site", y="level").axes[0].images
+    with pytest.raises(ValueError, match=r"tell them apart, such as x='head', y='layer'"):
+        plots.heatmap(build(), x="component")
+
+
+def test_a_step_is_named_by_its_phase_where_the_run_is_known() -> None:
+    config = StudyConfig().to_dict()
+    dataset = over_steps((4500, 4510)).assign_attrs(provenance=json.dumps({"config": config}))
+    title = plots.heatmap(dataset.sel(step=4510)).axes[0].get_title()
+    assert "X2 step 10 (step 4510)" in title
+    other = dataset.assign_attrs(provenance=json.dumps({"config": {"lr": 1}}))
+    assert ", step 4510" in plots.heatmap(other.sel(step=4510)).axes[0].get_title()
+
+
+def test_every_site_of_stored_and_fresh_is_named_also_where_points_are_crowded() -> None:
+    summary = over_optimizers()
+    tight = summary.assign(effect=0.5 + 1e-3 * summary["effect"])
+    for dataset in (summary, tight):
+        named = set(texts(plots.stored_and_fresh(dataset)))
+        assert named == set(summary["site"].values.tolist())
 
 
 @pytest.mark.parametrize(

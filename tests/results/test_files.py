@@ -49,3 +49,17 @@ def test_a_result_that_no_file_can_hold_does_not_cost_the_old_one(tmp_path: Path
     with pytest.raises(ValueError, match="attribute 'odd'"):
         results.save(numbered(1.0).assign_attrs(odd=[1]), path, overwrite=True)
     assert results.load(path)["effect"].values.tolist() == [0.0]
+
+
+def test_hdf5_itself_never_writes_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk that is full it crashes the interpreter."""
+    opened = []
+    real = results.files.files.write_atomically
+
+    def note(path: Path, data: bytes) -> None:
+        opened.append((path, len(data), list(tmp_path.iterdir())))
+        real(path, data)
+
+    monkeypatch.setattr(results.files.files, "write_atomically", note)
+    results.save(numbered(0.0), tmp_path / "heads.h5")
+    assert opened == [(tmp_path / "heads.h5", (tmp_path / "heads.h5").stat().st_size, [])]

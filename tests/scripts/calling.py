@@ -17,9 +17,10 @@ KEY = r"seed-(\d)-[0-9a-f]{8}"
 
 
 def checksums() -> dict[Path, str]:
-    """Of the scripts, the README and the pages and pictures that they may write into."""
+    """Of the scripts, the README, the documentation and the pages and pictures that they may write into."""
     paths = [
         ROOT / "README.md",
+        *(ROOT / "docs").rglob("*.md"),
         *(p for folder in ("scripts", ".readme") for p in (ROOT / folder).rglob("*")),
     ]
     files = [p for p in paths if p.is_file() and "__pycache__" not in p.parts]

@@ -39,15 +39,15 @@ def fitted() -> Callable[[RunConfig, Path], Path]:
 
 @pytest.fixture(scope="session")
 def alias_config() -> StudyConfig:
-    """Aliases of eight integers; X2 is longer than the 50 steps after which the anatomy looks last."""
+    """Aliases of eight integers; X2 is longer than the 20 steps after which scripts in miniature look last."""
     return StudyConfig(
         task=AliasConfig(modulus=8, multipliers=(2, 3, 4), train_multipliers=2),
         model=ToyConfig(n_layers=2, n_heads=2, d_model=32, d_head=16, d_mlp=64),
         phases=PhasesConfig(
-            pretrain=PhaseConfig(40, warmup=10), x1=PhaseConfig(40, warmup=10), x2=PhaseConfig(54)
+            pretrain=PhaseConfig(20, warmup=5), x1=PhaseConfig(20, warmup=5), x2=PhaseConfig(24)
         ),
-        schedule=ScheduleConfig(per_decade=4, dense=4, evaluate_every=1000),
-        patching=PatchingConfig(x2_steps=(0, 10, 40)),
+        schedule=ScheduleConfig(per_decade=2, dense=1, evaluate_every=1000),
+        patching=PatchingConfig(x2_steps=(0, 10, 20)),
     )
 
 
@@ -65,7 +65,7 @@ def facts_runs(fitted, made_once) -> list[Path]:
         task=FactsConfig(n_subjects=6, n_late=2),
         model=ToyConfig(n_layers=2, n_heads=2, d_model=16, d_head=8, d_mlp=16, n_ctx=5),
         phases=LatePhasesConfig(learn=PhaseConfig(60, warmup=10), late=PhaseConfig(20)),
-        schedule=ScheduleConfig(per_decade=16, evaluate_every=1000),
+        schedule=ScheduleConfig(per_decade=14, dense=0, evaluate_every=1000),
     )
     configs = [replace(config, seed=seed) for seed in (1, 2)]
     return [made_once(f"facts-{c.seed}", partial(fitted, c)) for c in configs]

@@ -9,6 +9,7 @@ from torch import nn
 
 from dynamics import sites
 from dynamics.sites import SiteError
+from tests.zoo.cases import first_quick
 from tests.zoo.hugging_face import EVERY_FAMILY, OF_MORE_FAMILIES, llama, model_of, of_config, times_covered
 
 OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense")
@@ -61,7 +62,7 @@ def model(request):
     return copy.deepcopy(model_of(request.param)).eval()
 
 
-@pytest.mark.parametrize("model", EVERY_FAMILY, indirect=True)
+@pytest.mark.parametrize("model", first_quick(EVERY_FAMILY, 9), indirect=True)
 def test_the_output_slice_of_a_head_is_what_reads_that_head(model):
     projections = output_projections(model)
     assert len(projections) == 2
@@ -80,7 +81,7 @@ def test_the_output_slice_of_a_head_is_what_reads_that_head(model):
         assert not torch.allclose(found, logits(model), **CLOSE)
 
 
-@pytest.mark.parametrize("model", EVERY_FAMILY, indirect=True)
+@pytest.mark.parametrize("model", first_quick(EVERY_FAMILY, 9), indirect=True)
 def test_queries_keys_and_values_of_a_head_move_what_it_reads_alone_or_its_group(model):
     n_heads, seen = len(of(model, "W_O", 0)), {}
 

@@ -8,6 +8,7 @@ from torch import nn
 import dynamics as dy
 from dynamics import sites
 from dynamics.sites import Site, SiteError
+from tests.zoo.cases import first_quick
 from tests.zoo.hugging_face import times_covered
 from tests.zoo.output_models import ALL, MODELS, covered, every_model
 from tests.zoo.signal_models import TOYS
@@ -199,7 +200,7 @@ def equal(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@every_model
+@pytest.mark.parametrize("name", first_quick(MODELS, 2))
 def test_a_union_covers_exactly_what_any_of_its_sites_covers(name):
     model, known = made_of(name)
     labels = list(known)

@@ -9,6 +9,7 @@ import dynamics as dy
 from checkpoints import Checkpoint
 from dynamics import sites
 from dynamics.sites import SiteError
+from tests.zoo.cases import first_quick
 from tests.zoo.hugging_face import gpt2, hf_loss, llama, times_covered
 from tests.zoo.small_models import tokens
 
@@ -32,7 +33,7 @@ def adapted(name):
         ).double()
 
 
-@pytest.mark.parametrize("level", ["heads", "circuits", "layers"])
+@pytest.mark.parametrize("level", first_quick(["heads", "circuits", "layers"]))
 @pytest.mark.parametrize("name", MODELS)
 def test_the_models_own_parts_are_seen_through_its_adapters(name, level):
     plain, model = MODELS[name][0](), adapted(name)

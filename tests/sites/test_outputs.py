@@ -8,6 +8,7 @@ from torch import nn
 
 from dynamics import sites
 from dynamics.sites import SiteError
+from tests.zoo.cases import first_quick
 from tests.zoo.hugging_face import gpt2
 from tests.zoo.output_models import ALL, MODELS, every_model, every_toy, shapes
 from tests.zoo.signal_models import TOYS, Lstm, made
@@ -181,7 +182,7 @@ def expected_index(by, axes, head, pos):
 
 @pytest.mark.parametrize("by", WAYS, ids="-".join)
 @pytest.mark.parametrize("pattern", AXES)
-@every_toy
+@pytest.mark.parametrize("name", first_quick(TOYS))
 def test_each_head_and_position_is_a_site_and_together_they_are_the_activation(name, pattern, by):
     model, like = MODELS[name](), tokens(0)
     axes = AXES[pattern]

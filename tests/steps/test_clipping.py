@@ -12,7 +12,7 @@ import dynamics as dy
 from dynamics import sites
 from dynamics.recipe import ByNorm, ByValue
 from dynamics.steps.clipping import clipped, coefficient
-from dynamics.trees import exchanged, squared_norm, squared_norms
+from dynamics.trees import exchanged, squared_norm
 from tests.zoo.small_models import draws, examples, tokens, trained, transformer_recipe
 
 norms = st.floats(0, 1e12)
@@ -122,13 +122,3 @@ def test_the_coefficient_by_hand():
     assert coefficient(25.0, 2.0) == 2.0 / (5.0 + 1e-6)
     assert coefficient(0.0, 2.0) == 1.0
     assert math.isclose(coefficient(1e24, 1.0), 1e-12, rel_tol=1e-12)
-
-
-def test_norms_of_several_tensors_are_those_of_each():
-    generator = draws(0)
-    tensors = [torch.randn(shape, generator=generator) for shape in ((), (3,), (5, 7), (300, 300), (0, 4))]
-    tensors += [tensors[2].bfloat16(), tensors[2].double() * 1e200, tensors[2].T, tensors[1].expand(6, 3)]
-    tensors.append(tensors[2].to_sparse())
-    found, expected = squared_norms(tensors), [squared_norm(t) for t in tensors]
-    assert found == pytest.approx(expected, rel=1e-13)
-    assert squared_norms([]) == []

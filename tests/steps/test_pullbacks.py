@@ -12,6 +12,7 @@ from dynamics.steps.pullbacks import alike, pullbacks
 from dynamics.steps.states import starting_point
 from dynamics.steps.taps import exchanging
 from dynamics.steps.update import step_from
+from tests.zoo.cases import first_quick
 from tests.zoo.signal_models import RECIPES, TOYS, batch_of, begun, contrast_of, tolerance_of
 from tests.zoo.small_models import trained, transformer_recipe
 
@@ -34,7 +35,7 @@ def cut(recipe, batch, name):
     return [sites.Site(f"row {i}", {hook: (i,)}) for i in range(4)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", first_quick(NAMES, 3))
 def test_signals_pulled_back_at_once_are_those_of_a_backward_pass_each(name):
     recipe = RECIPES[name]()
     state, pair = begun(recipe, name).last, contrast_of(name)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import dynamics as dy
 from checkpoints import Checkpoint
 from dynamics.recipe import ByNorm
+from tests.zoo.cases import first_quick
 from tests.zoo.small_models import (
     CLIPS,
     LOOPED,
@@ -72,11 +73,8 @@ def torch_step(recipe: dy.Recipe, live: Live, gradient: Gradient, fresh: bool) -
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize(
-    "start",
-    ["warm", *(pytest.param(one, marks=pytest.mark.slow) for one in ("fresh", "without an optimizer"))],
-)
-@pytest.mark.parametrize("clipping", CLIPS)
+@pytest.mark.parametrize("start", first_quick(["warm", "fresh", "without an optimizer"]))
+@pytest.mark.parametrize("clipping", first_quick(CLIPS, 2))
 @pytest.mark.parametrize("name", [*OPTIMIZERS, *LOOPED])
 def test_steps_at_once_equal_steps_one_by_one_and_torchs_own(name, clipping, start):
     model = model_with_every_kind_of_parameter()

@@ -24,7 +24,7 @@ def runs(made_once):
     preset = yaml.safe_load((files("dynamics") / "presets" / "smoke.yaml").read_text())
     preset["task"] = {"modulus": 12, "multipliers": [2, 3, 4], "train_multipliers": 2}
     preset["model"] |= {"dtype": "float64"}
-    preset["phases"] |= {name: {"steps": n} for name, n in (("pretrain", 20), ("x1", 20), ("x2", 20))}
+    preset["phases"] |= {name: {"steps": n} for name, n in (("pretrain", 8), ("x1", 8), ("x2", 20))}
     preset["patching"] |= {"x2_steps": [0, 10]}
     preset["schedule"] = {"per_decade": 1, "dense": 0, "evaluate_every": 400}
     configs = [StudyConfig.from_dict({**preset, "seed": seed}) for seed in (0, 1)]

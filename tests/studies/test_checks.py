@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dynamics as dy
-from dynamics import measures, statistics, steps
+from dynamics import measures, results, statistics, steps
 from dynamics.config import ConfigError
 from dynamics.sites import LEVELS, SiteError
 from dynamics.studies import Check, checks, ten_checks
@@ -23,6 +23,16 @@ from tests.zoo.checked_runs import (
     WEAK,
     made,
 )
+
+
+def test_checks_are_kept_as_a_dataset_that_says_what_was_asked(tmp_path):
+    made = [Check("one", "+1.0 logit", "holds"), Check("two", "not made", "-")]
+    results.save(checks.as_dataset(made, "attn 0", "X2 step 3"), tmp_path / "checks.h5")
+    found = results.load(tmp_path / "checks.h5")
+    assert found["check"].values.tolist() == ["one", "two"]
+    assert found["verdict"].sel(check="two").item() == "-"
+    assert found["figure"].values.tolist() == ["+1.0 logit", "not made"]
+    assert (found.attrs["site"], found.attrs["at"]) == ("attn 0", "X2 step 3")
 
 
 @pytest.mark.slow
@@ -68,6 +78,7 @@ def test_of_several_runs_each_is_one_unit_the_mean_over_its_aliases(batteries):
             np.testing.assert_allclose(np.abs(together), one_each, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_the_battery_is_made_one_check_at_a_time(runs, monkeypatch):
     def refused(*_, **__):
         raise AssertionError("a later check")

@@ -59,6 +59,7 @@ def test_necessity_is_the_effect_on_reversed_contrasts_with_its_sign_turned(run,
     np.testing.assert_allclose(signs.calls[0][1], -found["effect"].values[:, 0], rtol=0, atol=WEAK)
 
 
+@pytest.mark.slow
 def test_an_aliass_own_questions_are_held_against_those_of_the_alias_before_it(run, above):
     checks._own_questions([run])
     contrasts = run.task.contrasts()
@@ -128,6 +129,7 @@ def test_over_runs_nothing_moves_its_own_questions_more_by_chance_in_one_of_twen
     assert held_by_chance(12) < 0.05 * 200 + 3 * np.sqrt(0.05 * 0.95 * 200)
 
 
+@pytest.mark.slow
 def test_the_other_measures_are_of_the_same_steps(run, signs):
     check = checks._measures([run])
     ((raw, centred, log_prob),) = signs.calls
@@ -171,6 +173,7 @@ def test_the_source_is_scaled_until_both_gradients_have_one_norm(run, monkeypatc
         assert torch.equal(contrast.probe.tokens, own.probe.tokens)
 
 
+@pytest.mark.slow
 def test_the_matched_effect_is_that_of_a_scaled_gradient(run, signs):
     checks._matched_norm([run])
     ((plain, matched),) = signs.calls
@@ -211,6 +214,7 @@ def test_false_contents_say_another_aliass_value_under_both_tags_and_ask_as_befo
     assert sorted(said.values()) == sorted(said)
 
 
+@pytest.mark.slow
 def test_true_and_false_contents_are_exchanged_each_in_their_own_contrast(run, texts, above):
     check = checks._contents([run])
     true, false = (values for (values,) in texts.calls)

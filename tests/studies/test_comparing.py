@@ -51,6 +51,7 @@ def test_a_pair_has_what_the_functions_say_of_its_two_steps(run, task):
     np.testing.assert_allclose(found["kl"], one["kl"][0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_pairs_table_has_the_sets_and_the_aliases_most_changed_question(run, task):
     pair = studies.compare_pair(run, 0, 12)
     lines = pair.table.splitlines()

@@ -100,7 +100,18 @@ def test_findings_name_the_site_that_carries_the_gap_and_not_the_other():
     assert "1 of 2 sites" in text
     assert "being a (+" in text
     assert "recovery 100%" in text
-    assert "largest at step 15" in text
+    assert "largest at X2 step 3:" in text
+    assert "collapsed" not in text
+
+
+def test_findings_name_a_collapse_of_an_accuracy_late_in_x2():
+    task, steady = tasks.AliasTask(CONFIG), [0.6] * 24
+    summary = statistics.summarize(effects(1.0))
+    fallen = [*steady[:-2], 0.1, *steady[-1:]]
+    accuracy = internalisation(metrics(Dt3=fallen, Df4=[0.25] * 24), PHASES)
+    text = findings(task, accuracy, summary, primary(summary, CONFIG.patching, task))
+    at = int(metrics()["step"].iloc[-2]) - PHASES.starts["x2"]
+    assert f"Accuracy collapsed on the way (Dt3 10% at X2 step {at})" in text
 
 
 def test_a_gap_that_may_be_zero_is_said_to_be_a_null_result():

@@ -7,14 +7,9 @@ import xarray as xr
 import dynamics as dy
 from dynamics import measures, sites, sweeps
 from dynamics.tasks import AliasTask
-from tests.zoo.sweep_runs import trained
+from tests.zoo.cases import first_quick
 
 FIRST, LAST = 6, 12
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("runs") / "run", 0)
 
 
 def accounted(run, **changes):
@@ -22,6 +17,7 @@ def accounted(run, **changes):
     return dy.account(run, FIRST, LAST, given.pop("sites"), given.pop("measure"), **given)
 
 
+@pytest.mark.slow
 def test_it_is_the_account_of_the_same_steps_taken_by_hand(run):
     task = dy.tasks.load(run.config)
     recipe = task.recipe()
@@ -40,7 +36,8 @@ def test_it_is_the_account_of_the_same_steps_taken_by_hand(run):
     assert set(found["example"].values) == {"Dt3", "Df4"}
 
 
-@pytest.mark.parametrize("stretch", [2, 4], ids=["that divide it", "the last of them shorter"])
+@pytest.mark.slow
+@pytest.mark.parametrize("stretch", first_quick([2, 4]), ids=["that divide it", "the last of them shorter"])
 def test_in_stretches_it_says_the_same_but_for_momentum_from_before_each(run, stretch):
     whole, parts = (
         accounted(run, sources=AliasTask.sources),
@@ -59,6 +56,7 @@ def test_in_stretches_it_says_the_same_but_for_momentum_from_before_each(run, st
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("workers_at_hand")
 def test_serial_and_two_workers_give_the_same_to_the_bit_and_what_is_kept_is_not_computed_again(
     run, tmp_path
 ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -92,6 +93,7 @@ def test_one_source_step_makes_no_dim(run):
     assert found.equals(swept(dy.patch_parameters, run, steps=[4], source_steps=[12]).squeeze(drop=True))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_put_into_itself_does_nothing(run):
     found = swept(dy.patch_parameters, run, steps=[4, 6], source_steps=[4, 6])
     for step in (4, 6):
@@ -126,3 +128,42 @@ def test_an_estimate_counts_every_pair(run):
     said = sweeps.estimate(sweeps.plan(*arguments, source_steps=[0, 2, 12]))
     assert said.replays == 2 * 3 * 4 * 2
     assert 0 < said.seconds < 60
+
+
+@pytest.mark.slow
+def test_source_checkpoints_may_be_of_another_run(runs):
+    run, other = runs
+    task = tasks.load(other.config)
+    found = swept(dy.patch_parameters, run, steps=[4], source_steps=SOURCES, source_run=other)
+    own = swept(dy.patch_parameters, run, steps=[4], source_steps=SOURCES)
+    assert not found["source"].equals(own["source"])
+    recipe = tasks.load(run.config).recipe()
+    for source in SOURCES:
+        pair = CheckpointPair(run.at(4), steps.reach(task.recipe(), other, source, task.batch))
+        contrasts = tasks.load(run.config).contrasts()
+        by_hand = dy.patch_parameters(
+            recipe, pair, contrasts, sites.heads(recipe.model), measures.correct_logit
+        )
+        cell = found.sel(step=4, source_step=source).drop_vars(["step", "source_step"])
+        xr.testing.assert_equal(cell, by_hand)
+    assert json.loads(found.attrs["provenance"])["source_run"] == str(other.path.resolve())
+
+
+@pytest.mark.slow
+def test_what_is_kept_of_one_source_run_answers_for_no_other_and_for_itself_wherever_it_lies(runs, tmp_path):
+    run, other = runs
+    moved = dy.Trajectory.open(shutil.copytree(other.path, tmp_path / "moved"))
+    calls, out = tmp_path / "calls", tmp_path / "kept"
+    verb = partial(stopping, calls=calls)
+    ask = partial(swept, verb, run, steps=4, source_steps=6, out=out)
+    ask()
+    ask(source_run=other)
+    assert lines(calls) == 2
+    ask(source_run=moved)
+    ask()
+    assert lines(calls) == 2
+
+
+def test_a_source_run_without_source_steps_is_refused(run):
+    with pytest.raises(SweepError, match="source_run without source_steps"):
+        swept(dy.patch_parameters, run, source_steps=None, source_run=run)

@@ -83,6 +83,7 @@ def test_pairs_are_held_out_whole_and_make_up_all_pairs_with_the_trained_ones():
     assert len(held) == round(0.25 * 66)
 
 
+@pytest.mark.slow
 def test_no_training_row_has_a_held_out_pair_and_every_evaluated_one_does():
     task = ioi_task(n_prompts=2000)
     held = set(map(frozenset, task.pairs["heldout"]))

@@ -28,7 +28,7 @@ def config() -> StudyConfig:
         phases=PhasesConfig(
             pretrain=PhaseConfig(12, warmup=3), x1=PhaseConfig(10), x2=PhaseConfig(8), batch_size=16
         ),
-        schedule=ScheduleConfig(per_decade=3, dense=3, evaluate_every=4),
+        schedule=ScheduleConfig(per_decade=2, dense=1, evaluate_every=4),
         patching=PatchingConfig(x2_steps=(0, 5), primary=PrimaryConfig(x2_step=5)),
         seed=3,
     )

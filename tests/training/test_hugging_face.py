@@ -8,6 +8,7 @@ import transformers
 
 import dynamics as dy
 from checkpoints import Trajectory, TrajectoryError, TrajectoryWriter
+from dynamics.cli import main as cli
 from dynamics.recipe import ByNorm, RecipeError
 from tests.zoo.hugging_face import llama, neox
 
@@ -60,11 +61,13 @@ def trained(model, folder, kind=transformers.Trainer, steps=40, **changes):
 
 
 def single(build):
+    """Of one layer."""
     dropouts = {
         "neox": {"attention_dropout": 0.1, "hidden_dropout": 0.1},
         "llama": {"attention_dropout": 0.1},
     }
-    return {"neox": neox, "llama": llama}[build](torch.float32, **dropouts[build])
+    build_model = {"neox": neox, "llama": llama}[build]
+    return build_model(torch.float32, num_hidden_layers=1, **dropouts[build])
 
 
 def differing(recipe, run, batch_of):
@@ -74,19 +77,30 @@ def differing(recipe, run, batch_of):
     ]
 
 
+BFLOAT = {"bf16": True}
+
+
 @pytest.mark.parametrize(
     ("build", "accumulation", "changes", "steps"),
     [
         pytest.param("llama", 4, {}, 4, id="quick"),
         *(
-            pytest.param(build, accumulation, changes, 40, marks=pytest.mark.slow)
-            for build in ("neox", "llama")
-            for accumulation in (1, 4)
-            for changes in ({}, {"bf16": True})
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("neox", 1, {}, 40),
+                ("neox", 1, BFLOAT, 12),
+                ("neox", 4, {}, 12),
+                ("neox", 4, BFLOAT, 12),
+                ("llama", 1, {}, 12),
+                ("llama", 1, BFLOAT, 12),
+                ("llama", 4, {}, 12),
+                ("llama", 4, BFLOAT, 40),
+            ]
         ),
     ],
 )
 def test_every_step_of_a_trainer_replays_bit_for_bit(build, accumulation, changes, steps, tmp_path):
+    """Twelve steps go past the warm-up, through the cosine and past an epoch's end: it has ten batches."""
     model = single(build)
     settings = {"gradient_accumulation_steps": accumulation, **changes}
     before = trainer(copy.deepcopy(model), tmp_path, steps=steps, **settings)
@@ -170,6 +184,7 @@ def test_what_is_no_trainer_or_has_rows_in_no_known_order_is_refused(tmp_path):
         dy.training.batches_of(streaming)
 
 
+@pytest.mark.slow
 def test_a_trainers_own_folders_become_the_trajectory_that_was_recorded(tmp_path):
     changes = {"save_strategy": "steps", "save_steps": 2}
     done, recorded = trained(single("neox"), tmp_path, steps=6, **changes)
@@ -189,3 +204,21 @@ def test_a_trainers_own_folders_become_the_trajectory_that_was_recorded(tmp_path
     assert differing(recipe, run, dy.training.batches_of(done)) == []
     with pytest.raises(TrajectoryError, match="has no folders like checkpoint-500"):
         Trajectory.from_trainer(tmp_path, tmp_path / "nothing", **settings)
+
+
+@pytest.mark.slow
+def test_the_command_imports_a_trainers_folder_without_being_told_its_groups(tmp_path, capsys):
+    changes = {"save_strategy": "steps", "save_steps": 2}
+    done, recorded = trained(single("neox"), tmp_path, steps=4, **changes)
+    cli(["import", "trainer", str(tmp_path / "out"), "--out", str(tmp_path / "imported")])
+    run = Trajectory.open(tmp_path / "imported")
+    assert run.steps == (2, 4)
+    assert all(run.at(step).differences(recorded.at(step)) == [] for step in run.steps)
+    assert differing(dy.Recipe.from_trainer(done), run, dy.training.batches_of(done)) == []
+    for wrong, says in (
+        (["trainer", str(tmp_path)], "has no folders like checkpoint-500"),
+        (["trainer", str(tmp_path / "out"), str(tmp_path)], "found 2 folders; a Trainer has one"),
+    ):
+        with pytest.raises(SystemExit):
+            cli(["import", *wrong, "--out", str(tmp_path / "nothing")])
+        assert says in capsys.readouterr().err

@@ -20,3 +20,7 @@ def as_schema_1(run: Path) -> dict[str, Any]:
     (run / store.MANIFEST).write_text(json.dumps(document, indent=1))
     (run / index.INDEX).unlink()
     return document
+
+
+RUN_2 = Path(__file__).parent / "older" / "run-2"
+"""Steps 0 and 1 of AdamW on two linear layers, the first frozen: checkpoints of schema 2."""

@@ -9,7 +9,7 @@ from tests.scripts.calling import call
 
 @pytest.mark.slow
 def test_the_example_of_comparing_leaves_datasets_and_figures(alias_runs, tmp_path):
-    said = call(compare_checkpoints, alias_runs[0], "--from", "41", "--to", "58", "--out", "compared")
+    said = call(compare_checkpoints, alias_runs[0], "--from", "20", "--to", "30", "--out", "compared")
     assert said.startswith("site, by relative\n")
     assert "accuracy of Dt3: " in said
     out = tmp_path / "compared"

@@ -30,7 +30,7 @@ def ablated(fitted, tmp_path_factory):
     config = AcronymsRun(
         task=AcronymsConfig(n_words=1, n_prompts=500),
         model=ToyConfig(n_layers=2, n_heads=2, d_model=32, d_head=16, d_mlp=32, n_ctx=7),
-        phases=OnePhaseConfig(learn=PhaseConfig(steps=250, warmup=50), batch_size=32),
+        phases=OnePhaseConfig(learn=PhaseConfig(steps=120, warmup=20, learning_rate=5e-3), batch_size=32),
         schedule=ScheduleConfig(per_decade=1, dense=0, evaluate_every=1000),
     )
     runs = [fitted(replace(config, seed=seed), folder / f"acronyms-{seed}") for seed in (1, 2)]

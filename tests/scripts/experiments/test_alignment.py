@@ -11,7 +11,7 @@ from tests.scripts.calling import call, in_small, named, rows_of
 
 @pytest.mark.slow
 def test_alignment_has_a_row_for_what_parts_in_each_phase(alias_runs, tmp_path):
-    with in_small(alignment, POINTS=8):
+    with in_small(alignment, POINTS=5):
         said = call(alignment, *alias_runs, "--out", "aligned")
     table = rows_of(said)
     assert [row[:2] for row in table[2:]] == [
@@ -32,7 +32,7 @@ def test_alignment_has_a_row_for_what_parts_in_each_phase(alias_runs, tmp_path):
     gap = np.mean([float(a.sel(example="DtQ1") - a.sel(example="DfQ2")) for a in first])
     assert table[2][2].startswith(f"{gap:+.2f} ")
     assert (tmp_path / "aligned" / "alignment.png").stat().st_size > 10_000
-    with in_small(alignment, POINTS=8):
+    with in_small(alignment, POINTS=5):
         assert call(alignment, *alias_runs, "--out", "aligned") == said
 
 

@@ -14,7 +14,7 @@ from tests.scripts.calling import call, in_small, named, rows_of
 @pytest.mark.slow
 def test_a_planted_site_is_scored_by_every_method_in_every_run(alias_runs, tmp_path):
     arguments = (*alias_runs, "--plants", "attn 0", "--workers", "1")
-    with in_small(planted_truth, WINDOW=5, IMPULSE=1):
+    with in_small(planted_truth, WARM_UP=4, WINDOW=2, IMPULSE=1):
         printed = call(planted_truth, *arguments)
     kept = tmp_path / "runs" / "planted"
     tables = named(kept, "-attn-0.csv")

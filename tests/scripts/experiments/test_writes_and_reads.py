@@ -16,7 +16,7 @@ def test_half_is_where_half_of_the_way_is_gone():
 
 @pytest.mark.slow
 def test_writes_and_reads_has_a_line_for_facts_and_one_for_aliases(facts_runs, alias_runs, tmp_path):
-    with in_small(writes_and_reads, FACT_STEPS=range(6), ALIAS_STEPS=range(6)):
+    with in_small(writes_and_reads, FACT_STEPS=range(4), ALIAS_STEPS=range(4)):
         text = call(writes_and_reads, *facts_runs, "--aliases", alias_runs[0], "--out", tmp_path / "out")
     fact, alias = rows_of(text)[2:]
     assert fact[:2] == ["fact", "4"]

@@ -5,7 +5,7 @@ import importlib
 import pytest
 
 from dynamics.config import AcronymsRun, FactsRun, IoiRun, ToyConfig
-from dynamics.config.languages import LatePhasesConfig, OnePhaseConfig
+from dynamics.config.languages import IoiConfig, LatePhasesConfig, OnePhaseConfig
 from dynamics.config.parts import PhaseConfig, ScheduleConfig
 from scripts.shared import into_readme
 from tests.zoo.word_level import save_gpt2
@@ -20,7 +20,12 @@ def language_runs(fitted, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     shared = {"schedule": ScheduleConfig(per_decade=1, dense=1)}
     configs = {
-        "ioi": IoiRun(model=ToyConfig(**SHAPE, n_ctx=14), phases=OnePhaseConfig(learn=BRIEF), **shared),
+        "ioi": IoiRun(
+            task=IoiConfig(n_prompts=500),
+            model=ToyConfig(**SHAPE, n_ctx=14),
+            phases=OnePhaseConfig(learn=BRIEF),
+            **shared,
+        ),
         "acronyms": AcronymsRun(model=ToyConfig(**SHAPE, n_ctx=7), phases=OnePhaseConfig(learn=BRIEF), **shared),
         "facts": FactsRun(
             model=ToyConfig(**SHAPE, n_ctx=5), phases=LatePhasesConfig(learn=BRIEF, late=BRIEF), **shared
@@ -50,7 +55,7 @@ def reproduce(monkeypatch, capsys, tmp_path):
     def run(name: str, *arguments) -> tuple[str, set[str]]:
         readme = tmp_path / "README.md"
         readme.write_text("<!-- attribution: begin -->\n<!-- attribution: end -->\n")
-        monkeypatch.setattr(into_readme, "README", readme)
+        monkeypatch.setattr(into_readme, "HOME", tmp_path)
         importlib.import_module(f"scripts.reproductions.seed_{name}").main(
             [*map(str, arguments), "--out", str(tmp_path)]
         )

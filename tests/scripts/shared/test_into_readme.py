@@ -1,4 +1,6 @@
-"""The README is written between its marks alone."""
+"""Pages are written between their marks alone."""
+
+import pytest
 
 from scripts.shared import into_readme
 
@@ -7,9 +9,32 @@ def test_the_readme_is_replaced_between_its_marks_alone(tmp_path, monkeypatch):
     readme = tmp_path / "README.md"
     marks = "<!-- seeds: begin -->\n{}\n<!-- seeds: end -->\n"
     readme.write_text(f"before\n{marks.format('old')}after\n<!-- loop: begin -->\n<!-- loop: end -->\n")
-    monkeypatch.setattr(into_readme, "README", readme)
+    monkeypatch.setattr(into_readme, "HOME", tmp_path)
     into_readme.write("seeds", "new")
     assert (
         readme.read_text()
         == f"before\n{marks.format('new')}after\n<!-- loop: begin -->\n<!-- loop: end -->\n"
     )
+
+
+def test_a_table_goes_into_the_page_that_has_its_marks(tmp_path, monkeypatch):
+    (tmp_path / "docs" / "deep").mkdir(parents=True)
+    (tmp_path / "README.md").write_text("nothing\n")
+    page = tmp_path / "docs" / "deep" / "found.md"
+    page.write_text("<!-- loop: begin -->\n<!-- loop: end -->\n")
+    monkeypatch.setattr(into_readme, "HOME", tmp_path)
+    into_readme.write("loop", "new")
+    assert page.read_text() == "<!-- loop: begin -->\nnew\n<!-- loop: end -->\n"
+    assert (tmp_path / "README.md").read_text() == "nothing\n"
+    assert into_readme.beside("loop.png") == tmp_path / ".readme" / "loop.png"
+
+
+def test_marks_that_no_page_or_two_pages_have_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("<!-- loop: begin -->\n<!-- loop: end -->\n")
+    (tmp_path / "docs" / "page.md").write_text("<!-- loop: begin -->\n<!-- loop: end -->\n")
+    monkeypatch.setattr(into_readme, "HOME", tmp_path)
+    with pytest.raises(ValueError, match=r"README\.md, docs/page\.md; expected them in one page"):
+        into_readme.write("loop", "new")
+    with pytest.raises(ValueError, match="in no page"):
+        into_readme.write("seeds", "new")
