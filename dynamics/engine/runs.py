@@ -284,10 +284,12 @@ def stepped_models(
     """
     begun: deque[Callable[[], Iterator[Stack]]] = deque()
     spaces = cycle([runs.space, Workspace()] if has_workers() else [runs.space])
-    most = models_per_stack(runs.checkpoint.parameters.values(), share)
-    many = chunks(gradients, max(1, most - len(beside)))
+    most = models_per_stack(runs.checkpoint.parameters.values(), share, len(beside))
+    if most < 1:
+        most, beside = 1, ()
+    many = chunks(gradients, most)
     for steps, space in zip(many, spaces, strict=False):
-        begun.append(_begun(runs, space, steps, beside if most > len(beside) else ()))
+        begun.append(_begun(runs, space, steps, beside))
         del steps  # while the stack is measured
         if not has_workers() or len(begun) > 1:
             yield from begun.popleft()()

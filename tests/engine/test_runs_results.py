@@ -11,6 +11,7 @@ from checkpoints import Checkpoint
 from dynamics import sites
 from dynamics.sites import Site
 from tests.zoo.small_models import (
+    by_itself,
     classifier,
     classifier_recipe,
     margin,
@@ -171,8 +172,8 @@ def test_a_reversed_contrast_exchanges_the_references_and_completes_the_exchange
         {"encoder.weight": ~mask}
         | dict.fromkeys(("encoder.bias", "head.weight", "head.bias", "temperature"), ...),
     )
-    there = verb(recipe, checkpoint, [pair], [encoder], margin)
-    back = verb(recipe, checkpoint, [pair.reversed()], [rest], margin)
+    there = verb(recipe, checkpoint, [pair], [encoder], by_itself(margin))
+    back = verb(recipe, checkpoint, [pair.reversed()], [rest], by_itself(margin))
     assert there["base"].item() == back["source"].item()
     assert there["source"].item() == back["base"].item()
     assert there["patched"].item() == back["patched"].item()
