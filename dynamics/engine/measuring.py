@@ -116,9 +116,13 @@ class Measuring:
         return found
 
     def _call(self, function: Callable[[Any, Any], T], tensors: Mapping[str, Tensor], probe: Any) -> T:
-        own = copied(tensors, self.checkpoint.buffers if self._of_logits else tensors)
+        own = self._own(tensors)
         with torch.no_grad(), eval_mode(self.recipe.model), self.checkpoint.random_state():
             return self.call(function, self.recipe.model, own, probe)  # type: ignore[no-any-return]
+
+    def _own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors, those as copies into which a forward pass or a function of the user's may write."""
+        return copied(tensors, self.checkpoint.buffers if self._of_logits else tensors)
 
     def _refuse_all_nan(
         self, found: Array, models: Sequence[Mapping[str, Tensor]] | Stack, probe: Any
@@ -139,20 +143,16 @@ class Measuring:
     def _both_ways(self, models: Stack, probe: Any) -> Array:
         """Measure a first stack by vmap, its first model by itself too: vmap holds where they agree.
 
-        A later stack may have other tensors stacked, so here all parameters are; copies, where a function of the
-        user's may write into them.
+        A later stack may have other tensors stacked, so here all parameters are.
         """
         first = self.one_model(models[0], probe)
-        shared = copied(models.shared, () if self._of_logits else models.shared)
-        stacked = copied(models.stacked, () if self._of_logits else models.stacked)
-        apart = {
-            n: t.expand(len(models), *t.shape) for n, t in shared.items() if n in self.checkpoint.parameters
-        }
-        rest = {n: t for n, t in shared.items() if n not in apart}
+        alike = {n: t for n, t in models.shared.items() if n in self.checkpoint.parameters}
+        apart = {n: t.expand(len(models), *t.shape) for n, t in alike.items()}
+        shared = {n: t for n, t in models.shared.items() if n not in alike}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
-                together = self._by_vmap(Stack(len(models), rest, {**apart, **stacked}), probe)
+                together = self._by_vmap(Stack(len(models), shared, {**apart, **models.stacked}), probe)
         except Exception as error:  # noqa: BLE001 (an error of the user's own comes back one by one)
             self._one_by_one_from_now_on(error)
         else:
@@ -184,13 +184,12 @@ class Measuring:
         return np.concatenate([self._by_vmap(half, probe) for half in halves])
 
     def _vmapped(self, models: Stack, probe: Any) -> Array:
-        buffers = self.checkpoint.buffers  # a forward pass may write into them
-        shared, stacked = copied(models.shared, buffers), copied(models.stacked, buffers)
+        shared, stacked = self._own(models.shared), self._own(models.stacked)
 
         def of_one(own: dict[str, Tensor]) -> Tensor:
             return self.call(self._evaluate, self.recipe.model, {**shared, **own}, probe)  # type: ignore[no-any-return]
 
-        parameters = [t for n, t in (*shared.items(), *stacked.items()) if n not in buffers]
+        parameters = [t for n, t in (*shared.items(), *stacked.items()) if n not in self.checkpoint.buffers]
         with (
             torch.no_grad(),
             eval_mode(self.recipe.model),
