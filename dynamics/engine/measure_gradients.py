@@ -230,7 +230,7 @@ class MeasureGradients:
         first: list[tuple[Tensor, dict[str, Tensor | None]]] = []
         if len(queries) > 2:
             first, found = self._at_once(
-                _over_probes_of(queries[0]),
+                f"{queries[0].name} over probes",
                 "vmap over probes",
                 partial(self._alone, queries[0], leaves, 1.0),
                 lambda: self._over_probes(queries, leaves),
@@ -254,7 +254,7 @@ class MeasureGradients:
         def of_one(shared: Mapping[str, Tensor], own: dict[str, Tensor], probe: dict[int, Tensor]) -> Tensor:
             return replace(queries[0], probe=probe_of(probe)).value(self.recipe.model, {**shared, **own})
 
-        with self._vmapping(_over_probes_of(queries[0]), queries, leaves) as (shared, own):
+        with self._vmapping(queries, leaves) as (shared, own):
             of_each = torch.func.grad_and_value(partial(of_one, shared))
             found, values = torch.vmap(of_each, in_dims=(None, 0), randomness="same")(own, tensors)
         _refuse_not_finite(found)
@@ -262,12 +262,11 @@ class MeasureGradients:
 
     @contextmanager
     def _vmapping(
-        self, key: str, queries: Sequence[MeasureQuery], leaves: Mapping[str, Tensor]
+        self, queries: Sequence[MeasureQuery], leaves: Mapping[str, Tensor]
     ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
         """Inside, a measure is called for several models or probes at once.
 
         Args:
-            key: of what is remembered whether vmap holds; until it is, a user's own function sees copies.
             queries: of one measure and the same other tensors.
             leaves: the trained parameters.
 
@@ -281,10 +280,7 @@ class MeasureGradients:
         model, first, users = self.recipe.model, queries[0], not isinstance(queries[0].measure, LogitMeasure)
         # a forward pass may write into buffers, a function into anything
         shared = copied(first.others, first.others if users else self.checkpoint.buffers)
-        own = copied(
-            {n: leaf.detach() for n, leaf in leaves.items()},
-            leaves if users and key not in self._vmap_holds else (),
-        )
+        own = copied({n: leaf.detach() for n, leaf in leaves.items()}, leaves if users else ())
         try:
             with ExitStack() as inside:
                 inside.enter_context(warnings.catch_warnings())
@@ -343,7 +339,7 @@ class MeasureGradients:
         Raises:
             Fallback: vmap cannot take it, a gradient is not finite, or the measure writes into something.
         """
-        with self._vmapping(query.name, [query], leaves) as (shared, own), torch.enable_grad():
+        with self._vmapping([query], leaves) as (shared, own), torch.enable_grad():
             inputs = {n: leaf.requires_grad_() for n, leaf in own.items()}
             values = torch.vmap(
                 lambda own: query.value(self.recipe.model, {**shared, **own}), randomness="same"
@@ -354,10 +350,6 @@ class MeasureGradients:
         found = {n: g for n, g in zip(inputs, grads, strict=True) if g is not None}
         _refuse_not_finite(found)
         return found
-
-
-def _over_probes_of(query: MeasureQuery) -> str:
-    return f"{query.name} over probes"
 
 
 def _refuse_not_finite(found: Gradients) -> None:
