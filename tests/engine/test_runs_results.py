@@ -140,16 +140,16 @@ def test_a_result_names_its_verb_step_and_measures(verb, setting):
 @every_verb
 def test_a_site_depends_on_none_beside_it_and_a_contrast_to_rounding(verb, setting):
     recipe, checkpoint, patched = setting
-    many = relabelled(patched * 4)
-    together = verb(recipe, checkpoint, PAIRS, many, margin)
+    many, measure = relabelled(patched * 4), by_itself(margin)
+    together = verb(recipe, checkpoint, PAIRS, many, measure)
     for i, pair in enumerate(PAIRS):
-        by_itself = verb(recipe, checkpoint, [pair], many, margin)
+        each = verb(recipe, checkpoint, [pair], many, measure)
         for name in ("patched", "base", "source"):
-            assert float(abs(by_itself[name][0] - together[name][i]).max()) <= 1e-12
+            assert float(abs(each[name][0] - together[name][i]).max()) <= 1e-12
         for j, site in enumerate(many):
-            alone = verb(recipe, checkpoint, [pair], [site], margin)
-            assert by_itself["patched"][0, j].item() == alone["patched"].item()
-            assert by_itself["base"].item() == alone["base"].item()
+            alone = verb(recipe, checkpoint, [pair], [site], measure)
+            assert each["patched"][0, j].item() == alone["patched"].item()
+            assert each["base"].item() == alone["base"].item()
 
 
 def relabelled(patched):

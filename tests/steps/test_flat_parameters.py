@@ -56,7 +56,9 @@ def test_parameters_of_several_groups_dtypes_or_ages_stand_apart():
 @pytest.mark.parametrize("small", [1, 80, 10**6])
 @pytest.mark.parametrize("clipping", CLIPS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_step_has_the_bits_of_the_optimizers_own_however_many_stand_together(name, clipping, small, monkeypatch):
+def test_a_step_has_the_bits_of_the_optimizers_own_however_many_stand_together(
+    name, clipping, small, monkeypatch
+):
     """Some gradients are one object in all steps, some differ, some are missing."""
     recipe = recipe_of(name, clip=CLIPS[clipping])
     checkpoint = trained(recipe, [points(0), points(1)]).last
