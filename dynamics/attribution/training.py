@@ -21,7 +21,7 @@ from dynamics.engine.exclusive import exclusive
 from dynamics.engine.measure_gradients import MeasureGradients, MeasureQuery
 from dynamics.engine.path_integral import StraightPath
 from dynamics.engine.progress import progress_bar
-from dynamics.engine.site_sums import SiteSums
+from dynamics.engine.site_sums import site_sums
 from dynamics.engine.stack_memory import trim_freed_memory
 from dynamics.measures import Measure
 from dynamics.recipe import Contrast, Recipe, RecipeError
@@ -171,7 +171,7 @@ class _Stretch:
         recipe = self.loop.recipe
         self._parameters = {n: p for n, p in self.loop.model.named_parameters() if p.requires_grad}
         shapes = {n: p.shape for n, p in self._parameters.items()}
-        self._sums = SiteSums(self.sites, shapes)
+        self._sums = site_sums(self.sites, shapes)
         self._gradients = MeasureGradients(recipe, self.checkpoint, self.paths)
         names = {id(p): n for n, p in self.loop.model.named_parameters()}
         self._by_source = UpdatesBySource(self.loop.optimizer, names, recipe.clip) if self.sources else None

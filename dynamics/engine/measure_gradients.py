@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from itertools import chain
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from checkpoints import Checkpoint
 from dynamics import measures
+from dynamics.engine.side_effects import nothing_written
 from dynamics.engine.stack_memory import QUARTER, chunks, models_per_stack
 from dynamics.measures import LogitMeasure, Measure
-from dynamics.models.functional import call_with, eval_mode
+from dynamics.models.functional import call_with, eval_mode, unfused_attention
 from dynamics.recipe import Recipe
 from dynamics.steps import NonFiniteGradient
-from dynamics.steps.fallbacks import ComputePaths, Fallback, out_of_memory, reason
+from dynamics.steps.fallbacks import ComputePaths, Fallback, in_halves, out_of_memory, reason
 from dynamics.steps.per_example import signature, stacked_batches
 from dynamics.steps.pullbacks import alike
 from dynamics.steps.worker_threads import spread
 from dynamics.trees import Gradients, copied, not_finite
+
+A = TypeVar("A")
+T = TypeVar("T")
 
 PART = "gradients of the measure"
 ONE_BY_ONE = "one model at a time"
@@ -55,9 +62,9 @@ class MeasureQuery:
 class MeasureGradients:
     """Gradients of measures with respect to the trained parameters, at models that differ in these alone.
 
-    Of a measure of the logits those of several models are taken at once, by vmap; the first time one of them is
-    taken both ways, and where vmap cannot take the model or finds something else, all are taken one by one. So are
-    those of the user's functions, which may keep or change what they see.
+    Those of several models, or on several probes, are taken at once, by vmap; the first time one is taken by itself
+    too, and where vmap cannot take the model, finds something else, or a function of the user's writes into what it
+    sees or closes over, all are taken one by one. Where memory runs out they are taken in halves.
 
     Attributes:
         recipe: its model gives the code and says which parameters are trained.
@@ -86,38 +93,65 @@ class MeasureGradients:
             NonFiniteGradient: a gradient is NaN or infinite; names the parameter.
         """
 
-        def alone(i: int) -> dict[str, Tensor | None]:
-            return self._alone(query, {n: leaf[i] for n, leaf in leaves.items()}, weights[i])[1]
+        def alone(i: int) -> dict[str, Tensor]:
+            found = self._alone(query, {n: leaf[i] for n, leaf in leaves.items()}, weights[i])[1]
+            return {n: g for n, g in found.items() if g is not None}
 
         if len(weights) == 1:
-            return {n: g for n, g in alone(0).items() if g is not None}
-        name = query.name
-        if not isinstance(query.measure, LogitMeasure):
-            self.paths.took(PART, f"{ONE_BY_ONE}: a function of (model, batch) may keep what it sees")
-        elif self._vmap_holds.get(name, True):
-            try:
-                together = self._together(query, leaves, weights)
-                if name not in self._vmap_holds:
-                    first = {n: None if g is None else g[0] for n, g in together.items()}
-                    if not alike(first, alone(0)):
-                        raise Fallback("vmap found another gradient than a backward pass of one model")
-                    self._vmap_holds[name] = True
-                self.paths.took(PART, "vmap over the nodes of a path")
-                return {n: g.sum(0, dtype=torch.float64) for n, g in together.items() if g is not None}
-            except Fallback as error:
-                self._vmap_holds.setdefault(name, False)
-                self.paths.fell_back(PART, ONE_BY_ONE, str(error))
-            except Exception as error:
-                if not out_of_memory(error):
-                    raise
-                self.paths.fell_back(PART, "fewer models at a time", reason(error))
-                return self._in_halves(query, leaves, weights)
-        total: dict[str, Tensor] = {}
-        for i in range(len(weights)):
-            for n, g in alone(i).items():
-                if g is not None:
-                    total[n] = total[n].add_(g) if n in total else g.double()
-        return total
+            return alone(0)
+
+        def first_alike(several: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> bool:
+            return alike({n: g[0] for n, g in several.items()}, first)
+
+        def sums(numbers: Sequence[int]) -> list[dict[str, Tensor]]:
+            """The sum over some neighbours."""
+            part = slice(numbers[0], numbers[-1] + 1)
+            some = {n: leaf[part] for n, leaf in leaves.items()}
+            first, found = self._at_once(
+                query.name,
+                "vmap over the nodes of a path",
+                partial(alone, numbers[0]),
+                lambda: self._together(query, some, weights[part]),
+                first_alike,
+            )
+            if found is not None:
+                return [{n: g.sum(0, dtype=torch.float64) for n, g in found.items()}]
+            return [_total(chain(first, map(alone, numbers[len(first) :])))]
+
+        return _total(in_halves(sums, range(len(weights)), self.paths, PART))
+
+    def _at_once(
+        self,
+        key: str,
+        path: str,
+        alone: Callable[[], A],
+        together: Callable[[], T],
+        agree: Callable[[Any, Any], bool],
+    ) -> tuple[list[A], T | None]:
+        """What vmap gives for several, or None where they have to be taken one by one; the first time beside the
+        first of them by itself, in a list that is empty later.
+
+        Args:
+            key: of what is remembered whether vmap holds.
+            path: as provenance names it.
+            alone: the first by itself.
+            together: all of them.
+            agree: whether the first of these is what it is by itself.
+        """
+        if not self._vmap_holds.get(key, True):
+            return [], None
+        first = [] if key in self._vmap_holds else [alone()]
+        try:
+            found = together()
+            if first and not agree(found, first[0]):
+                raise Fallback("vmap found another gradient than a backward pass by itself")
+        except Fallback as error:
+            self._vmap_holds.setdefault(key, False)
+            self.paths.fell_back(PART, ONE_BY_ONE, str(error))
+            return first, None
+        self._vmap_holds[key] = True
+        self.paths.took(PART, path)
+        return first, found
 
     def add_to(
         self,
@@ -160,7 +194,7 @@ class MeasureGradients:
         Raises: as `summed`.
         """
         if len(queries) == 1:
-            value, alone = self._of_alike(queries, leaves)[0]
+            value, alone = self._of_alike(leaves, queries)[0]
             read = {n: torch.zeros_like(leaf) if (g := alone[n]) is None else g for n, leaf in leaves.items()}
             return value.double()[None], {
                 n: (g.to_dense() if g.is_sparse else g)[None] for n, g in read.items()
@@ -172,9 +206,10 @@ class MeasureGradients:
             by_shape.setdefault(signature(query.probe), []).append(i)
         for numbers in by_shape.values():
             for chunk in chunks(numbers, models_per_stack(leaves.values(), QUARTER)):
-                for i, (value, found) in zip(
-                    chunk, self._of_alike([queries[i] for i in chunk], leaves), strict=True
-                ):
+                taken = in_halves(
+                    partial(self._of_alike, leaves), [queries[i] for i in chunk], self.paths, PART
+                )
+                for i, (value, found) in zip(chunk, taken, strict=True):
                     values[i] = value
                     for n, g in found.items():
                         if g is not None:
@@ -182,36 +217,29 @@ class MeasureGradients:
         return values, gradients
 
     def _of_alike(
-        self, queries: Sequence[MeasureQuery], leaves: Mapping[str, Tensor]
+        self, leaves: Mapping[str, Tensor], queries: Sequence[MeasureQuery]
     ) -> list[tuple[Tensor, Mapping[str, Tensor | None]]]:
         """Measure and gradient on each of several probes of one shape."""
-        name = f"{queries[0].name} over probes"
-        alone: list[tuple[Tensor, Mapping[str, Tensor | None]]] = []
-        if not isinstance(queries[0].measure, LogitMeasure):
-            self.paths.took(PART, f"{ONE_BY_ONE}: a function of (model, batch) may keep what it sees")
-        elif len(queries) > 2 and self._vmap_holds.get(name, True):
-            try:
-                values, together = self._over_probes(queries, leaves)
-                if name not in self._vmap_holds:
-                    alone = [self._alone(queries[0], leaves, 1.0)]
-                    read = {
-                        n: torch.zeros_like(leaves[n]) if g is None else g for n, g in alone[0][1].items()
-                    }
-                    if not alike({n: g[0] for n, g in together.items()}, read):
-                        raise Fallback("vmap found another gradient than a backward pass of one probe")
-                    self._vmap_holds[name] = True
-                self.paths.took(PART, "vmap over probes")
+
+        def first_alike(
+            several: tuple[Tensor, dict[str, Tensor]], first: tuple[Tensor, dict[str, Tensor | None]]
+        ) -> bool:
+            read = {n: torch.zeros_like(leaves[n]) if g is None else g for n, g in first[1].items()}
+            return alike({n: g[0] for n, g in several[1].items()}, read)
+
+        first: list[tuple[Tensor, dict[str, Tensor | None]]] = []
+        if len(queries) > 2:
+            first, found = self._at_once(
+                f"{queries[0].name} over probes",
+                "vmap over probes",
+                partial(self._alone, queries[0], leaves, 1.0),
+                lambda: self._over_probes(queries, leaves),
+                first_alike,
+            )
+            if found is not None:
+                values, together = found
                 return [(v, {n: g[i] for n, g in together.items()}) for i, v in enumerate(values)]
-            except Fallback as error:
-                self._vmap_holds.setdefault(name, False)
-                self.paths.fell_back(PART, ONE_BY_ONE, str(error))
-            except Exception as error:
-                if not out_of_memory(error):
-                    raise
-                self.paths.fell_back(PART, "fewer models at a time", reason(error))
-                middle = len(queries) // 2
-                return self._of_alike(queries[:middle], leaves) + self._of_alike(queries[middle:], leaves)
-        return alone + [self._alone(query, leaves, 1.0) for query in queries[len(alone) :]]
+        return [*first, *(self._alone(query, leaves, 1.0) for query in queries[len(first) :])]
 
     def _over_probes(
         self, queries: Sequence[MeasureQuery], leaves: Mapping[str, Tensor]
@@ -219,43 +247,55 @@ class MeasureGradients:
         """Measure [n_probes] and gradients [n_probes, *shape], by vmap.
 
         Raises:
-            Fallback: vmap cannot take it, or a gradient is not finite.
+            Fallback: vmap cannot take it, a gradient is not finite, or the measure writes into something.
         """
         tensors, probe_of = stacked_batches([query.probe for query in queries])
-        shared = copied(queries[0].others, self.checkpoint.buffers)  # a forward pass may write into them
-        detached = {n: leaf.detach() for n, leaf in leaves.items()}
 
-        def of_one(own: dict[str, Tensor], probe: dict[int, Tensor]) -> Tensor:
+        def of_one(shared: Mapping[str, Tensor], own: dict[str, Tensor], probe: dict[int, Tensor]) -> Tensor:
             return replace(queries[0], probe=probe_of(probe)).value(self.recipe.model, {**shared, **own})
 
-        try:
-            with (
-                warnings.catch_warnings(),
-                self.checkpoint.random_state(),
-                eval_mode(self.recipe.model),
-            ):
-                warnings.simplefilter("error")
-                of_each = torch.func.grad_and_value(of_one)
-                found, values = torch.vmap(of_each, in_dims=(None, 0), randomness="same")(detached, tensors)
-        except Exception as error:
-            if out_of_memory(error):
-                raise
-            raise Fallback(reason(error)) from error  # an error of the user's own comes back one by one
-        if culprit := not_finite(found):
-            raise Fallback(f"vmap found the gradient of {culprit} not finite")
+        with self._vmapping(queries, leaves) as (shared, own):
+            of_each = torch.func.grad_and_value(partial(of_one, shared))
+            found, values = torch.vmap(of_each, in_dims=(None, 0), randomness="same")(own, tensors)
+        _refuse_not_finite(found)
         return values, found
 
-    def _in_halves(
-        self, query: MeasureQuery, leaves: Mapping[str, Tensor], weights: Sequence[float]
-    ) -> dict[str, Tensor]:
-        middle = len(weights) // 2
-        total: dict[str, Tensor] = {}
-        for half in (slice(middle), slice(middle, None)):
-            for n, g in self.summed(
-                query, {n: leaf[half] for n, leaf in leaves.items()}, weights[half]
-            ).items():
-                total[n] = total[n] + g if n in total else g.double()
-        return total
+    @contextmanager
+    def _vmapping(
+        self, queries: Sequence[MeasureQuery], leaves: Mapping[str, Tensor]
+    ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """Inside, a measure is called for several models or probes at once.
+
+        Args:
+            queries: of one measure and the same other tensors.
+            leaves: the trained parameters.
+
+        Yields:
+            The other tensors and the trained parameters.
+
+        Raises:
+            Fallback: for any error but one of memory, and where the measure writes into something; an error of the
+                user's own comes back one by one.
+        """
+        model, first, users = self.recipe.model, queries[0], not isinstance(queries[0].measure, LogitMeasure)
+        # a forward pass may write into buffers, a function into anything
+        shared = copied(first.others, first.others if users else self.checkpoint.buffers)
+        own = copied({n: leaf.detach() for n, leaf in leaves.items()}, leaves if users else ())
+        try:
+            with ExitStack() as inside:
+                inside.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("error")
+                inside.enter_context(self.checkpoint.random_state())
+                inside.enter_context(eval_mode(model))
+                inside.enter_context(unfused_attention())
+                if users:
+                    probes = [query.probe for query in queries]
+                    inside.enter_context(nothing_written(model, [first.measure], probes, own.values()))
+                yield shared, own
+        except Exception as error:
+            if isinstance(error, Fallback) or out_of_memory(error):
+                raise
+            raise Fallback(reason(error)) from error
 
     def _alone(
         self, query: MeasureQuery, leaves: Mapping[str, Tensor], weight: float
@@ -293,35 +333,35 @@ class MeasureGradients:
 
     def _together(
         self, query: MeasureQuery, leaves: Mapping[str, Tensor], weights: Sequence[float]
-    ) -> dict[str, Tensor | None]:
-        """Every model's gradient times its weight, [k, *shape].
+    ) -> dict[str, Tensor]:
+        """Every model's gradient times its weight, [k, *shape], of the parameters that the measure depends on.
 
         Raises:
-            Fallback: vmap cannot take it, or a gradient is not finite.
+            Fallback: vmap cannot take it, a gradient is not finite, or the measure writes into something.
         """
-        inputs = {n: leaf.detach().requires_grad_() for n, leaf in leaves.items()}
-        shared = copied(query.others, self.checkpoint.buffers)  # a forward pass may write into them
-
-        def of_one(own: dict[str, Tensor]) -> Tensor:
-            return query.value(self.recipe.model, {**shared, **own})
-
-        try:
-            with (
-                warnings.catch_warnings(),
-                self.checkpoint.random_state(),
-                torch.enable_grad(),
-                eval_mode(self.recipe.model),
-            ):
-                warnings.simplefilter("error")
-                values = torch.vmap(of_one, randomness="same")(inputs)
-                grads = torch.autograd.grad(
-                    values, list(inputs.values()), values.new_tensor(weights), allow_unused=True
-                )
-        except Exception as error:
-            if out_of_memory(error):
-                raise
-            raise Fallback(reason(error)) from error  # an error of the user's own comes back one by one
-        found: dict[str, Tensor | None] = dict(zip(inputs, grads, strict=True))
-        if culprit := not_finite(found):
-            raise Fallback(f"vmap found the gradient of {culprit} not finite")
+        with self._vmapping([query], leaves) as (shared, own), torch.enable_grad():
+            inputs = {n: leaf.requires_grad_() for n, leaf in own.items()}
+            values = torch.vmap(
+                lambda own: query.value(self.recipe.model, {**shared, **own}), randomness="same"
+            )(inputs)
+            grads = torch.autograd.grad(
+                values, list(inputs.values()), values.new_tensor(weights), allow_unused=True
+            )
+        found = {n: g for n, g in zip(inputs, grads, strict=True) if g is not None}
+        _refuse_not_finite(found)
         return found
+
+
+def _refuse_not_finite(found: Gradients) -> None:
+    """Raise a Fallback where vmap found a gradient that is not finite: one by one it is an error with its name."""
+    if culprit := not_finite(found):
+        raise Fallback(f"vmap found the gradient of {culprit} not finite")
+
+
+def _total(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The sum of gradients in fp64, of each parameter that one of them has."""
+    total: dict[str, Tensor] = {}
+    for part in parts:
+        for n, g in part.items():
+            total[n] = total[n] + g if n in total else g.double()
+    return total

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -16,9 +17,10 @@ from torch import Tensor
 from checkpoints import Checkpoint
 from dynamics import measures
 from dynamics.engine.resumed_forward import CachedPrefix, cache_prefix
+from dynamics.engine.side_effects import nothing_written
 from dynamics.engine.stack_memory import QUARTER, is_large, memory_budget
 from dynamics.measures import Measure
-from dynamics.models.functional import call_with, eval_mode
+from dynamics.models.functional import call_with, eval_mode, unfused_attention
 from dynamics.recipe import Recipe
 from dynamics.steps.fallbacks import ComputePaths, out_of_memory, reason
 from dynamics.steps.stacks import Stack
@@ -36,11 +38,11 @@ ONE_BY_ONE = "one model at a time"
 class Measuring:
     """Evaluates measures on stacks of models, in eval mode and with the checkpoint's random numbers.
 
-    Measures of the logits are taken of all models at once, by vmap; functions of the user's one model at a time,
-    each with tensors of its own, since they may keep or change what they see. Of the first stack one model is
-    taken both ways: where vmap cannot take it (an LSTM, `.item()`, a branch on values) or finds something else,
-    all are taken one at a time, as are those that follow a stack which it cannot take. Where memory runs out a
-    stack is measured in halves.
+    All models of a stack are measured at once, by vmap. Of the first stack one model is taken both ways: where vmap
+    cannot take it (an LSTM, `.item()`, a branch on values) or finds something else, and where a function of the
+    user's writes into what it sees or closes over, all are taken one at a time, as are those that follow a stack
+    which it cannot take; such a function then gets tensors of its own for each. Where memory runs out a stack is
+    measured in halves.
 
     Attributes:
         recipe: its model gives the code.
@@ -56,11 +58,6 @@ class Measuring:
     paths: ComputePaths = field(default_factory=ComputePaths)
     call: Callable[..., Any] = call_with
     _vmap_holds: bool | None = field(default=None, init=False)
-
-    def __post_init__(self) -> None:
-        if not self._of_logits:
-            self._vmap_holds = False
-            self.paths.took("measures", f"{ONE_BY_ONE}: a function of (model, batch) may keep what it sees")
 
     @property
     def _of_logits(self) -> bool:
@@ -105,7 +102,7 @@ class Measuring:
             prefixes[id(probe)] = None
             found = self(models, probe)
         self._refuse_all_nan(found, models, probe)
-        exact: Array = base + (found[1:] - found[0])
+        exact: Array = np.where(found[0] == base, found[1:], base + (found[1:] - found[0]))
         return exact
 
     def one_model(self, tensors: Mapping[str, Tensor], probe: Any) -> Array:
@@ -119,9 +116,13 @@ class Measuring:
         return found
 
     def _call(self, function: Callable[[Any, Any], T], tensors: Mapping[str, Tensor], probe: Any) -> T:
-        own = copied(tensors, self.checkpoint.buffers if self._of_logits else tensors)
+        own = self._own(tensors)
         with torch.no_grad(), eval_mode(self.recipe.model), self.checkpoint.random_state():
             return self.call(function, self.recipe.model, own, probe)  # type: ignore[no-any-return]
+
+    def _own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors, those as copies into which a forward pass or a function of the user's may write."""
+        return copied(tensors, self.checkpoint.buffers if self._of_logits else tensors)
 
     def _refuse_all_nan(
         self, found: Array, models: Sequence[Mapping[str, Tensor]] | Stack, probe: Any
@@ -140,10 +141,11 @@ class Measuring:
         self.paths.fell_back("measures", ONE_BY_ONE, why if isinstance(why, str) else reason(why))
 
     def _both_ways(self, models: Stack, probe: Any) -> Array:
-        """Measure a first stack by vmap and its last model by itself: vmap holds where they agree.
+        """Measure a first stack by vmap, its first model by itself too: vmap holds where they agree.
 
         A later stack may have other tensors stacked, so here all parameters are.
         """
+        first = self.one_model(models[0], probe)
         alike = {n: t for n, t in models.shared.items() if n in self.checkpoint.parameters}
         apart = {n: t.expand(len(models), *t.shape) for n, t in alike.items()}
         shared = {n: t for n, t in models.shared.items() if n not in alike}
@@ -154,14 +156,13 @@ class Measuring:
         except Exception as error:  # noqa: BLE001 (an error of the user's own comes back one by one)
             self._one_by_one_from_now_on(error)
         else:
-            last = self.one_model(models[len(models) - 1], probe)
-            if np.allclose(together[-1], last, *self.tolerance, equal_nan=True):
+            if np.allclose(together[0], first, *self.tolerance, equal_nan=True):
                 self._refuse_all_nan(together, models, probe)
                 self._vmap_holds = True
                 self.paths.took("measures", "vmap over models")
-                return together
+                return together if len(models) > 1 else first[None]
             self._one_by_one_from_now_on("vmap measured something else than one model by itself")
-        return self._one_by_one(models, probe)
+        return np.stack([first, *(self.one_model(models[i], probe) for i in range(1, len(models)))])
 
     @property
     def tolerance(self) -> tuple[float, float]:
@@ -183,21 +184,33 @@ class Measuring:
         return np.concatenate([self._by_vmap(half, probe) for half in halves])
 
     def _vmapped(self, models: Stack, probe: Any) -> Array:
-        buffers = self.checkpoint.buffers  # a forward pass may write into them
-        shared, stacked = copied(models.shared, buffers), copied(models.stacked, buffers)
+        shared, stacked = self._own(models.shared), self._own(models.stacked)
 
         def of_one(own: dict[str, Tensor]) -> Tensor:
             return self.call(self._evaluate, self.recipe.model, {**shared, **own}, probe)  # type: ignore[no-any-return]
 
-        with torch.no_grad(), eval_mode(self.recipe.model), self.checkpoint.random_state():
+        parameters = [t for n, t in (*shared.items(), *stacked.items()) if n not in self.checkpoint.buffers]
+        with (
+            torch.no_grad(),
+            eval_mode(self.recipe.model),
+            unfused_attention(),
+            self.checkpoint.random_state(),
+            self._watched(probe, parameters),
+        ):
             if not models.stacked:
                 return of_one({}).double().cpu().numpy()[None].repeat(len(models), 0)
             found = torch.vmap(of_one, randomness="same")(stacked)
         return found.double().cpu().numpy()
 
+    def _watched(self, probe: Any, parameters: Iterable[Tensor]) -> AbstractContextManager[None]:
+        """Inside, functions are called for several models at once; measures of the logits write nothing."""
+        if self._of_logits:
+            return nullcontext()
+        return nothing_written(self.recipe.model, self.by_name.values(), probe, parameters)
+
     def _prefix(self, base: Mapping[str, Tensor], probe: Any) -> CachedPrefix | None:
         """The base model's forward pass, where models are so large that to keep it pays."""
-        if not (self._of_logits and self._vmap_holds and is_large(self.checkpoint.parameters)):
+        if not (self._vmap_holds and is_large(self.checkpoint.parameters)):
             return None
 
         def run(tensors: Mapping[str, Tensor]) -> Tensor:

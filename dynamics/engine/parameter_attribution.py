@@ -14,7 +14,7 @@ from dynamics.engine.attribution_table import AttributionTable
 from dynamics.engine.measure_gradients import MeasureGradients
 from dynamics.engine.measuring import Measuring
 from dynamics.engine.path_integral import Quadrature, StraightPath
-from dynamics.engine.site_sums import SiteSums
+from dynamics.engine.site_sums import site_sums
 from dynamics.measures import Measure
 from dynamics.recipe import Contrast, Recipe
 from dynamics.results.labels import site_columns
@@ -52,7 +52,7 @@ class ParameterAttribution:
         self._verb, self._state, self._contrasts, self._sites = verb, state, contrasts, sites
         self._moved, self._quadrature = moved, quadrature
         self._table = AttributionTable(measure, len(contrasts), len(sites), references)
-        self._sums = SiteSums(sites, moved)
+        self._sums = site_sums(sites, moved)
         self._measuring = Measuring(recipe, state, self._table.by_name, self.paths)
         self._gradients = MeasureGradients(recipe, state, self.paths)
 

@@ -271,22 +271,39 @@ def _reference_steps(runs: Runs) -> Iterator[StepGradient]:
     return (steps[name]() for name in REFERENCE_ORDER)
 
 
-def stepped_models(runs: Runs, gradients: Iterable[StepGradient], share: float = 1) -> Iterator[Stack]:
+def stepped_models(
+    runs: Runs, gradients: Iterable[StepGradient], share: float = 1, beside: Sequence[StepGradient] = ()
+) -> Iterator[Stack]:
     """The models after a step with each of the gradients, as many of them at a time as that share of memory allows.
 
     Each stack holds until the next one is asked for. Where there are worker threads they begin on the next one
     while it is measured, in memory of its own.
+
+    Args:
+        beside: whose models come first in every stack; left out of one for which memory is too short.
     """
     begun: deque[Callable[[], Iterator[Stack]]] = deque()
     spaces = cycle([runs.space, Workspace()] if has_workers() else [runs.space])
-    many = chunks(gradients, models_per_stack(runs.checkpoint.parameters.values(), share))
+    most = models_per_stack(runs.checkpoint.parameters.values(), share, len(beside))
+    if most < 1:
+        most, beside = 1, ()
+    many = chunks(gradients, most)
     for steps, space in zip(many, spaces, strict=False):
-        begun.append(_begun(runs, space, steps))
+        begun.append(_begun(runs, space, steps, beside))
         del steps  # while the stack is measured
         if not has_workers() or len(begun) > 1:
             yield from begun.popleft()()
     for finish in begun:
         yield from finish()
+
+
+def stepped_variants(
+    runs: Runs, gradients: Iterable[StepGradient], share: float = 1
+) -> Iterator[Stack | Variants]:
+    """The same, as variants of the model after the base step where two models fit the memory."""
+    for models in stepped_models(runs, gradients, share, [runs.base]):
+        yield Variants(models, None) if len(models) > 1 else models
+        del models  # before the next ones are made
 
 
 def _stepped(
@@ -296,18 +313,23 @@ def _stepped(
     return chain.from_iterable(_begun(runs, space(), steps)() for steps in many)
 
 
-def _begun(runs: Runs, space: Workspace, steps: list[StepGradient]) -> Callable[[], Iterator[Stack]]:
+def _begun(
+    runs: Runs, space: Workspace, steps: list[StepGradient], beside: Sequence[StepGradient] = ()
+) -> Callable[[], Iterator[Stack]]:
     """What gives one stack of the models after these steps; where memory runs out one of either half."""
 
     def halved(error: Exception) -> Iterator[Stack]:
-        if len(steps) < 2 or not out_of_memory(error):
+        if len(beside) + len(steps) < 2 or not out_of_memory(error):
             raise error
         runs.steps.paths.fell_back("steps", "fewer at a time", reason(error))
+        if len(steps) == 1:
+            return _begun(runs, space, steps)()
         middle = len(steps) // 2
-        return chain.from_iterable(_begun(runs, space, part)() for part in (steps[:middle], steps[middle:]))
+        halves = steps[:middle], steps[middle:]
+        return chain.from_iterable(_begun(runs, space, half, beside)() for half in halves)
 
     try:
-        finish = runs.steps.begin([step.gradients for step in steps], space)
+        finish = runs.steps.begin([step.gradients for step in (*beside, *steps)], space)
     except Exception as error:  # noqa: BLE001 (raised again where memory did not run out)
         return partial(halved, error)
 
@@ -317,7 +339,7 @@ def _begun(runs: Runs, space: Workspace, steps: list[StepGradient]) -> Callable[
         except Exception as error:  # noqa: BLE001 (raised again where memory did not run out)
             yield from halved(error)
             return
-        n, buffers = len(steps), stack([step.buffers for step in steps])
+        n, buffers = len(beside) + len(steps), stack([step.buffers for step in (*beside, *steps)])
         steps.clear()  # while the stack is measured
         yield Stack(n, {**moved.shared, **buffers.shared}, {**moved.stacked, **buffers.stacked})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from types import EllipsisType
 from typing import Any
 
@@ -84,6 +85,16 @@ class SiteSums:
             totals[:, numbers] += reduced(whole_axes)[tuple(places)].reshape(-1, n).T
         for number, whole_axes, index in self._slices.get(name, ()):
             totals[:, number] += reduced(whole_axes)[index].reshape(-1, n).sum(0)
+
+
+def site_sums(sites: Sequence[Site], shapes: Mapping[str, torch.Size]) -> SiteSums:
+    """`SiteSums`, prepared once for calls on end with the same sites and shapes."""
+    return _prepared(tuple(sites), tuple(shapes.items()))
+
+
+@lru_cache(maxsize=1)
+def _prepared(sites: tuple[Site, ...], shapes: tuple[tuple[str, torch.Size], ...]) -> SiteSums:
+    return SiteSums(sites, dict(shapes))
 
 
 def _array(tensor: Tensor) -> npt.NDArray[Any]:

@@ -61,13 +61,14 @@ def max_memory(n_bytes: int) -> Iterator[None]:
         _budget.reset(token)
 
 
-def models_per_stack(tensors: Iterable[Tensor], share: float = 1) -> int:
-    """How many models of these tensors are stacked in a share of the memory."""
+def models_per_stack(tensors: Iterable[Tensor], share: float = 1, beside: int = 0) -> int:
+    """How many models of these tensors are stacked in a share of the memory, beside some that every stack holds:
+    less than 1 where memory is too short for these."""
     given = list(tensors)
     size = max(1, sum(t.nbytes for t in given))
     device = given[0].device if given else torch.device("cpu")
     most = MAX_STACKED_GPU if device.type == "cuda" else MAX_STACKED
-    return min(most, max(1, memory_budget(device, share) // size))
+    return min(most, max(1, memory_budget(device, share) // size) - beside)
 
 
 def memory_budget(device: torch.device, share: float = 1) -> int:

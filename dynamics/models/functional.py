@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 T = TypeVar("T")
 
@@ -75,6 +76,14 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         for module, training in modes.items():
             if module.training != training:
                 module.training = training
+
+
+@contextmanager
+def unfused_attention() -> Iterator[None]:
+    """Inside, `scaled_dot_product_attention` is plain products and a softmax, for which vmap has rules: it has none
+    for the fused kernels, and would call them in a loop."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 @contextmanager

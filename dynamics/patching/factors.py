@@ -13,7 +13,7 @@ from dynamics import results
 from dynamics.engine.arguments import check_step_arguments
 from dynamics.engine.exclusive import exclusive
 from dynamics.engine.factor_crossing import CrossedFactors, Run
-from dynamics.engine.runs import Runs, reference_models_trimmed, run_contrasts, stepped_models
+from dynamics.engine.runs import Runs, Variants, reference_models_trimmed, run_contrasts, stepped_variants
 from dynamics.measures import Measure
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, check
@@ -65,8 +65,8 @@ def patch_factors(
     return results.folded(found, "factor", list(CROSSINGS), [s.label for s in sites])
 
 
-def _patched_models(runs: Runs, sites: Sequence[Site]) -> Iterator[Stack]:
-    return chain(reference_models_trimmed(runs), stepped_models(runs, _patched(runs, sites)))
+def _patched_models(runs: Runs, sites: Sequence[Site]) -> Iterator[Stack | Variants]:
+    return chain(reference_models_trimmed(runs), stepped_variants(runs, _patched(runs, sites)))
 
 
 def _patched(runs: Runs, sites: Sequence[Site]) -> Iterator[StepGradient]:

@@ -12,7 +12,7 @@ from dynamics.engine.arguments import check_step_arguments
 from dynamics.engine.exchanged_gradients import patched_gradients
 from dynamics.engine.exclusive import exclusive
 from dynamics.engine.mixtures import mixed_models
-from dynamics.engine.runs import Runs, Variants, reference_models_trimmed, run_contrasts, stepped_models
+from dynamics.engine.runs import Runs, Variants, reference_models_trimmed, run_contrasts, stepped_variants
 from dynamics.measures import Measure
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site, check
@@ -61,4 +61,4 @@ def _patched_models(runs: Runs, sites: Sequence[Site]) -> Iterator[Stack | Varia
     whole = all(site.positions is None for site in sites)
     if whole and runs.steps.separable(runs.base.gradients, runs.source.gradients):
         return mixed_models(runs, sites)
-    return chain(reference_models_trimmed(runs), stepped_models(runs, patched_gradients(runs, sites)))
+    return chain(reference_models_trimmed(runs), stepped_variants(runs, patched_gradients(runs, sites)))

@@ -13,7 +13,7 @@ import xarray as xr
 from checkpoints import Checkpoint
 from dynamics.engine.arguments import check_step_arguments
 from dynamics.engine.exclusive import exclusive
-from dynamics.engine.runs import Runs, reference_models_trimmed, run_contrasts, stepped_models
+from dynamics.engine.runs import Runs, Variants, reference_models_trimmed, run_contrasts, stepped_variants
 from dynamics.engine.stack_memory import HALF, chunks, models_per_stack
 from dynamics.measures import Measure
 from dynamics.recipe import Contrast, Recipe
@@ -79,7 +79,7 @@ def patch_signals(
 
 def _patched_models(
     runs: Runs, sites: Sequence[Site], forward: Forward, linear: dict[str, bool]
-) -> Iterator[Stack]:
+) -> Iterator[Stack | Variants]:
     hooks = list(dict.fromkeys(name for site in sites for name in site.covers))
     recipe, state = runs.recipe, runs.checkpoint
     step, source = recorded(recipe, state, runs.contrast.source, hooks, runs.batch_names[1])
@@ -93,7 +93,7 @@ def _patched_models(
     runs = replace(runs, known=known)
     return chain(
         reference_models_trimmed(runs),
-        stepped_models(runs, _patched(runs, sites, forward, linear, source, kept), HALF),
+        stepped_variants(runs, _patched(runs, sites, forward, linear, source, kept), HALF),
     )
 
 

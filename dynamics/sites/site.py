@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import wraps
 from types import EllipsisType
 from typing import Any, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -85,12 +86,17 @@ def listed(make: Callable[Arguments, list[SomeSite]]) -> Callable[Arguments, lis
     return made
 
 
+_FITTED: WeakKeyDictionary[Site, dict[str, torch.Size]] = WeakKeyDictionary()
+"""Shapes of the tensors that a site was found to lie inside: verbs are called again with the same sites."""
+
+
 def check(sites: Sequence[Site], model: nn.Module) -> None:
     """Raise a SiteError unless every site lies inside the model and labels are unique."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     first = {other: name for name, others in other_names(model).items() for other in others}
     check_labels(sites)
     for site in sites:
+        fitted = _FITTED.setdefault(site, {})
         for name, index in site.covers.items():
             if name in first:
                 raise SiteError(
@@ -101,7 +107,9 @@ def check(sites: Sequence[Site], model: nn.Module) -> None:
                 raise SiteError(
                     f"Site {site.label!r} covers {name!r}, but the model has {some(list(tensors))}."
                 )
-            check_index(site.label, name, index, tensors[name])
+            if fitted.get(name) != tensors[name].shape:
+                check_index(site.label, name, index, tensors[name])
+                fitted[name] = tensors[name].shape
 
 
 def check_labels(sites: Sequence[Site]) -> None:

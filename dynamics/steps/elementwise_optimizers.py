@@ -6,7 +6,7 @@ blocks small enough to stay in the processor's cache. Nothing is written but θ'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from threading import get_ident
 from typing import Any
@@ -27,18 +27,16 @@ Moved = Callable[[slice, Tensor, Tensor, Tensor], None]
 of operations that torch has."""
 
 
-def rule(
+def unsupported(
     kind: type[Optimizer], group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor
-) -> Moved | str:
-    """How one parameter moves; or why the real optimizer has to take the step, in words.
+) -> str | None:
+    """Why the real optimizer has to take a parameter's step, in words; None where `rule` does.
 
     Args:
         kind: the optimizer's own class; subclasses may step otherwise.
         group: its hyperparameters.
         state: what is recorded of this parameter; empty where it never moved.
         parameter: θ, any shape.
-
-    Source: Loshchilov & Hutter 2019 (AdamW), Kingma & Ba 2015 (Adam), `torch.optim.SGD`.
     """
     if kind not in (Adam, AdamW, SGD):
         return f"{kind.__name__} is not AdamW, Adam or SGD"
@@ -50,9 +48,21 @@ def rule(
         return f"a hyperparameter of {kind.__name__} is a tensor"
     if any(isinstance(value, Tensor) and value.is_sparse for value in state.values()):
         return f"the recorded state of {kind.__name__} is sparse"
+    return None
+
+
+def rule(kind: type[Optimizer], group: Mapping[str, Any], state: Mapping[str, Any], theta: Tensor) -> Moved:
+    """How a parameter moves.
+
+    Args:
+        kind, group, state: as `unsupported`.
+        theta: θ, flat.
+
+    Source: Loshchilov & Hutter 2019 (AdamW), Kingma & Ba 2015 (Adam), `torch.optim.SGD`.
+    """
     if kind is SGD:
-        return _sgd(group, state, parameter.detach().reshape(-1))
-    return _adam(group, state, parameter.detach().reshape(-1), decoupled=is_decoupled(kind, group))
+        return _sgd(group, state, theta)
+    return _adam(group, state, theta, decoupled=is_decoupled(kind, group))
 
 
 def is_decoupled(kind: type[Optimizer], group: Mapping[str, Any]) -> bool:
@@ -105,7 +115,8 @@ def _sgd(group: Mapping[str, Any], state: Mapping[str, Any], theta: Tensor) -> M
 def step_blocks(
     out: Tensor,
     moved: Moved,
-    gradients: Sequence[Tensor],
+    first: int,
+    gradients: Sequence[Sequence[Tensor]],
     limit: float | None,
     scale: Tensor | None,
     space: Workspace,
@@ -113,31 +124,47 @@ def step_blocks(
     """θ' under each gradient, in blocks: what one of these functions writes, no other touches.
 
     Args:
-        out: [n, *shape], contiguous; written by all of them together.
-        moved: the parameter's rule.
-        gradients: n of them, or one where all are alike but for their scale.
+        out: [n, size], contiguous; written by all of them together.
+        moved: the rule of the flat parameter of which this is a part.
+        first: where in it the part begins.
+        gradients: n of them, or one where all are alike but for their scale; each as tensors that make up the part
+            side by side.
         limit: what each element is clamped to (clipping by value); None leaves it.
         scale: [n], or [1], what each is multiplied by (clipping by norm); None for one.
         space: memory for what lies between, each thread's its own.
     """
-    n, flat, after = len(out), [g.detach().reshape(-1) for g in gradients], out.view(len(out), -1)
+    (n, size), flat = out.shape, [[g.detach().reshape(-1) for g in row] for row in gradients]
     width = BLOCK * max(1, 16 // n) if out.device.type == "cpu" else max(1, GPU_BLOCK // n)
 
     def step(begin: int) -> None:
-        at, thread = slice(begin, begin + width), get_ident()
-        to = after[:, at]
+        at, thread = slice(begin, min(begin + width, size)), get_ident()
+        to = out[:, at]
 
         def between(use: str, rows: int) -> Tensor:
             return space.empty((thread, use), out, rows, to.shape[1])
 
-        if len(flat) == 1:
-            block = flat[0][None, at]
+        pieces = [piece for row in flat for piece in _covered(row, at)]
+        if len(pieces) == 1:
+            block = pieces[0][None]
         else:
-            block = torch.stack([g[at] for g in flat], out=between("gradients", n))
+            block = between("gradients", len(flat))
+            torch.cat(pieces, out=block.view(-1))
         if limit is not None:
             block = block.clamp(-limit, limit)
         if scale is not None:
             block = torch.mul(block, scale[:, None], out=between("scaled", len(scale)))
-        moved(at, block.expand(n, -1), between("scratch", n), to)
+        moved(slice(first + at.start, first + at.stop), block.expand(n, -1), between("scratch", n), to)
 
-    return [partial(step, begin) for begin in range(0, after.shape[1], width)]
+    return [partial(step, begin) for begin in range(0, size, width)]
+
+
+def _covered(side_by_side: Sequence[Tensor], at: slice) -> Iterator[Tensor]:
+    """What of flat tensors lies in a slice of all of them."""
+    begin = 0
+    for tensor in side_by_side:
+        end = begin + len(tensor)
+        if at.start <= begin and end <= at.stop:
+            yield tensor
+        elif begin < at.stop and at.start < end:
+            yield tensor[max(0, at.start - begin) : at.stop - begin]
+        begin = end

@@ -12,7 +12,7 @@ from torch.utils import _pytree
 
 from checkpoints import Checkpoint
 from checkpoints.rng import RngState
-from dynamics.models.functional import attributes_restored, call_with
+from dynamics.models.functional import attributes_restored, call_with, unfused_attention
 from dynamics.recipe import Recipe
 from dynamics.steps.fallbacks import Fallback, out_of_memory, reason
 from dynamics.steps.gradients import StepGradient
@@ -112,6 +112,7 @@ def _together(
         warnings.catch_warnings(),
         checkpoint.random_state(),
         attributes_restored(recipe.model),
+        unfused_attention(),
     ):
         warnings.simplefilter("error")  # of loops that vmap falls back to
         of_each = torch.func.grad(loss, has_aux=True)

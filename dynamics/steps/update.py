@@ -8,7 +8,7 @@ element by element, and every other step the obvious way.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -21,8 +21,9 @@ from torch.optim import Optimizer
 from checkpoints import Checkpoint
 from dynamics.recipe import ByNorm, ByValue, Recipe
 from dynamics.steps.clipping import clipped, coefficient, counted
-from dynamics.steps.elementwise_optimizers import Moved, rule, step_blocks
+from dynamics.steps.elementwise_optimizers import step_blocks, unsupported
 from dynamics.steps.fallbacks import ComputePaths
+from dynamics.steps.flat_parameters import FlatParameters, flat_parameters
 from dynamics.steps.stacks import Stack, Workspace, stack
 from dynamics.steps.states import assign_rates, check_optimizer_kind, held_names, restored_copy
 from dynamics.steps.worker_threads import Spread, spread
@@ -94,42 +95,38 @@ class Steps:
             one_by_one = stack([step_from(self.recipe, self.checkpoint, gradients) for gradients in many])
             return lambda: one_by_one
         self.paths.took("steps", "all at once, element by element")
-        scales = self._scales(many, rules)
+        scales = self._scales(many)
         shared, stacked = dict(self.checkpoint.parameters), {}
         clip = self.recipe.clip
         limit = clip.limit if isinstance(clip, ByValue) else None
         blocks: list[Callable[[], None]] = []
         scattered: list[tuple[Tensor, list[int], Tensor]] = []
-        for name, moved in rules.items():
-            found = [gradients[name] for gradients in many]
-            present = [i for i, g in enumerate(found) if g is not None]
-            if not present:
-                continue
-            theta = shared.pop(name).detach()
-            ours = [g for g in found if g is not None]
-            alike = all(g is ours[0] for g in ours)
+        for flat, present, ours in _moving(rules, many):
+            theta = flat.theta
+            alike = all(g is first for row in ours[1:] for g, first in zip(row, ours[0], strict=True))
             apart = ours[:1] if alike else ours
             scale = None
             one = alike and len(present) == len(many) and len(set(scales)) == 1
             if any(scales[i] != 1 for i in present):
                 of_steps = scales[:1] if one else [scales[i] for i in present]
                 scale = torch.tensor(of_steps, dtype=theta.dtype, device=theta.device)
-            if one:
-                after = space.empty(name, theta, 1, *theta.shape)
-                blocks += step_blocks(after, moved, apart, limit, scale, space)
-                shared[name] = after[0]
-                continue
-            after = space.empty(name, theta, len(many), *theta.shape)
-            rows = slice(present[0], present[-1] + 1)
-            if len(present) == rows.stop - rows.start:
-                blocks += step_blocks(after[rows], moved, apart, limit, scale, space)
+            n = 1 if one else len(many)
+            after = space.empty(next(iter(flat.parts)), theta, n, len(theta))
+            rows = slice(0, 1) if one else slice(present[0], present[-1] + 1)
+            into = after[rows]
+            if one or len(present) == len(into):
                 after[: rows.start], after[rows.stop :] = theta, theta
             else:
                 after[:] = theta
-                found_rows = after.new_empty(len(present), *theta.shape)
-                blocks += step_blocks(found_rows, moved, apart, limit, scale, space)
-                scattered.append((after, present, found_rows))
-            stacked[name] = after
+                into = after.new_empty(len(present), len(theta))
+                scattered.append((after, present, into))
+            blocks += step_blocks(into, flat.moved, flat.begin, apart, limit, scale, space)
+            for name, moved in flat.apart(after):
+                del shared[name]
+                if one:
+                    shared[name] = moved[0]
+                else:
+                    stacked[name] = moved
         n, begun = len(many), Spread(lambda block: block(), blocks)
 
         def finish() -> Stack:
@@ -150,18 +147,16 @@ class Steps:
         sparse = any(g is not None and g.is_sparse for gs in (one, other) for g in gs.values())
         if isinstance(rules, str) or sparse:
             return False
-        if any((one[name] is None) != (other[name] is None) for name in rules):
+        if any((one[name] is None) != (other[name] is None) for flat in rules for name in flat.parts):
             return False
         if not isinstance(clip, ByNorm):
             return True
-        both = [g for gs in (one, other) for g in counted(gs, clip, rules)]
-        self._take_norms(both)
-        longest = sum(map(self._norm, both))
+        longest = sum(self._squared_norms([one, other]))
         return coefficient(longest, clip.max_norm) == 1
 
     @cached_property
-    def _rules(self) -> dict[str, Moved] | str:
-        """How each of the optimizer's parameters moves; or why one of them needs the real optimizer."""
+    def _rules(self) -> list[FlatParameters] | str:
+        """How the optimizer's parameters move; or why one of them needs the real optimizer."""
         trained = {name: p.requires_grad for name, p in self.recipe.model.named_parameters()}
         dummies = {
             name: nn.Parameter(t.detach(), requires_grad=trained[name])
@@ -171,46 +166,65 @@ class Steps:
         self.recipe.build_scheduler(template)
         check_optimizer_kind(self.checkpoint, template)
         recorded = self.checkpoint.optimizer.state if self.checkpoint.optimizer else {}
-        rules: dict[str, Moved] = {}
         groups = _groups(self.checkpoint, template, {id(p): name for name, p in dummies.items()})
         assign_rates(self.recipe, groups, self.checkpoint.step)
+        kind = type(template)
+        rules: list[FlatParameters] = []
         for group in groups:
-            for name in group["params"]:
-                moved = rule(type(template), group, recorded.get(name, {}), self.checkpoint.parameters[name])
-                if isinstance(moved, str):
-                    return moved
-                rules[name] = moved
+            parameters = {name: self.checkpoint.parameters[name] for name in group["params"]}
+            for name, theta in parameters.items():
+                if why := unsupported(kind, group, recorded.get(name, {}), theta):
+                    return why
+            rules += flat_parameters(kind, group, recorded, parameters)
         return rules
 
-    def _scales(self, many: Sequence[Gradients], held: Mapping[str, Moved]) -> list[float]:
+    def _scales(self, many: Sequence[Gradients]) -> list[float]:
         """What clipping by norm multiplies each gradient by."""
         clip = self.recipe.clip
         if not isinstance(clip, ByNorm):
             return [1.0] * len(many)
-        self._take_norms(g for gradients in many for g in counted(gradients, clip, held))
-        totals = (sum(map(self._norm, counted(gradients, clip, held))) for gradients in many)
-        return [coefficient(total, clip.max_norm) for total in totals]
+        return [coefficient(total, clip.max_norm) for total in self._squared_norms(many)]
 
-    def _norm(self, gradient: Tensor | None) -> float:
-        """Σ g², added up once as long as the tensor lives and is not written into."""
-        if gradient is None:
-            return 0.0
-        if not self._has_norm(gradient):
-            self._take_norms([gradient])
-        return self._norms[id(gradient)][2]
+    def _squared_norms(self, many: Sequence[Gradients]) -> list[float]:
+        """Σ g² of each gradient over the parameters whose norm is taken, in their order."""
+        clip, rules = self.recipe.clip, self._rules
+        assert isinstance(clip, ByNorm), f"no norm is taken by {clip!r}"
+        assert not isinstance(rules, str), "steps are taken one at a time"
+        held = {name for flat in rules for name in flat.parts}
+        each = [[g for g in counted(gs, clip, held) if g is not None] for gs in many]
+        norms = self._norms_of({id(g): g for gs in each for g in gs})
+        return [sum(norms[id(g)] for g in gs) for gs in each]
 
-    def _has_norm(self, gradient: Tensor) -> bool:
-        alive, version, _ = self._norms.get(id(gradient), (None, 0, 0.0))
-        return alive is not None and alive() is gradient and version == gradient._version
-
-    def _take_norms(self, gradients: Iterable[Tensor | None]) -> None:
-        """Add up those that are not known, with one transfer from the device."""
-        new = list({id(g): g for g in gradients if g is not None and not self._has_norm(g)}.values())
+    def _norms_of(self, gradients: Mapping[int, Tensor]) -> dict[int, float]:
+        """Σ g² by id, added up once as long as a tensor lives and is not written into, with one transfer from the
+        device."""
+        found = {}
+        for i, gradient in gradients.items():
+            alive, version, norm = self._norms.get(i, (None, 0, 0.0))
+            if alive is not None and alive() is gradient and version == gradient._version:
+                found[i] = norm
+        new = [g for i, g in gradients.items() if i not in found]
         sums = spread(squares, new)
         numbers = iter(torch.cat([s.to(sums[0].device) for s in sums]).tolist() if sums else ())
         for gradient, of_blocks in zip(new, sums, strict=True):
             norm = sum(islice(numbers, len(of_blocks)))
             self._norms[id(gradient)] = weakref.ref(gradient), gradient._version, norm
+            found[id(gradient)] = norm
+        return found
+
+
+def _moving(
+    rules: Sequence[FlatParameters], many: Sequence[Gradients]
+) -> Iterator[tuple[FlatParameters, list[int], list[list[Tensor]]]]:
+    """What moves: parameters side by side as far as each step moves all of them or none, the numbers of the steps
+    that do, and for each of these their gradients."""
+    for flat in rules:
+        absent = [[gradients[name] is None for name in flat.parts] for gradients in many]
+        together = all(any(row) == all(row) for row in absent)
+        for part in (flat,) if together else flat.one_by_one:
+            rows = [[g for name in part.parts if (g := gradients[name]) is not None] for gradients in many]
+            if present := [i for i, row in enumerate(rows) if row]:
+                yield part, present, [rows[i] for i in present]
 
 
 def _groups(checkpoint: Checkpoint, template: Optimizer, names: Mapping[int, str]) -> list[dict[str, Any]]:

@@ -57,6 +57,7 @@ class Bench:
     recipe: dy.Recipe
     state: Checkpoint
     contrasts: list[dy.Contrast]
+    measure: Callable[[Any, Any], torch.Tensor] = dy.measures.correct_logit
 
     @classmethod
     def of(cls, config: StudyConfig, device: str = "cpu") -> Bench:
@@ -144,24 +145,26 @@ def rows(bench: Bench, size: str) -> list[Row]:
 def ours(bench: Bench, row: Row) -> xr.Dataset:
     """The verb."""
     verb = getattr(dy, row.verb)
-    return verb(bench.recipe, row.state, row.contrasts, row.sites, dy.measures.correct_logit, **row.settings)
+    return verb(bench.recipe, row.state, row.contrasts, row.sites, bench.measure, **row.settings)
 
 
 def looped(bench: Bench, row: Row, sites: list[dy.Site]) -> list[float]:
     """The seed's way; for `attribute_step`, which estimates them, exact exchanges of updates."""
     verb = "patch_updates" if row.verb == "attribute_step" else row.verb
-    measure = dy.measures.correct_logit
-    return list(seed_loop.patched(verb, bench.recipe, row.state, row.contrasts, sites, measure))
+    return list(seed_loop.patched(verb, bench.recipe, row.state, row.contrasts, sites, bench.measure))
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds, and what came of it; a GPU's queue is empty before and after."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    """Seconds, and what came of it: those of the processor where one thread computes, which nothing else on the
+    machine lengthens; a GPU's queue is empty before and after."""
+    on_gpu = torch.cuda.is_available()
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
+    clock = time.process_time if torch.get_num_threads() == 1 and not on_gpu else time.perf_counter
     wait()
-    begin = time.perf_counter()
+    begin = clock()
     found = function()
     wait()
-    return time.perf_counter() - begin, found
+    return clock() - begin, found
 
 
 def every(row: Row, size: str) -> int:

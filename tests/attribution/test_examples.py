@@ -18,6 +18,7 @@ from tests.zoo.small_models import (
     CLIPS,
     LOOPED,
     OPTIMIZERS,
+    by_itself,
     classifier_recipe,
     clip,
     margin,
@@ -168,7 +169,7 @@ def test_rows_in_another_order_have_the_same_attributions_and_equal_rows_equal_o
 def test_a_result_has_probes_by_rows(tmp_path):
     recipe = classifier_recipe()
     checkpoint = trained(recipe, BATCHES).last
-    measures = {"margin": margin, "spread": spread}
+    measures = {"margin": by_itself(margin), "spread": by_itself(spread)}
     found = dy.attribute_examples(recipe, checkpoint, BATCH, PROBES, measures)
     assert set(found.data_vars) == {"attribution", "residual", "nodes", "base", "untouched", "coasted"}
     assert found["attribution"].dims == ("measure", "example", "row")
@@ -181,7 +182,7 @@ def test_a_result_has_probes_by_rows(tmp_path):
     for name in ("base", "untouched", "coasted"):
         np.testing.assert_array_equal(found[name], exchanged[name])
     for i, probe in enumerate(PROBES):
-        alone = dy.attribute_examples(recipe, checkpoint, BATCH, [probe], margin)
+        alone = dy.attribute_examples(recipe, checkpoint, BATCH, [probe], by_itself(margin))
         np.testing.assert_array_equal(alone["attribution"][0], found["attribution"].sel(measure="margin")[i])
     dy.results.save(found, tmp_path / "rows.h5")
     assert dy.results.load(tmp_path / "rows.h5").identical(found)

@@ -14,6 +14,7 @@ from dynamics.sites.fine import neurons, rows
 from dynamics.steps import NonFiniteGradient
 from tests.zoo.small_models import (
     Tied,
+    by_itself,
     classifier,
     classifier_loss,
     classifier_recipe,
@@ -46,8 +47,8 @@ def setting():
 
 @methods
 def test_it_has_the_coordinates_references_and_units_of_a_patched_step(method, setting, tmp_path):
-    exchanged = dy.patch_updates(*setting[:2], PAIRS, setting[2], margin)
-    found = dy.attribute_step(*setting[:2], PAIRS, setting[2], margin, method)
+    exchanged = dy.patch_updates(*setting[:2], PAIRS, setting[2], by_itself(margin))
+    found = dy.attribute_step(*setting[:2], PAIRS, setting[2], by_itself(margin), method)
     assert set(found.data_vars) == {"attribution", "residual", "nodes", *REFERENCES}
     assert found["attribution"].dims == ("example", "site")
     assert found["residual"].dims == found["nodes"].dims == ("example",)
@@ -104,8 +105,8 @@ def test_a_site_depends_on_none_beside_it_and_a_contrast_to_rounding(method, set
 
 def test_without_a_checkpoint_the_model_as_it_stands_is_stepped_by_a_new_optimizer(setting):
     recipe, _, patched = setting
-    found = dy.attribute_step(recipe, None, PAIRS, patched, margin)
-    exchanged = dy.patch_updates(recipe, None, PAIRS, patched, margin)
+    found = dy.attribute_step(recipe, None, PAIRS, patched, by_itself(margin))
+    exchanged = dy.patch_updates(recipe, None, PAIRS, patched, by_itself(margin))
     for name in REFERENCES:
         np.testing.assert_array_equal(found[name], exchanged[name])
 

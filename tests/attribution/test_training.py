@@ -18,6 +18,7 @@ from tests.zoo.small_models import (
     CLIPS,
     LOOPED,
     OPTIMIZERS,
+    by_itself,
     classifier,
     classifier_loss,
     classifier_recipe,
@@ -145,7 +146,7 @@ def test_the_steps_are_those_of_ordinary_training_bit_for_bit():
         model=classifier(norm=True, dropout=0.3), scheduler=scheduler, clip=CLIPS["by norm"]
     )
     live = trained(recipe, BATCHES, seed=3)
-    found = account(recipe, live.checkpoints[2], BATCHES[2:], measure=spread)
+    found = account(recipe, live.checkpoints[2], BATCHES[2:], measure=by_itself(spread))
     assert list(found["step"].values) == list(range(2, 9))
     for step in (2, 5, 8):
         checkpoint = live.checkpoints[step]

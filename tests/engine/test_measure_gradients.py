@@ -69,13 +69,27 @@ def test_gradients_of_a_transformer_are_taken_at_once():
     assert n_calls == 1
 
 
-def test_gradients_of_a_users_function_are_taken_one_by_one():
+def test_gradients_of_a_users_function_are_taken_at_once():
     def measure(model, batch):
         return dy.measures.correct_log_prob(model, batch)
 
     found, expected, n_calls = slopes_of(transformer_recipe(), measure, tokens(1))
     assert_alike(found, expected)
+    assert n_calls == 1
+
+
+def test_a_users_function_that_keeps_what_it_sees_is_called_once_for_each_model():
+    seen = []
+
+    def measure(model, batch):
+        seen.append(dy.measures.correct_log_prob(model, batch))
+        return seen[-1]
+
+    found, expected, n_calls = slopes_of(transformer_recipe(), measure, tokens(1))
     assert n_calls == len(WEIGHTS)
+    assert len(seen) == 3 * len(WEIGHTS)
+    assert not any(torch._C._functorch.is_functorch_wrapped_tensor(value) for value in seen)
+    assert_alike(found, expected)
 
 
 class Odd(nn.Module):
@@ -187,7 +201,8 @@ def of_probes(recipe, measure=dy.measures.correct_logit, probes=PROBES, paths=No
 
 def test_probes_of_one_shape_are_taken_at_once_and_each_is_what_it_is_alone():
     assert of_probes(transformer_recipe()) == "vmap over probes"
-    assert "vmap" not in of_probes(transformer_recipe(), lambda m, b: dy.measures.correct_logit(m, b))
+    own = lambda m, b: dy.measures.correct_logit(m, b)  # noqa: E731
+    assert of_probes(transformer_recipe(), own) == "vmap over probes"
 
 
 class OddTokens(Odd):
@@ -213,7 +228,7 @@ def test_where_memory_runs_out_fewer_probes_are_taken_at_a_time(monkeypatch):
         return over(self, queries, leaves)
 
     monkeypatch.setattr(MeasureGradients, "_over_probes", two_at_most)
-    assert "fewer models at a time" in of_probes(transformer_recipe(), probes=PROBES[:4] * 2)
+    assert "fewer at a time" in of_probes(transformer_recipe(), probes=PROBES[:4] * 2)
 
 
 def test_a_parameter_that_no_probe_reads_has_gradient_zero():

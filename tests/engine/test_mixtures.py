@@ -114,7 +114,8 @@ def test_the_verb_finds_the_same_as_by_a_step_for_every_site(clip, setting, monk
     assert sum(taken) == 4  # the references alone
     monkeypatch.setattr(Steps, "separable", lambda *given: False)
     slow = dy.patch_gradients(recipe, setting[1], [CONTRAST], chosen, dy.measures.correct_logit)
-    assert sum(taken) == 4 + 4 + len(chosen)
+    n_bases = 3  # one in each stack
+    assert sum(taken) == 4 + 4 + len(chosen) + n_bases
     for name in slow.data_vars:
         np.testing.assert_allclose(found[name], slow[name], rtol=0, atol=1e-12)
     assert float(abs(slow["effect"]).max()) > 1e-4

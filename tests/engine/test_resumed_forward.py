@@ -174,6 +174,21 @@ def test_what_comes_before_the_first_change_is_not_taken_again():
         assert whole - resumed == len(CONTRASTS) * (n_later - kept), number
 
 
+def test_passes_under_a_users_own_measure_are_resumed_too():
+    def measure(model, batch):
+        return dy.measures.correct_logit(model, batch)
+
+    model = Blocks(Block)
+    found, resumed = exchanged(model, model.blocks[0], measure=measure)
+    whole, n = exchanged(model, model.blocks[0], resume=False, measure=measure)
+    n_later, kept = (
+        8,
+        2,
+    )  # beside a measure of the logits it takes a pass of its own; the first one is resumed
+    assert n - resumed == len(CONTRASTS) * (n_later - kept)
+    np.testing.assert_allclose(found["patched"], whole["patched"], rtol=0, atol=1e-12)
+
+
 def test_a_module_that_reads_weights_of_another_is_taken_again_where_they_change():
     model = Reading()
     assert float(abs(exchanged(model)[0]["effect"].sel(site="head.weight")).max()) > 1e-4

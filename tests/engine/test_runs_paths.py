@@ -68,9 +68,27 @@ def test_an_optimizer_that_needs_its_own_step_is_named():
     assert paths(found)["steps"] == said
 
 
-def test_a_measure_of_the_users_own_is_taken_one_by_one_and_says_so():
+def test_a_measure_of_the_users_own_is_taken_of_all_models_at_once():
     found = patched(transformer_recipe(), measure=lambda model, batch: model(batch.tokens).mean((1, 2)))
-    assert paths(found)["measures"].startswith("one model at a time: ")
+    assert paths(found)["measures"] == "vmap over models"
+
+
+def test_a_measure_that_keeps_what_it_sees_is_taken_one_by_one_and_says_so():
+    kept = []
+
+    def measure(model, batch):
+        kept.append(model(batch.tokens).mean((1, 2)))
+        return kept[-1]
+
+    found = patched(transformer_recipe(), measure=measure, contrasts=PAIRS[:1])
+    assert paths(found)["measures"] == (
+        "one model at a time, since a measure writes into a list that it reaches, which one call for all models "
+        "would spoil"
+    )
+    assert [float(value.mean()) for value in kept] == [
+        *(found[name].item() for name in ("untouched", "coasted", "base", "source")),
+        *found["patched"].values[0].tolist(),
+    ]
 
 
 def test_settings_of_activation_verbs_are_kept_beside_the_paths():

@@ -11,6 +11,7 @@ from checkpoints import Checkpoint
 from dynamics import sites
 from dynamics.sites import Site
 from tests.zoo.small_models import (
+    by_itself,
     classifier,
     classifier_recipe,
     margin,
@@ -139,16 +140,16 @@ def test_a_result_names_its_verb_step_and_measures(verb, setting):
 @every_verb
 def test_a_site_depends_on_none_beside_it_and_a_contrast_to_rounding(verb, setting):
     recipe, checkpoint, patched = setting
-    many = relabelled(patched * 4)
-    together = verb(recipe, checkpoint, PAIRS, many, margin)
+    many, measure = relabelled(patched * 4), by_itself(margin)
+    together = verb(recipe, checkpoint, PAIRS, many, measure)
     for i, pair in enumerate(PAIRS):
-        by_itself = verb(recipe, checkpoint, [pair], many, margin)
+        each = verb(recipe, checkpoint, [pair], many, measure)
         for name in ("patched", "base", "source"):
-            assert float(abs(by_itself[name][0] - together[name][i]).max()) <= 1e-12
+            assert float(abs(each[name][0] - together[name][i]).max()) <= 1e-12
         for j, site in enumerate(many):
-            alone = verb(recipe, checkpoint, [pair], [site], margin)
-            assert by_itself["patched"][0, j].item() == alone["patched"].item()
-            assert by_itself["base"].item() == alone["base"].item()
+            alone = verb(recipe, checkpoint, [pair], [site], measure)
+            assert each["patched"][0, j].item() == alone["patched"].item()
+            assert each["base"].item() == alone["base"].item()
 
 
 def relabelled(patched):
@@ -171,8 +172,8 @@ def test_a_reversed_contrast_exchanges_the_references_and_completes_the_exchange
         {"encoder.weight": ~mask}
         | dict.fromkeys(("encoder.bias", "head.weight", "head.bias", "temperature"), ...),
     )
-    there = verb(recipe, checkpoint, [pair], [encoder], margin)
-    back = verb(recipe, checkpoint, [pair.reversed()], [rest], margin)
+    there = verb(recipe, checkpoint, [pair], [encoder], by_itself(margin))
+    back = verb(recipe, checkpoint, [pair.reversed()], [rest], by_itself(margin))
     assert there["base"].item() == back["source"].item()
     assert there["source"].item() == back["base"].item()
     assert there["patched"].item() == back["patched"].item()

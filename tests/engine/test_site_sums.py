@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dynamics.engine.site_sums import SiteSums
+from dynamics.engine.site_sums import SiteSums, site_sums
 from dynamics.sites import Site
 from dynamics.trees import mask
 
@@ -73,3 +73,12 @@ def test_sums_are_added_up_in_double_precision(dtype):
     found = SiteSums([site], {"a": torch.Size((3, 4, 5))})(values)
     assert found.dtype == np.float64
     assert found[0] == pytest.approx(60 * float(torch.tensor(0.1, dtype=dtype)), rel=1e-14)
+
+
+def test_sums_are_prepared_anew_for_other_sites_or_shapes():
+    shapes = {n: torch.Size(shape) for n, shape in SHAPES.items()}
+    first = site_sums(SITES, shapes)
+    assert site_sums(list(SITES), dict(shapes)) is first
+    assert site_sums(SITES[:1], shapes) is not first
+    wider = {**shapes, next(iter(shapes)): torch.Size((7, 7, 7))}
+    assert site_sums(SITES, wider) is not site_sums(SITES, shapes)

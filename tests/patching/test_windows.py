@@ -29,6 +29,7 @@ from tests.oracles.windows_by_hand import (
 from tests.zoo.small_models import (
     CLIPS,
     OPTIMIZERS,
+    by_itself,
     gap,
     margin,
     outcomes,
@@ -76,9 +77,9 @@ def test_a_window_of_one_step_without_a_checkpoint_is_patch_gradients_bitwise():
     pair = dy.Contrast(points(10), points(20), points(30))
     window = dy.Contrast([pair.base], [pair.source], pair.probe)
     torch.manual_seed(5)
-    one = dy.patch_gradients(recipe, None, [pair], pieces(recipe.model), margin)
+    one = dy.patch_gradients(recipe, None, [pair], pieces(recipe.model), by_itself(margin))
     torch.manual_seed(5)
-    other = dy.patch_window(recipe, None, [window], pieces(recipe.model), margin)
+    other = dy.patch_window(recipe, None, [window], pieces(recipe.model), by_itself(margin))
     assert one.drop_attrs().identical(other.isel(step=0, drop=True).drop_attrs())
 
 

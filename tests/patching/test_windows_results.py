@@ -27,6 +27,7 @@ from tests.oracles.windows_by_hand import (
 )
 from tests.zoo.small_models import (
     OPTIMIZERS,
+    by_itself,
     classifier,
     classifier_loss,
     gap,
@@ -90,9 +91,33 @@ def test_a_measure_that_writes_to_the_model_does_not_reach_the_next_probe_of_the
 
     given = as_given(verb, 3)
     one, other = (
-        verb(recipe, live.last, given, pieces(recipe.model), measure) for measure in (shifted, margin)
+        verb(recipe, live.last, given, pieces(recipe.model), measure)
+        for measure in (shifted, by_itself(margin))
     )
     assert one.drop_attrs().drop_vars("measure", errors="ignore").equals(other.drop_attrs())
+
+
+@pytest.mark.parametrize("verb", [dy.patch_gradients, dy.patch_updates])
+def test_nor_does_one_that_writes_under_a_later_probe_alone(verb):
+    """When all models are measured at once already; the checkpoint is not written into either."""
+    recipe, live = normed()
+    before = {name: tensor.clone() for name, tensor in live.last.parameters.items()}
+
+    def at_times(model, batch):
+        found = margin(model, batch)
+        if len(batch[1]) == 5:
+            model.head.bias.add_(torch.tensor([1.0, 0.0, 0.0]))
+            model.encoder.weight.mul_(2.0)
+        return found
+
+    base, source = points(10), points(20)
+    given = [dy.Contrast(base, source, points(30 + i, rows=rows)) for i, rows in enumerate((7, 5, 7))]
+    one, other = (
+        verb(recipe, live.last, given, pieces(recipe.model), measure) for measure in (at_times, margin)
+    )
+    for name in other.data_vars:
+        np.testing.assert_allclose(one[name], other[name], rtol=0, atol=1e-12)
+    assert all(torch.equal(live.last.parameters[name], tensor) for name, tensor in before.items())
 
 
 @pytest.mark.slow

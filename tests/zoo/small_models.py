@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -105,6 +105,18 @@ def margin(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def spread(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Variance of the logits: a scalar."""
     return model(batch[0]).var()
+
+
+def by_itself(measure: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
+    """The measure of one model at a time, since it writes into a list: the bits of a call of one's own."""
+    calls: list[None] = []
+
+    @wraps(measure)
+    def alone(model: Any, batch: Any) -> Tensor:
+        calls.append(None)
+        return measure(model, batch)
+
+    return alone
 
 
 # --- a model whose embedding is its unembedding -----------------------------------------------------------
