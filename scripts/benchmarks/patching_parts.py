@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +33,7 @@ from scripts.benchmarks.patching_speed import (
     SIZES,
     Bench,
     Row,
+    clock,
     config_of,
     every,
     looped,
@@ -80,11 +80,11 @@ def taken_apart() -> Iterator[Counter[str]]:
                 return function(*args, **settings)
             refers = part in ("steps", "measure") and n_measured < len(REFERENCES)
             within.append("references" if refers else part)
-            begin = time.perf_counter()
+            begin = clock()
             try:
                 found = function(*args, **settings)
             finally:
-                spent[within.pop()] += time.perf_counter() - begin
+                spent[within.pop()] += clock() - begin
             n_measured += len(np.atleast_2d(found)) if part == "measure" else 0
             return found
 

@@ -154,12 +154,15 @@ def looped(bench: Bench, row: Row, sites: list[dy.Site]) -> list[float]:
     return list(seed_loop.patched(verb, bench.recipe, row.state, row.contrasts, sites, bench.measure))
 
 
+def clock() -> float:
+    """Seconds: those of the processor where one thread computes, which nothing else on the machine lengthens."""
+    alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    return time.process_time() if alone else time.perf_counter()
+
+
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds, and what came of it: those of the processor where one thread computes, which nothing else on the
-    machine lengthens; a GPU's queue is empty before and after."""
-    on_gpu = torch.cuda.is_available()
-    wait = torch.cuda.synchronize if on_gpu else lambda: None
-    clock = time.process_time if torch.get_num_threads() == 1 and not on_gpu else time.perf_counter
+    """Seconds, and what came of it; a GPU's queue is empty before and after."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     wait()
     begin = clock()
     found = function()

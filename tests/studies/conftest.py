@@ -57,9 +57,10 @@ def signs(monkeypatch):
 
 @pytest.fixture(scope="session")
 def batteries(runs):
-    """The ten checks of "embed" for one run alone and for both."""
+    """The ten checks of "embed" for either run alone and for both."""
     return {
-        name: checked(chosen, site="embed") for name, chosen in {"seed 0": runs[:1], "both": runs}.items()
+        name: checked(chosen, site="embed")
+        for name, chosen in {"seed 0": runs[:1], "seed 1": runs[1:], "both": runs}.items()
     }
 
 

@@ -24,12 +24,17 @@ ANATOMY = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def anatomy(alias_runs, tmp_path_factory) -> tuple[Path, str]:
+@pytest.fixture(scope="session")
+def anatomy(alias_runs, made_once) -> tuple[Path, str]:
     """Where the anatomy of both runs is kept, and what was printed; its window is of ten steps instead of 50."""
-    out = tmp_path_factory.mktemp("anatomy")
-    with in_small(script, **SMALL):
-        return out, call(script, *alias_runs, "--out", out, "--workers", 1)
+
+    def make(folder: Path) -> None:
+        with in_small(script, **SMALL):
+            printed = call(script, *alias_runs, "--out", folder / "kept", "--workers", 1)
+        (folder / "printed").write_text(printed)
+
+    made = made_once("anatomy", make)
+    return made / "kept", (made / "printed").read_text()
 
 
 @pytest.mark.slow
