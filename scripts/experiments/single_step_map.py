@@ -88,10 +88,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     on_explored, on_others = asked(recovered, given)
     explored = by_seed(on_explored)
     confirming = by_seed(on_others) if on_others else None
+    n = {"explored": len(on_explored), "confirmed": len(on_others)}
     text = [
         *table(explored, confirming),
         "",
-        f"Mean over {explored.sizes['seed']} seeds explored (both forks each) [95 % t interval]. {stamp(__file__)}",
+        f"Mean over {n['explored']} seeds explored and {n['confirmed']} that confirm (both forks each) "
+        f"[95 % t interval]. {stamp(__file__)}",
     ]
     conclude(given, "single", "\n".join(text))
 
