@@ -69,6 +69,7 @@ def accuracies(metrics: pd.DataFrame, phases: Mapping[str, int], chance: Mapping
         axes.axvline(first, color=figures.GREY, linewidth=0.8, zorder=1)
     for guess in chance.values():
         axes.axhline(guess, color=figures.GREY, linewidth=1.0, linestyle=":", zorder=1)
+    figure.suptitle("Accuracy of each set of questions over training")
     figure.legend(loc="outside lower center", ncols=min(len(names), 3), fontsize=8.5)
     _name_guesses(axes, chance)
     _name_phases(figure, axes, phases)
@@ -96,7 +97,7 @@ def _name_phases(figure: Figure, axes: Axes, phases: Mapping[str, int]) -> None:
     ends: list[float] = []
     for name, first in sorted(phases.items(), key=lambda item: item[1]):
         text = axes.annotate(
-            name,
+            figures.phase_in_words(name),
             (first, 1.0),
             xycoords=axes.get_xaxis_transform(),
             xytext=(0, 4),

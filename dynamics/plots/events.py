@@ -82,8 +82,9 @@ def _panel(axes: Axes, curves: xr.Dataset, marks: Mapping[str, xr.Dataset]) -> N
     axes.axhline(0, color=figures.GREY, linewidth=0.6, zorder=1)
     axes.set_ylabel(curves.attrs.get("long_name", ""), fontsize=9)
     axes.tick_params(labelsize=8)
-    if str(curves.attrs.get("long_name", "")).startswith("accuracy") and axes.get_ylim()[0] >= -0.1:
-        axes.set_ylim(0.0, 1.0)  # an interval may reach beyond, an accuracy cannot
+    shares = ("accuracy", "attention")
+    if str(curves.attrs.get("long_name", "")).startswith(shares) and axes.get_ylim()[0] >= -0.1:
+        axes.set_ylim(0.0, 1.0)  # an interval may reach beyond, a share cannot
     axes.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 

@@ -174,7 +174,12 @@ def step_in_words(dataset: xr.Dataset, step: int) -> str:
         phase, local = kind_of(config).from_dict(config).phases.locate(step)
     except (KeyError, TypeError, json.JSONDecodeError, ConfigError):  # provenance of something else
         return f"step {step}"
-    return f"{phase.upper() if len(phase) < 3 else phase} step {local} (step {step})"
+    return f"{phase_in_words(phase)} step {local} (step {step})"
+
+
+def phase_in_words(phase: str) -> str:
+    """A phase as texts name it: x1 is X1, late is late."""
+    return phase.upper() if len(phase) < 3 else phase
 
 
 def entitle(axes: Axes, first: str, dataset: xr.Dataset) -> None:

@@ -25,7 +25,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import xarray as xr
@@ -37,6 +36,7 @@ from tqdm import tqdm
 import dynamics as dy
 from checkpoints import Checkpoint
 from dynamics.config import StudyConfig, ToyConfig
+from dynamics.plots import figures
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.benchmarks import seed_loop
@@ -327,19 +327,20 @@ def scaling(repeats: int) -> dict[str, Any]:
     return found
 
 
+@figures.styled
 def picture(found: dict[str, Any], path: Path) -> None:
     """One panel for each axis, logarithmic both ways."""
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3.2), sharey=True, layout="constrained")
+    figure = figures.Figure(figsize=(10, 3.8))
+    axes = figure.subplots(1, 3, sharey=True)
     for ax, (axis, verbs) in zip(axes, found.items(), strict=True):
-        for verb, curve in verbs.items():
-            label = f"{verb}, slope {curve['slope']:.2f}"
-            ax.loglog(curve["n"], 1e3 * np.array(curve["seconds"]), marker="o", label=label)
-        ax.set_xlabel(f"number of {axis}")
-        ax.legend(fontsize=7)
-    axes[0].set_ylabel("milliseconds of one call")
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        for (verb, curve), mark in zip(verbs.items(), "os^", strict=True):
+            ax.loglog(curve["n"], 1e3 * np.array(curve["seconds"]), marker=mark, label=verb)
+        slopes = ", ".join(f"{curve['slope']:.2f}" for curve in verbs.values())
+        ax.set(title=f"log-log slopes {slopes}", xlabel=f"number of {axis}")
+    axes[0].set_ylabel("one call (ms)")
+    figure.suptitle("How the time of one call grows with sites, contrasts and parameters")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    dy.plots.save(figure, path)
 
 
 def gpu_memory(row: dict[str, Any]) -> str:

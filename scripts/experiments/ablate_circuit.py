@@ -24,16 +24,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import xarray as xr
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import dynamics as dy
 from checkpoints import Trajectory
+from dynamics.plots import figures
+from dynamics.plots.figures import Figure
 from dynamics.sites import Site
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.shared.into_readme import conclude, interval, markdown, stamp
-from scripts.shared.runs import by_task, parser_of_runs, run_key, stored
+from scripts.shared.runs import TITLES, by_task, parser_of_runs, run_key, stored
 
 HOOK = "blocks.*.attn.hook_z"
 RANKED_BY = dy.measures.logit_margin
@@ -185,29 +186,42 @@ def report(runs: Sequence[Found]) -> str:
 # --- figure -----------------------------------------------------------------------------------------------
 
 
+@figures.styled
 def figure(runs: Sequence[Found]) -> Figure:
     """Right answers by the number of heads at their mean: as ranked, and at random; bands over runs."""
     tasks = by_task(runs)
-    drawn = Figure(figsize=(3.3 * len(tasks), 3.0), layout="constrained")
+    drawn = Figure(figsize=(3.3 * len(tasks), 3.4))
     panels = drawn.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     for axes, (name, found) in zip(panels, tasks.items(), strict=True):
         sizes = np.arange(len(found[0].heads) + 1)
         for label, color, curves in (
-            ("at random", "#0072B2", [along(f) for f in found]),
-            ("as ranked", "#D55E00", [ranked(f) for f in found]),
+            ("heads at random", figures.BLUE, [along(f) for f in found]),
+            ("heads as ranked by patching", figures.VERMILLION, [ranked(f) for f in found]),
         ):
             values = np.array(curves)
-            axes.plot(sizes, values.mean(0), color=color, label=label, linewidth=1.6)
+            axes.plot(sizes, values.mean(0), color=color, label=label)
             if len(found) > 1:
                 _, low, high = dy.statistics.mean_interval(values, axis=0)
                 axes.fill_between(sizes, low.clip(0, 1), high.clip(0, 1), color=color, alpha=0.2, linewidth=0)
         for one in found:
-            axes.axvline(one.size, color="#999999", linewidth=0.8, linestyle=":", zorder=1)
-        axes.set(title=name, xlabel=f"heads ablated, of {sizes[-1]}", ylim=(0, 1.02), xlim=(0, sizes[-1]))
+            axes.axvline(
+                one.size,
+                color=figures.GREY,
+                linewidth=0.8,
+                linestyle=":",
+                zorder=1,
+                label="number of heads found, by run" if one is found[0] else None,
+            )
+        axes.set(
+            title=f"{TITLES.get(name, name)} ({len(found)} runs)",
+            xlabel=f"heads ablated, of {sizes[-1]}",
+            ylim=(0, 1.02),
+            xlim=(0, sizes[-1]),
+        )
         axes.set_xticks(sizes[:: max(1, len(sizes) // 4)])
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("right answers")
-    panels[-1].legend(frameon=False, fontsize=8.5)
+    panels[0].set_ylabel("share of right answers")
+    drawn.suptitle("Right answers with some heads at their mean output; bands: 95 % intervals over runs")
+    drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return drawn
 
 

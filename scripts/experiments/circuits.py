@@ -25,15 +25,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import xarray as xr
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import dynamics as dy
 from checkpoints import Trajectory
+from dynamics.plots import figures
+from dynamics.plots.figures import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.shared.into_readme import conclude, interval, markdown, stamp
-from scripts.shared.runs import by_task, parser_of_runs, run_key, stored
+from scripts.shared.runs import TITLES, by_task, parser_of_runs, run_key, stored
 
 MEASURE = dy.measures.logit_difference
 THRESHOLDS = tuple(np.geomspace(0.1, 0.001, 15).round(5).tolist())
@@ -47,7 +48,8 @@ N_ALONG = 5
 """Random sets of each kind at every size of the figure, for each run."""
 
 Array = npt.NDArray[np.float64]
-RANDOM = ("edges", "ways")
+RANDOM = {"edges": "random edges", "ways": "random paths"}
+"""Kinds of random sets, and what pictures and tables call them."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ def report(runs: Sequence[Found]) -> str:
         "logit difference: clean, corrupted",
         "kept by the circuit",
     ]
-    head += ["by random edges", "by random ways", f"random sets that keep {GOAL:.0%}: edges, ways"]
+    head += [*(f"by {words}" for words in RANDOM.values()), f"random sets that keep {GOAL:.0%}: edges, paths"]
     tasks = by_task(runs)
     rows = [row(name, found) for name, found in tasks.items()]
     single = "; ".join(
@@ -191,26 +193,38 @@ def report(runs: Sequence[Found]) -> str:
 # --- figure -----------------------------------------------------------------------------------------------
 
 
+@figures.styled
 def figure(runs: Sequence[Found]) -> Figure:
     """What is kept by the number of edges: by attribution, and at random; one line a run, the circuits marked."""
     tasks = by_task(runs)
-    drawn = Figure(figsize=(3.3 * len(tasks), 3.0), layout="constrained")
+    drawn = Figure(figsize=(3.3 * len(tasks), 3.4))
     panels = drawn.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
-    looks = {"random edges": "#999999", "random ways": "#0072B2", "by attribution": "#D55E00"}
+    looks = {
+        "random edges": (figures.GREY, "--"),
+        "random paths": (figures.BLUE, ":"),
+        "by attribution": (figures.VERMILLION, "-"),
+    }
     for axes, (name, found) in zip(panels, tasks.items(), strict=True):
         for one in found:
-            curves = {f"random {kind}": along(one, kind) for kind in RANDOM}
+            curves = {words: along(one, kind) for kind, words in RANDOM.items()}
             curves["by attribution"] = kept(one.parts["circuits"])
             for label, curve in curves.items():
                 shown = {"label": label} if one is found[0] else {}
-                axes.plot(one.sizes, curve, color=looks[label], linewidth=1.2, alpha=0.8, **shown)
+                color, line = looks[label]
+                axes.plot(one.sizes, curve, color=color, linestyle=line, linewidth=1.2, **shown)
             best = curves["by attribution"][one.chosen]
-            axes.plot(one.sizes[one.chosen], best, "o", color=looks["by attribution"], markersize=4)
-        axes.axhline(GOAL, color="#999999", linewidth=0.8, linestyle=":", zorder=1)
-        axes.set(title=name, xlabel=f"edges kept, of {found[0].n_edges}", ylim=(-0.05, 1.05))
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("logit difference kept")
-    panels[-1].legend(frameon=False, fontsize=8.5)
+            shown = {"label": "the circuit chosen on other prompts"} if one is found[0] else {}
+            axes.plot(one.sizes[one.chosen], best, "o", color=figures.VERMILLION, markersize=4, **shown)
+        axes.axhline(GOAL, color=figures.GREY, linewidth=0.8, zorder=1)
+        axes.set(
+            title=f"{TITLES.get(name, name)} ({len(found)} runs)",
+            xlabel=f"edges kept, of {found[0].n_edges}",
+            xlim=(0, None),
+            ylim=(-0.05, 1.05),
+        )
+    panels[0].set_ylabel("share of the logit difference kept")
+    drawn.suptitle("What a circuit keeps of the logit difference, by its number of edges; one line a run")
+    drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return drawn
 
 

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
-from matplotlib.figure import Figure
 from torch import nn
 
 import dynamics as dy
@@ -32,6 +31,8 @@ from checkpoints import Checkpoint, CheckpointPair, Trajectory
 from dynamics import results
 from dynamics.batch import Batch
 from dynamics.config import AcronymsRun, FactsRun, IoiRun, RunConfig
+from dynamics.plots import figures
+from dynamics.plots.figures import Figure
 from dynamics.randomness import generator
 from dynamics.sites import Site
 
@@ -45,15 +46,22 @@ LANGUAGES = {
     "ioi": (IoiRun, "heldout"),
 }
 """Of each small language its config, and the questions that tell when it is learnt."""
+LEGEND = {
+    "sufficient": "sufficient: brought into the earlier checkpoint",
+    "necessary": "necessary: lost from the later checkpoint",
+    "account": "written there, by the account",
+}
+ROWS = {"own rows": "embed:\nown rows", "other rows": "embed:\nother rows"}
+"""What the picture calls rows of the token embedding."""
 SEEDS = range(300, 312)
 BEFORE, AFTER = 0.25, 0.75
 """Accuracies on held-out questions that the step before and the step after lie at."""
 MEASURES = {m.name: m for m in (dy.measures.correct_logit, dy.measures.accuracy)}
 ASKED = ("sufficient", "necessary")
 SHUFFLED = tuple(f"{name}, shuffled" for name in ASKED)
-COLOURS = ("#0072B2", "#E69F00", "#009E73")
+COLOURS = (figures.BLUE, figures.ORANGE, figures.GREEN)
 TITLES = {
-    "aliases": "The answers to new aliases under the reliable tag: end of X1 against end of X2",
+    "aliases": "Aliases: answers to those defined under the reliable tag, end of X1 and end of X2",
     "facts": "Late facts",
     "acronyms": "Acronyms",
     "ioi": "Indirect objects",
@@ -191,10 +199,11 @@ def _shares(
     return [float(one["share"].sel(exchange=exchange, site=site, measure=measure)) for one in runs]
 
 
+@figures.styled
 def draw(found: Mapping[str, Sequence[xr.Dataset]], accounts: Sequence[xr.DataArray]) -> Figure:
     """By component the share that suffices, that is necessary, that the account finds; aliases above the rest."""
     below = [task for task in found if task != "aliases"]
-    figure = Figure(figsize=(9.6, 5.6 if below else 3.2), layout="constrained")
+    figure = Figure(figsize=(9.6, 6.4 if below else 3.6))
     layout: Any = [["aliases"] * max(1, len(below)), *([below] if below else [])]
     panels = figure.subplot_mosaic(layout, height_ratios=[5, 4][: len(layout)], sharey=True)
     for task, runs in found.items():
@@ -207,18 +216,19 @@ def draw(found: Mapping[str, Sequence[xr.Dataset]], accounts: Sequence[xr.DataAr
             mean, low, high = (np.asarray(v) for v in dy.statistics.mean_interval(np.array(values)))
             places = np.arange(len(values)) + 0.27 * (i - (len(bars) - 1) / 2)
             bounds = [mean - low, high - mean]
-            axes.bar(places, mean, 0.25, yerr=bounds, color=colour, label=name, error_kw={"lw": 0.8})
-        axes.set_xticks(
-            range(len(names)), names, fontsize=8 if task == "aliases" else 6, rotation=40, ha="right"
-        )
-        axes.set_title(f"{TITLES[task]} ({len(runs)} runs)", fontsize=9)
-        axes.axhline(0, color="#888888", linewidth=0.8, zorder=1)
-        axes.axhline(1, color="#888888", linewidth=0.8, linestyle=":", zorder=1)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.supylabel("share of the change, exchanged alone", fontsize=8)
-    figure.legend(
-        *panels["aliases"].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
+            axes.bar(places, mean, 0.25, yerr=bounds, color=colour, label=LEGEND[name], error_kw={"lw": 0.8})
+        if task == "aliases":
+            axes.set_xticks(range(len(names)), [ROWS.get(name, name) for name in names])
+        else:
+            axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+        axes.set_title(f"{TITLES[task]} ({len(runs)} runs)")
+        axes.axhline(0, color=figures.GREY, linewidth=0.8, zorder=1)
+        axes.axhline(1, color=figures.GREY, linewidth=0.8, linestyle=":", zorder=1)
+    figure.suptitle(
+        "What one component brings, exchanged alone between two checkpoints; 95 % intervals over runs"
     )
+    figure.supylabel("share of the change in the correct logit", fontsize=9)
+    figure.legend(*panels["aliases"].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 

@@ -24,17 +24,18 @@ import numpy.typing as npt
 import torch
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
 import dynamics as dy
 from checkpoints import Trajectory
 from dynamics.comparison import order_of_events, when
+from dynamics.plots import figures
+from dynamics.plots.figures import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.shared.into_readme import conclude, interval, markdown, stamp
-from scripts.shared.runs import parser_of_runs
+from scripts.shared.runs import TITLES, parser_of_runs
 
 MEASURES = {m.name: m for m in (dy.measures.logit_difference, dy.measures.accuracy)}
 FIRST = 10
@@ -205,17 +206,18 @@ def report(found: Sequence[Found]) -> str:
 # --- figure -----------------------------------------------------------------------------------------------
 
 
+@figures.styled
 def figure(found: Sequence[Found]) -> Figure:
     """Above, each layer's strongest head over training beside the answers; below, edges of the last circuit."""
-    drawn = Figure(figsize=(3.5 * len(found), 4.6), layout="constrained")
+    drawn = Figure(figsize=(3.5 * len(found), 5.4))
     grid = drawn.subplots(2, len(found), sharex="col", sharey="row", squeeze=False, height_ratios=(3, 2))
-    colors = ("#009E73", "#0072B2", "#CC79A7", "#D55E00")
+    colors = (figures.GREEN, figures.BLUE, figures.PURPLE, figures.VERMILLION)
     for (above, below), one in zip(grid.T, found, strict=True):
         curves = one.strongest / one.gap.isel(step=-1)
         steps = curves["step"].values
         for layer, color in zip(range(curves.sizes["layer"]), colors * curves.sizes["layer"], strict=False):
-            band(above, steps, curves.isel(layer=layer), color, f"layer {layer}")
-        band(above, steps, one.accuracy, "#000000", "right answers")
+            band(above, steps, curves.isel(layer=layer), color, f"strongest head of layer {layer}")
+        band(above, steps, one.accuracy, figures.BLACK, "share of right answers")
         by_step = list(next(iter(one.circuits.values())))
         last = [set(circuits[by_step[-1]]) for circuits in one.circuits.values()]
         shares = [
@@ -223,23 +225,37 @@ def figure(found: Sequence[Found]) -> Figure:
             for circuits, end in zip(one.circuits.values(), last, strict=True)
         ]
         sizes = [[len(circuits[s]) / one.n_edges for s in by_step] for circuits in one.circuits.values()]
-        band(below, np.array(by_step), np.array(shares), "#D55E00", "of the last circuit, already there")
-        band(below, np.array(by_step), np.array(sizes), "#999999", "by chance: the circuit's share of all")
-        above.set(title=one.task, xscale="log")
+        band(
+            below,
+            np.array(by_step),
+            np.array(shares),
+            figures.SKY,
+            "the last circuit's edges already there",
+        )
+        band(
+            below,
+            np.array(by_step),
+            np.array(sizes),
+            figures.GREY,
+            "by chance: the circuit's share of all edges",
+        )
+        runs = len(one.circuits)
+        above.set(title=f"{TITLES.get(one.task, one.task)} ({runs} runs)", xscale="log", ylim=(-0.05, 1.02))
         below.set(xlabel="training step", ylim=(0, 1.02))
-        for axes in (above, below):
-            axes.spines[["top", "right"]].set_visible(False)
-    grid[0, 0].set_ylabel("of the final gap, by the layer's\nstrongest head; right answers")
-    grid[1, 0].set_ylabel("edges")
-    for axes in grid[:, -1]:
-        axes.legend(frameon=False, fontsize=7.5)
+    grid[0, 0].set_ylabel("share of the final gap restored;\nshare of right answers")
+    grid[1, 0].set_ylabel("share of edges")
+    drawn.suptitle(
+        "When heads become causal, and when the last circuit's edges are there; 95 % intervals over runs"
+    )
+    handles = [both for axes in grid[:, 0] for both in zip(*axes.get_legend_handles_labels(), strict=True)]
+    drawn.legend(*zip(*handles, strict=True), loc="outside lower center", ncols=3)
     return drawn
 
 
 def band(axes: Axes, across: Array, curves: npt.ArrayLike, color: str, label: str) -> None:
     """Mean over runs [seed, step] with its 95 % t interval."""
     mean, low, high = dy.statistics.mean_interval(np.asarray(curves), axis=0)
-    axes.plot(across, mean, color=color, label=label, linewidth=1.5)
+    axes.plot(across, mean, color=color, label=label)
     axes.fill_between(across, low, high, color=color, alpha=0.15, linewidth=0)
 
 

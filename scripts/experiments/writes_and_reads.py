@@ -28,13 +28,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import xarray as xr
-from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from torch import nn
 from tqdm import tqdm
 
 import dynamics as dy
 from checkpoints import Trajectory
+from dynamics.plots import figures
+from dynamics.plots.figures import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.shared.into_readme import conclude, interval, markdown, stamp
@@ -259,26 +260,25 @@ def report(found: Sequence[Story]) -> str:
 # --- figure -----------------------------------------------------------------------------------------------
 
 
+@figures.styled
 def figure(found: Sequence[Story]) -> Figure:
     """The first example of each story: the answer, what every place restores, and what it has written so far."""
-    drawn = Figure(figsize=(5.2 * len(found), 6.4), layout="constrained")
+    drawn = Figure(figsize=(5.2 * len(found), 6.8))
     grid = drawn.subplots(3, len(found), sharex="col", squeeze=False, height_ratios=(1, 2, 2))
     for column, one in zip(grid.T, found, strict=True):
         pick = {"seed": 0, "example": 0}
         read, written = one.of(**pick)
         steps = read["step"].values - one.start
         for name, key, color in (
-            ("asked about it", "source", "#D55E00"),
-            ("about another", "base", "#999999"),
+            ("asked about it", "source", figures.VERMILLION),
+            ("asked about another", "base", figures.GREY),
         ):
-            column[0].plot(steps, one.read[key].isel(pick).values, color=color, label=name, linewidth=1.5)
+            column[0].plot(steps, one.read[key].isel(pick).values, color=color, label=name)
         names = one.read["label" if "label" in one.read.coords else "example"]
         column[0].set(title=str(names.values.flat[0]))
-        column[0].legend(frameon=False, fontsize=8)
-        column[0].spines[["top", "right"]].set_visible(False)
         for axes, values, title in (
-            (column[1], read, "read: restored by"),
-            (column[2], written, "written so far in"),
+            (column[1], read, "read: what the place restores"),
+            (column[2], written, "written in the place so far"),
         ):
             reach = float(np.abs(values).max()) or 1.0
             mesh = axes.pcolormesh(
@@ -294,7 +294,11 @@ def figure(found: Sequence[Story]) -> Figure:
             axes.set_ylabel(title)
             drawn.colorbar(mesh, ax=axes, label="logit", pad=0.01)
         column[2].set_xlabel("step of the phase")
-    grid[0, 0].set_ylabel("answer, logit")
+    grid[0, 0].set_ylabel("its answer (logit)")
+    drawn.suptitle(
+        f"Where one {' and one '.join(one.name for one in found)} are read and written, step by step"
+    )
+    drawn.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return drawn
 
 

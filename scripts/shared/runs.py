@@ -38,6 +38,9 @@ def parser_of_runs(
     return made
 
 
+TITLES = {"ioi": "Indirect objects", "acronyms": "Acronyms", "facts": "Facts"}
+"""What pictures call the small languages."""
+
 Result = TypeVar("Result")
 
 
