@@ -16,9 +16,13 @@ extensions = [
     "sphinx_copybutton",
 ]
 suppress_warnings = ["ref.python"]  # attributes called alike in two classes
+nitpicky = True  # with "warnings are errors" no link to a page, heading, picture or function is broken
+nitpick_ignore_regex = [("py:(class|exc)", ".*")]  # of docstrings: other libraries' and short names
 html_theme = "furo"
 html_title = "training-dynamics"
 html_theme_options = {"navigation_with_keys": True}
+html_static_path = ["static"]
+html_css_files = ["wide.css"]
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
@@ -28,6 +32,7 @@ nb_execution_in_temp = True
 nb_execution_cache_path = str(Path(__file__).parents[1] / "build/docs/notebooks")
 nb_execution_raise_on_error = True
 nb_merge_streams = True
+nb_output_stderr = "remove"  # progress bars
 nb_execution_show_tb = True
 
 autodoc_typehints = "none"

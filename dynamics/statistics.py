@@ -376,8 +376,10 @@ def table(summary: xr.Dataset, n: int | None = None) -> str:
     counts = chosen["n"].values
     many = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
     many += f" (unit: {summary.attrs['unit']})" if "unit" in summary.attrs else ""
-    many += ": no intervals" if counts.max() == 1 else ""
-    many += f", {100 * summary.attrs['confidence']:g} % intervals" if "confidence" in summary.attrs else ""
+    if counts.max() == 1:
+        many += ": no intervals"
+    elif "confidence" in summary.attrs:
+        many += f", {100 * summary.attrs['confidence']:g} % intervals"
     gap = [number(float(chosen["gap"])), interval(*_bounds(chosen, "gap")), results.units(chosen, "gap")]
     return "\n".join([f"{' '.join(filter(None, ['gap', *gap]))}, n = {many}", *lines])
 

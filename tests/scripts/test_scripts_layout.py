@@ -115,6 +115,12 @@ def test_shell_scripts_are_executable_and_parse(name):
     subprocess.run(["bash", "-n", path], check=True)
 
 
-def test_continuous_integration_calls_the_readmes_test_command():
-    assert "./scripts/test" in (ROOT / ".ci" / "run").read_text()
-    assert "./scripts/test" in (ROOT / "README.md").read_text()
+def test_continuous_integration_calls_the_readmes_commands_for_tests_and_documentation():
+    for command in ("./scripts/test", "./scripts/docs"):
+        assert f"\n{command}\n" in (ROOT / ".ci" / "run").read_text()
+        assert command in (ROOT / "README.md").read_text()
+
+
+def test_the_readme_names_the_folder_that_the_documentation_is_built_into():
+    (folder,) = re.findall(r"docs (\S+/html)", (ROOT / "scripts" / "docs").read_text())
+    assert f"builds it into `{folder}`" in (ROOT / "README.md").read_text()
