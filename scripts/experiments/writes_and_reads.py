@@ -230,7 +230,8 @@ def places(parts: Sequence[xr.DataArray], n: int = 4) -> str:
 
 def report(found: Sequence[Story]) -> str:
     """A line for facts and one for aliases."""
-    head = ["", "n", "written in", "read from", "places alike: ρ", "heads alone: ρ"]
+    head = ["", "n", "written in, share", "read from, share"]
+    head += ["writes and reads over places: ρ", "over heads alone: ρ"]
     head += ["half read − half written, steps", "the same at the head that restores most"]
     rows = []
     for name in dict.fromkeys(one.name for one in found):

@@ -80,7 +80,9 @@ def agreement(attributed: xr.Dataset, patched: xr.Dataset) -> str:
 
 def families(subject: Subject, contrasts: list[Contrast], nodes: int, out: Path) -> list[str]:
     """Every family by attribution, first order and integrated, and by patching; how far they agree."""
-    rows = ["| sites | n | first order: ρ | per prompt | size | integrated: ρ | per prompt | size |"]
+    rows = [
+        "| sites | n | first order: ρ of means | ρ by prompt | size | integrated: ρ of means | ρ by prompt | size |"
+    ]
     rows.append("|---" * 8 + "|")
     for name, hooks in FAMILIES.items():
         chosen = [s for hook, by in hooks.items() for s in sites(subject, hook, by, contrasts[0].base)]

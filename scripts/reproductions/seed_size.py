@@ -94,7 +94,8 @@ def table(run: Trajectory, data: dict[str, xr.Dataset], step: int) -> str:
     one = most_changed(run)
     label = str(data["fresh"]["example"].values[one])
     lines = [
-        "| exchanged gradients | the seed | one alias, fresh | stored | all, logits, fresh | stored |",
+        "| gradients exchanged | recovery, the seed | recovery, one alias, fresh | recovery, one alias, stored "
+        "| effect in logits, all aliases, fresh | effect in logits, all aliases, stored |",
         "|---|---|---|---|---|---|",
     ]
     for i, (name, theirs) in enumerate(THEIRS.items()):
