@@ -44,6 +44,11 @@ def of_config(run: Trajectory) -> tasks.Task:
     """The task a run of this package was trained on, rebuilt from its config."""
     if "imported" in run.provenance:
         raise SweepError(f"{run.path} was imported: say with task_of= how its steps are taken.")
+    if "task" not in run.config:
+        raise SweepError(
+            f"{run.path} is of no task of this package: its config has the keys {sorted(run.config)}. Say with "
+            "task_of= how its steps are taken: a function of the run, whose result has recipe() and batch(step)."
+        )
     return tasks.load(run.config)
 
 

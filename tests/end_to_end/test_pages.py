@@ -24,6 +24,19 @@ def test_every_example_of_a_page_runs(page, tmp_path, monkeypatch):
         notebooks.run(page)
 
 
+@pytest.mark.slow
+def test_getting_started_runs_on_a_model_of_ones_own_from_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (notebooks.DOCS / "getting-started.md").read_text()
+    blocks = notebooks.BLOCK.findall(page.partition("## On your own model")[2])
+    assert len(blocks) == 6
+    names = {}
+    for i, code in enumerate(blocks):
+        exec(compile(code, f"getting-started.md, block {i}", "exec"), names)
+    assert not [v for v in dy.steps.verify(names["recipe"], names["run"], names["batch_of"]) if v.differences]
+    assert names["grid"].sizes["source_step"] == 2
+
+
 def test_every_public_name_has_an_example_and_its_reference():
     for page, module, alias in (
         ("api/dynamics.md", dy, "dy"),

@@ -209,6 +209,15 @@ def test_other_peoples_runs_are_swept_by_their_own_task(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_run_of_no_task_of_the_package_is_refused_with_the_argument_that_helps(tmp_path):
+    model = torch.nn.Linear(3, 1)
+    with TrajectoryWriter.create(tmp_path / "run", {"width": 3}) as writer:
+        writer.append(Checkpoint.capture(model, torch.optim.SGD(model.parameters(), lr=0.1)))
+    run, asked = Trajectory.open(tmp_path / "run"), [Contrast(torch.eye(3), torch.eye(3), torch.eye(3))]
+    with pytest.raises(SweepError, match=r"the keys \['width'\]. Say with task_of="):
+        dy.sweep(patch_gradients, run, [0], asked, sites.parameters, mean_output)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_units", "workers_at_hand")
 def test_serial_and_two_workers_give_identical_datasets_in_memory_and_kept(runs, tmp_path):
