@@ -228,10 +228,7 @@ def figure(panels_of: dict[str, dict[str, xr.Dataset]], x2: int) -> Figure:
             mark = "change, to tag" if words == ATTENTION else "change of gap"
             seen = is_common(found) and 0 <= float(found["mean"]) <= int(panel["step"][-1])
             columns[phase].append((panel, {mark: found} if seen else {}))
-    drawn = dy.plots.event_curves(columns)
-    n_runs = next(iter(panels_of["X1"].values())).sizes["seed"]
-    drawn.suptitle(f"Accuracy, gradient alignment and attention from each phase's first step ({n_runs} runs)")
-    return drawn
+    return dy.plots.event_curves(columns)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

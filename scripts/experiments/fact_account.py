@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
-from matplotlib.figure import Figure
 
 import dynamics as dy
 from dynamics import results, steps
 from dynamics.config import FactsRun
+from dynamics.plots import figures
+from dynamics.plots.figures import Figure
 from dynamics.sites import Site
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
@@ -136,13 +137,14 @@ def table(found: Sequence[xr.Dataset]) -> list[str]:
     ]
 
 
+@figures.styled
 def draw(found: Sequence[xr.Dataset]) -> Figure:
     """Left what was written at each component, by statement; right what patching its output brings back."""
     read = [str(s) for s in found[0]["site"].values if s in found[0]["read_site"]]
     names = [*read, "unembed"]
-    figure = Figure(figsize=(10.8, 3.9), layout="constrained")
+    figure = Figure(figsize=(10.8, 4.2))
     left, right = figure.subplots(1, 2, width_ratios=(5, 4))
-    colours = ("#0072B2", "#56B4E9", "#E69F00", "#888888")
+    colours = (figures.BLUE, figures.SKY, figures.ORANGE, figures.GREY)
     for i, (statement, colour) in enumerate(zip(STATEMENTS, colours, strict=True)):
         of_runs = np.array(
             [[float(one["written"].sel(site=n, statement=statement).mean()) for n in names] for one in found]
@@ -161,17 +163,17 @@ def draw(found: Sequence[xr.Dataset]) -> Figure:
     recovered = np.array([[float(one["recovered"].sel(read_site=n).median()) for n in read] for one in found])
     mean, low, high = (np.asarray(v) for v in dy.statistics.mean_interval(recovered.T))
     right.bar(
-        range(len(read)), mean, 0.6, yerr=[mean - low, high - mean], color="#009E73", error_kw={"lw": 0.8}
+        range(len(read)), mean, 0.6, yerr=[mean - low, high - mean], color=figures.GREEN, error_kw={"lw": 0.8}
     )
     left.set_ylabel("written in 64 steps (logits)")
-    left.set_title("Where late facts were written", fontsize=10)
+    left.set_title(f"Where late facts were written, by statement ({len(found)} runs)")
     right.set_ylabel("share of the answer brought back")
-    right.set_title("Where their recall is read", fontsize=10)
-    figure.legend(loc="outside lower left", ncols=len(STATEMENTS), frameon=False, fontsize=8)
+    right.set_title(f"Where their recall is read ({len(found)} runs)")
+    figure.suptitle("Mean (left) and median (right) over facts, 95 % intervals over runs")
+    figure.legend(loc="outside lower left", ncols=len(STATEMENTS))
     for axes, shown in ((left, names), (right, read)):
         axes.set_xticks(range(len(shown)), shown, fontsize=7)
-        axes.axhline(0, color="#888888", linewidth=0.8, zorder=1)
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.axhline(0, color=figures.GREY, linewidth=0.8, zorder=1)
     return figure
 
 

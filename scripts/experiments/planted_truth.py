@@ -24,12 +24,11 @@ import pandas as pd
 import scipy.stats
 import torch
 import xarray as xr
+from matplotlib.figure import Figure
 from torch import Tensor
 
 import dynamics as dy
 from checkpoints import Checkpoint, Trajectory
-from dynamics.plots import figures
-from dynamics.plots.figures import Figure
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site
 
@@ -285,11 +284,10 @@ def table(found: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-@figures.styled
 def figure(found: pd.DataFrame) -> Figure:
     """AUC and top-1 of every method: mean and interval over seeds, and each plant's mean as a dot."""
     order = found.groupby("method")["auc"].mean().sort_values().index
-    drawn = Figure(figsize=(9, 0.3 * len(order) + 1.6))
+    drawn = Figure(figsize=(9, 0.3 * len(order) + 1.2), layout="constrained")
     axes = drawn.subplots(1, 2, sharey=True)
     chance = {"auc": 0.5, "top1": float((1 / found["n"]).mean())}
     names = {"auc": "AUC of the planted site", "top1": "share of worlds with the plant on top"}
@@ -297,18 +295,13 @@ def figure(found: pd.DataFrame) -> Figure:
         for row, method in enumerate(order):
             part = found[found["method"] == method]
             dots = part.groupby("plant")[key].mean()
-            ax.plot(dots, [row] * len(dots), "o", color="0.7", markersize=4, label="mean of one plant")
+            ax.plot(dots, [row] * len(dots), "o", color="0.75", markersize=4)
             mean, low, high = dy.statistics.mean_interval(part.groupby("seed")[key].mean().to_numpy())
-            ends = np.clip([low, high], 0, 1)  # a t interval may reach beyond, what is estimated cannot
-            ax.plot(ends, [row, row], color=figures.BLUE, label="95 % interval over seeds")
-            ax.plot(mean, row, "o", color=figures.BLUE, label="mean over seeds")
-        ax.axvline(chance[key], color=figures.BLACK, linestyle=":", linewidth=1, label=CHANCE)
-        ax.set(xlabel=name, xlim=(-0.02, 1.02))
+            ax.plot([low, high], [row, row], color="C0")
+            ax.plot(mean, row, "o", color="C0")
+        ax.axvline(chance[key], color="k", linestyle=":", linewidth=1)
+        ax.set(xlabel=name, xlim=(-0.05, 1.05))
     axes[0].set_yticks(range(len(order)), order)
-    seeds, plants = found["seed"].nunique(), found["plant"].nunique()
-    drawn.suptitle(f"Which method finds the planted place? {seeds} seeds, {plants} planted places")
-    handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
-    drawn.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
     return drawn
 
 
