@@ -1,4 +1,8 @@
-"""Families of transformers: what each calls its parameters, and where in them the heads lie; one table each."""
+"""Families of transformers: what each calls its parameters, and where in them the heads lie; one table each.
+
+TransformerLens's architecture adapters hold the same layouts as code that builds new modules from a copy of the
+model; which slice of the user's own tensor a head is has to be known here. A test holds both to the same numbers.
+"""
 
 from __future__ import annotations
 

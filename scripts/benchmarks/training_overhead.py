@@ -1,8 +1,9 @@
-"""What Lightning and the recorder cost over a bare loop of the same steps. About 10 minutes on one core.
+"""What Lightning, Hugging Face's Trainer and their recorders cost. About 10 minutes on one core.
 
 Three ways take the same steps of the same toy, interleaved, so that a busy machine disturbs all alike: a
 bare loop; Lightning with `StepModule`; Lightning with a `TrajectoryRecorder` on the default schedule. The
-ratios of the medians go into the README. TransformerLens's own model stands beside the toy.
+ratios of the medians go into the documentation. TransformerLens's own model stands beside the toy. Hugging Face's
+Trainer trains a small Llama without and with every step recorded, beside as many checkpoints written alone.
 
     .venv/bin/python scripts/benchmarks/training_overhead.py --readme
 """
@@ -20,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import transformers
 from lightning.pytorch import Trainer
 from torch import nn
 from transformer_lens.config import TransformerBridgeConfig
@@ -27,12 +29,14 @@ from transformer_lens.model_bridge.sources.native import boot as boot_native
 
 import dynamics as dy
 from checkpoints import Checkpoint, TrajectoryWriter
+from checkpoints.rng import replayed
 from dynamics.config import StudyConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.shared import runs
 from scripts.shared.into_readme import conclude, stamp
 
+HUGGING_FACE_STEPS = 100
 NATIVE_STEPS = 300
 """Steps that TransformerLens's own model is trained for, beside as many of the toy."""
 
@@ -104,6 +108,58 @@ def native(task: dy.tasks.AliasTask) -> nn.Module:
     )
 
 
+def llama() -> nn.Module:
+    """A Llama of 0.2 million parameters, drawn from seed 0."""
+    with replayed(None):
+        torch.manual_seed(0)
+        shape = {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        }
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=128, **shape))
+
+
+def by_hugging_face(folder: Path, callbacks: list[object], model: nn.Module, steps: int) -> None:
+    """Steps of the Trainer with its defaults: AdamW in two groups, clipping, a linear schedule."""
+    rows = torch.randint(128, (8 * steps, 16), generator=torch.Generator().manual_seed(0))
+    given = transformers.TrainingArguments(
+        str(folder),
+        max_steps=steps,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
+    dataset = [{"input_ids": row, "labels": row} for row in rows]
+    trainer = transformers.Trainer(model, given, train_dataset=dataset, callbacks=callbacks)
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+
+
+def recording(steps: int = HUGGING_FACE_STEPS) -> dict[str, float]:
+    """Seconds of the Trainer without and with every step recorded, and of as many checkpoints written alone."""
+    found = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        found["plain"] = timed(by_hugging_face, folder, [], llama(), steps)
+        with TrajectoryWriter.create(folder / "run", {}) as writer:
+            recorder = dy.training.HuggingFaceRecorder(writer, range(steps + 1))
+            found["recorded"] = timed(by_hugging_face, folder, [recorder], llama(), steps)
+        model = llama()
+        optimizer = torch.optim.AdamW(model.parameters())
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        with TrajectoryWriter.create(folder / "alone", {}) as writer:
+            start = time.perf_counter()
+            for step in range(steps + 1):
+                writer.append(Checkpoint.capture(model, optimizer, step=step))
+            found["written"] = time.perf_counter() - start
+    return found
+
+
 def timed(function: Callable[..., None], *arguments: object) -> float:
     start = time.perf_counter()
     function(*arguments)
@@ -130,6 +186,7 @@ def measure(repeats: int, threads: int) -> dict[str, float]:
         (timed(bare, task, first, NATIVE_STEPS, native(task)), timed(bare, task, first, NATIVE_STEPS))
         for _ in range(repeats)
     ]
+    theirs = [recording() for _ in range(repeats)]
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     return {
         "steps": steps,
@@ -139,6 +196,15 @@ def measure(repeats: int, threads: int) -> dict[str, float]:
         "trainer_ms": 1e3 * medians["trainer"] / steps,
         "recorded_ms": 1e3 * medians["recorded"] / steps,
         "native_ms": 1e3 * statistics.median(theirs for theirs, _ in beside) / NATIVE_STEPS,
+        **{
+            f"hugging_face_{name}_ms": 1e3
+            * statistics.median(one[name] for one in theirs)
+            / HUGGING_FACE_STEPS
+            for name in theirs[0]
+        },
+        "recording_over_written": statistics.median(
+            (one["recorded"] - one["plain"]) / one["written"] for one in theirs
+        ),
         "native_over_bare": statistics.median(theirs / ours for theirs, ours in beside),
         "trainer_over_bare": statistics.median(
             t / b for t, b in zip(seconds["trainer"], seconds["bare"], strict=True)
@@ -161,9 +227,13 @@ def table(found: dict[str, float]) -> str:
             "of the Trainer | at most 1.15 |",
             f"| TransformerLens's native bridge, bare loop | {found['native_ms']:.2f} | "
             f"{found['native_over_bare']:.3f} of the bare loop | |",
+            f"| Hugging Face's Trainer, small Llama | {found['hugging_face_plain_ms']:.2f} | 1 | |",
+            f"| with every step recorded | {found['hugging_face_recorded_ms']:.2f} | what it adds: "
+            f"{found['recording_over_written']:.2f} of these checkpoints written alone | 1 |",
+            f"| these checkpoints written alone | {found['hugging_face_written_ms']:.2f} | | |",
             "",
-            f"Default toy, all {found['steps']} steps of X1, default schedule; medians of {found['repeats']} "
-            f"interleaved repeats. {found['threads']} thread. {stamp(__file__)}",
+            f"Default toy (but for the last three lines), all {found['steps']} steps of X1, default schedule; "
+            f"medians of {found['repeats']} interleaved repeats. {found['threads']} thread. {stamp(__file__)}",
         ]
     )
 

@@ -158,20 +158,27 @@ def _shuffled(pair: CheckpointPair, seed: int) -> Checkpoint:
     return replace(pair.base, parameters=parameters)
 
 
-def account_of(folder: Path, accounts: Path) -> xr.DataArray | None:
-    """By component, the share of Dt3's rise over X2 that the account says was written there, where it is kept."""
-    path = accounts / run_key(_open(folder)) / "whole.h5"
+def account_of(folder: Path, accounts: Path) -> dict[str, float] | None:
+    """The share of Dt3's rise over X2 that the account says was written in each site, where it is kept."""
+    run = _open(folder)
+    path = accounts / run_key(run) / "whole.h5"
     if not path.exists():
         return None
-    account = results.load(path).sel(example="Dt3")
-    parts = account["attribution"].isel(site=account["level"].values == "components").sum(("step", "source"))
-    return parts / (account["value"][-1] - account["value"][0])
+    task, account = dy.tasks.aliases.load(run.config), results.load(path).sel(example="Dt3")
+    parts = account["attribution"].sum(("step", "source")) / (account["value"][-1] - account["value"][0])
+    of_components = parts.isel(site=account["level"].values == "components")
+    own = [task.alias(i) for i in task.sets["Dt3"]]
+    of_own = float(
+        parts.isel(site=np.isin(account["index"], own) & (account["level"].values == "rows")).sum()
+    )
+    shares = {str(site): float(of_components.sel(site=site)) for site in of_components["site"].values}
+    return {**shares, "own rows": of_own, "other rows": shares["embed"] - of_own}
 
 
 # --- what it comes to -------------------------------------------------------------------------------------
 
 
-def table(found: Mapping[str, Sequence[xr.Dataset]], accounts: Sequence[xr.DataArray]) -> list[str]:
+def table(found: Mapping[str, Sequence[xr.Dataset]], accounts: Sequence[Mapping[str, float]]) -> list[str]:
     """Lines: of each task and site what suffices, what is necessary, and what the account says."""
     rows = []
     for task, runs in found.items():
@@ -179,8 +186,8 @@ def table(found: Mapping[str, Sequence[xr.Dataset]], accounts: Sequence[xr.DataA
             shares = {name: _shares(runs, name, site) for name in (*ASKED, *SHUFFLED)}
             right = [_shares(runs, name, site, "accuracy") for name in ASKED]
             told = "–"
-            if task == "aliases" and len(accounts) == len(runs) and site in accounts[0]["site"]:
-                told = interval([float(one.sel(site=site)) for one in accounts])
+            if task == "aliases" and len(accounts) == len(runs):
+                told = interval([one[site] for one in accounts])
             rows.append([task, site, *map(interval, shares.values()), *map(interval, right), told])
     head = [*ASKED, *SHUFFLED, *(f"{name}, accuracy" for name in ASKED), "account"]
     lines = markdown(["task", "exchanged", *head], rows)
@@ -200,7 +207,7 @@ def _shares(
 
 
 @figures.styled
-def draw(found: Mapping[str, Sequence[xr.Dataset]], accounts: Sequence[xr.DataArray]) -> Figure:
+def draw(found: Mapping[str, Sequence[xr.Dataset]], accounts: Sequence[Mapping[str, float]]) -> Figure:
     """By component the share that suffices, that is necessary, that the account finds; aliases above the rest."""
     below = [task for task in found if task != "aliases"]
     figure = Figure(figsize=(9.6, 6.4 if below else 3.6))
@@ -210,8 +217,7 @@ def draw(found: Mapping[str, Sequence[xr.Dataset]], accounts: Sequence[xr.DataAr
         axes, names = panels[task], list(map(str, runs[0]["site"].values))
         bars: dict[str, list[list[float]]] = {n: [_shares(runs, n, site) for site in names] for n in ASKED}
         if task == "aliases" and len(accounts) == len(runs):
-            inside = [site for site in names if site in accounts[0]["site"]]
-            bars["account"] = [[float(one.sel(site=site)) for one in accounts] for site in inside]
+            bars["account"] = [[one[site] for one in accounts] for site in names]
         for i, ((name, values), colour) in enumerate(zip(bars.items(), COLOURS, strict=False)):
             mean, low, high = (np.asarray(v) for v in dy.statistics.mean_interval(np.array(values)))
             places = np.arange(len(values)) + 0.27 * (i - (len(bars) - 1) / 2)

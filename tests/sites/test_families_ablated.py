@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import dynamics as dy
 from dynamics import sites
 from dynamics.sites import SiteError
 from tests.zoo.cases import first_quick
@@ -14,6 +15,7 @@ from tests.zoo.hugging_face import EVERY_FAMILY, OF_MORE_FAMILIES, llama, model_
 
 OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense")
 TOKENS = torch.randint(11, (2, 5), generator=torch.Generator().manual_seed(0))
+UNKNOWN_TO_BRIDGES = {"neox without biases"}
 CLOSE = {"rtol": 1e-6, "atol": 1e-9}
 
 
@@ -105,6 +107,21 @@ def test_queries_keys_and_values_of_a_head_move_what_it_reads_alone_or_its_group
             moved = [h for h in range(n_heads) if not torch.allclose(z[..., h, :], plain[..., h, :], **CLOSE)]
             assert moved == list(group), site.label
             assert part != "V" or not z[..., moved, :].any()
+
+
+@pytest.mark.parametrize(
+    "model", first_quick(sorted(set(EVERY_FAMILY) - UNKNOWN_TO_BRIDGES), 3), indirect=True
+)
+def test_the_matrices_of_every_head_are_those_that_transformer_lens_finds_there(model):
+    attention, own = dy.bridge(model).blocks[1].attn, dict(model.named_parameters())
+    for part in "QKVO":
+        expected = getattr(attention, f"W_{part}")
+        slices = {s.coords["head"]: s.covers for s in of(model, f"W_{part}", 1)}
+        assert sorted(slices) == list(range(len(expected)))
+        for head, covers in slices.items():
+            ((name, index),) = [(n, i) for n, i in covers.items() if n.endswith("weight")]
+            found = own[name][index]
+            assert torch.equal(found if found.shape == expected[head].shape else found.T, expected[head])
 
 
 @pytest.mark.parametrize("level", ["matrices", "components", "parameters"])

@@ -1,13 +1,16 @@
 """Exchange between the ends of phases, in miniature: shares that follow from states exchanged by hand."""
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+import xarray as xr
 
 import dynamics as dy
 from checkpoints import CheckpointPair, Trajectory
 from dynamics import results
 from scripts.experiments import transfer
+from scripts.shared.runs import run_key
 from tests.scripts.calling import call, in_small, named, rows_of
 
 pytestmark = pytest.mark.slow
@@ -75,6 +78,34 @@ def test_the_pair_of_a_language_lies_around_what_is_learnt(facts_runs):
 
 def test_accounts_that_are_not_there_are_left_out(alias_runs, tmp_path):
     assert transfer.account_of(alias_runs[0], tmp_path) is None
+
+
+def test_the_account_of_a_run_is_told_as_shares_of_the_rise(alias_runs, tmp_path):
+    run = Trajectory.open(alias_runs[0])
+    task = dy.tasks.load(run.config)
+    own, other = (task.alias(task.sets[name][0]) for name in ("Dt3", "Df4"))
+    account = xr.Dataset(
+        {
+            "attribution": (
+                ("step", "source", "site", "example"),
+                np.tile(np.reshape([3.0, 1.0, 2.0, 0.5], (1, 1, 4, 1)), (2, 1, 1, 1)),
+            ),
+            "value": (("step", "example"), [[1.0], [9.0]]),
+        },
+        {
+            "site": ["embed", "attn 0", f"embed.W_E {own}", f"embed.W_E {other}"],
+            "level": ("site", ["components", "components", "rows", "rows"]),
+            "index": ("site", [-1, -1, own, other]),
+            "example": ["Dt3"],
+        },
+    )
+    results.save(account, tmp_path / run_key(run) / "whole.h5")
+    assert transfer.account_of(alias_runs[0], tmp_path) == {
+        "embed": 6 / 8,
+        "attn 0": 2 / 8,
+        "own rows": 4 / 8,
+        "other rows": 2 / 8,
+    }
 
 
 def test_metrics_and_exchange_read_the_same_questions(alias_runs, tmp_path):
