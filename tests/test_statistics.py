@@ -408,7 +408,7 @@ def test_one_example_has_a_ratio_and_no_interval() -> None:
     ratio = one["effect"].isel(example=0) / (one["source"] - one["base"]).isel(example=0)
     np.testing.assert_allclose(summary["recovery"], ratio)
     assert np.isnan(summary["recovery_low"]).all()
-    assert "n = 1 (unit: example, in this run): no intervals" in statistics.table(summary)
+    assert "n = 1 (unit: example, in this run): no intervals\n" in statistics.table(summary)
 
 
 def test_sites_that_hold_each_other_keep_their_order_in_a_table() -> None:

@@ -82,9 +82,9 @@ def _panel(axes: Axes, curves: xr.Dataset, marks: Mapping[str, xr.Dataset]) -> N
     axes.axhline(0, color=figures.GREY, linewidth=0.6, zorder=1)
     axes.set_ylabel(curves.attrs.get("long_name", ""), fontsize=9)
     axes.tick_params(labelsize=8)
-    shares = ("accuracy", "attention")
-    if str(curves.attrs.get("long_name", "")).startswith(shares) and axes.get_ylim()[0] >= -0.1:
-        axes.set_ylim(0.0, 1.0)  # an interval may reach beyond, a share cannot
+    is_share = str(curves.attrs.get("long_name", "")).startswith(("accuracy", "attention"))
+    if is_share and all(float(curve.min()) >= 0 for curve in curves.data_vars.values()):
+        axes.set_ylim(0.0, 1.0)  # an interval may reach beyond, a share cannot; a difference may
     axes.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 

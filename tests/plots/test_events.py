@@ -56,6 +56,17 @@ def test_a_curve_over_seeds_is_its_mean_with_the_interval_and_an_event_a_line():
     assert axes.get_title() == "X2"
 
 
+@pytest.mark.parametrize(
+    ("words", "ends"), [("accuracy", True), ("attention to the tag", True), ("alignment", False)]
+)
+def test_the_axis_of_a_share_ends_at_zero_and_one_though_an_interval_goes_on(words, ends):
+    panel = xr.Dataset(
+        {"mine": curve([[0, 1, 1, 1, 1, 1], [0.1, 0.9, 1, 1, 1, 0.2]])}, attrs={"long_name": words}
+    )
+    (axes,) = plots.event_curves({"X2": [(panel, {})]}).axes
+    assert (axes.get_ylim() == (0.0, 1.0)) == ends
+
+
 def test_one_runs_event_is_where_it_changes_and_none_is_not_drawn():
     one, flat = curve([0, 0, 0, 0, 1, 1]), curve([0.5] * 6)
     panels = [
