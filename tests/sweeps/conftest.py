@@ -28,9 +28,9 @@ def small_units(monkeypatch):
     monkeypatch.setattr(planning, "UNIT_REPLAYS", 1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def two_workers() -> Iterator:
-    """A client of two workers, which import everything once."""
+    """A client of two workers, which import everything once; they end with these tests: idle, they cost too."""
     with working.local(2) as client:
         yield client
 
