@@ -97,8 +97,8 @@ def verify(recipe: Recipe, run: Trajectory, batch_of: Callable[[int], Any]) -> I
         RecipeError: the recipe does not fit the checkpoints.
         TrajectoryError: a file is damaged.
     """
-    for start, stop in pairwise(run.steps):
-        before, recorded = run.at(start), run.at(stop)
+    each_once = map(run.at, run.steps)
+    for (start, stop), (before, recorded) in zip(pairwise(run.steps), pairwise(each_once), strict=True):
         differences = _differences(recipe, before, recorded, batch_of)
         cause = _cause(recipe, before, recorded, batch_of) if differences else None
         yield Verdict(start, stop, differences, cause)
