@@ -72,7 +72,7 @@ ROWS = {
     "imports": Row(kills.imports, 3, 50, 10),
     "fits": Row(kills.fits, 1, 20, 5),
     "sweeps": Row(sweeps.killed, 2, 50, 10),
-    "clusters": Row(sweeps.clusters, 1, 30, 2),
+    "clusters": Row(sweeps.clusters, 1, 30, 3),
     "damage": Row(damage.by_accident, 20, 1000, 100),
     "malice": Row(damage.sealed_again, 2, 100, 10),
     "hostile": Row(hostile.made_to_harm, 99, 99, 99),

@@ -51,7 +51,7 @@ def clusters(n: int, folder: Path, rng: np.random.Generator) -> Iterator[str]:
     run = dy.training.fit(TINY, folder / "run")
     whole = swept(run, folder / "whole")
     for trial in range(n):
-        what = ("a worker", "the scheduler", "all")[trial % 3]  # in turn
+        what = ("the scheduler", "a worker", "all")[trial % 3]  # in turn
         out = folder / f"{what}-{trial}"
         yield ended(run, out, what, float(rng.uniform(0.5, 6.0)))
         same = swept(run, out).identical(whole)
