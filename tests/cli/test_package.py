@@ -1,15 +1,21 @@
 """The command line as a user meets it."""
 
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import h5py
 import pytest
 
 from checkpoints import Trajectory
+from dynamics.cli import main
+from dynamics.tasks import AliasTask
 from tests.cli.calling import TINY, dynamics, succeed
 
 pytestmark = pytest.mark.slow
@@ -130,31 +136,33 @@ def test_training_that_diverges_stops_with_an_error_and_a_good_trajectory(tmp_pa
     assert 20 <= run.steps[-1] < 40
 
 
-def test_ctrl_c_leaves_a_run_that_opens_and_the_same_command_finishes_it(tmp_path, run):
+def stopped(words: list[str], told: Path) -> None:
+    """`dynamics WORDS`, to which Ctrl-C comes as it draws the batch of step 31; its complaint goes to a file."""
     # A background job of a shell inherits SIGINT ignored; a terminal's does not.
-    heeding = """
-import os, signal
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from dynamics.cli import main
-from dynamics.tasks import AliasTask
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    honest = AliasTask.batch
 
-honest = AliasTask.batch
+    def batch(self, step):
+        if step == 31:
+            os.kill(os.getpid(), signal.SIGINT)
+        return honest(self, step)
 
-def batch(self, step):
-    if step == 31:
-        os.kill(os.getpid(), signal.SIGINT)
-    return honest(self, step)
+    AliasTask.batch = batch
+    with told.open("w") as file, redirect_stderr(file):
+        main(words)
 
-AliasTask.batch = batch
-main()
-"""
-    command = [sys.executable, "-c", heeding, "fit", "--out", str(tmp_path / "run"), *TINY]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 130
-    assert "the same command goes on from there" in done.stderr
-    stopped = Trajectory.open(tmp_path / "run")
-    assert stopped.verify() == []
-    assert 30 <= stopped.steps[-1] < 60
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+def test_ctrl_c_leaves_a_run_that_opens_and_the_same_command_finishes_it(tmp_path, run):
+    words, told = ["fit", "--out", str(tmp_path / "run"), *TINY], tmp_path / "told"
+    process = multiprocessing.get_context("fork").Process(target=stopped, args=(words, told))
+    process.start()
+    process.join()
+    assert process.exitcode == 130
+    assert "the same command goes on from there" in told.read_text()
+    left = Trajectory.open(tmp_path / "run")
+    assert left.verify() == []
+    assert 30 <= left.steps[-1] < 60
     assert "60" in succeed("fit", "--out", tmp_path / "run", *TINY)
     whole = Trajectory.open(run)
     assert Trajectory.open(tmp_path / "run").steps == whole.steps
