@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from functools import partial
 from importlib.resources import files
@@ -56,12 +57,16 @@ def signs(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def batteries(runs):
-    """The ten checks of "embed" for either run alone and for both."""
-    return {
-        name: checked(chosen, site="embed")
-        for name, chosen in {"seed 0": runs[:1], "seed 1": runs[1:], "both": runs}.items()
-    }
+def batteries(runs, made_once):
+    """The ten checks of "embed" for either run alone and for both: made by one worker, read by all."""
+
+    def make(folder):
+        chosen = {"seed 0": runs[:1], "seed 1": runs[1:], "both": runs}
+        folder.mkdir()
+        found = {name: checked(some, site="embed") for name, some in chosen.items()}
+        (folder / "found").write_bytes(pickle.dumps(found))
+
+    return pickle.loads((made_once("batteries", make) / "found").read_bytes())
 
 
 @pytest.fixture
