@@ -28,7 +28,7 @@ from dynamics.tasks import AliasTask
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.experiments.account import difference
-from scripts.shared.forks import asked, parser_of_forks
+from scripts.shared.forks import asked, command_line, seeds_said
 from scripts.shared.into_readme import conclude, markdown, stamp
 
 AFTER = (10, 20, 50, 100, 200)
@@ -126,12 +126,16 @@ def draw(found: Mapping[int, Sequence[xr.Dataset]]) -> Figure:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Look, say and draw."""
-    given = parser_of_forks(__doc__, "window-floor").parse_args(arguments)
+    given = command_line(__doc__, "window-floor", arguments)
     explored, others = asked(floors, given)
     text = ["Explored:", "", *table(explored)]
     if others:
         text += ["", "Confirmed:", "", *table(others)]
-    text += ["", f"Seeds in which a component exceeds both floors [95 % exact interval]. {stamp(__file__)}"]
+    text += [
+        "",
+        f"Seeds in which a component exceeds both floors [95 % exact interval]; {seeds_said(explored, others)}. "
+        f"{stamp(__file__)}",
+    ]
     conclude(given, "floor", "\n".join(text), draw(explored), {"script": Path(__file__).name})
 
 
