@@ -2,9 +2,9 @@
 
 Runs of scripts/experiments/runs.py, both forks of each seed; docs/analyses/truth.md, question 8. At log-spaced
 steps of X1 and X2: the accuracy of the sets; the cosine between the gradient of each alias's definition and that
-of its questions, as training gives it and under either tag; what one step on a new alias's definition does under one
-tag and under the other; and where heads look. An event is the change point of a seed's curve along the log-spaced
-steps, where a fit with a change is better by BIC than one without.
+of its questions, as training gives it and under either tag; what one step on a new alias's definition does under
+one tag and under the other; and where heads look. An event is the change point of a seed's curve along the
+log-spaced steps, where a fit with a change is better by BIC than one without.
 
     .venv/bin/python scripts/experiments/alignment.py ../runs-400 --workers 2 --readme
 """
@@ -207,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "",
         f"{seeds_said(explored, others)}; mean [95 % t interval over seeds], of steps on a logarithmic scale, "
         f"counted from the phase's first. By tag: the same new aliases under either tag. Single step: how much "
-        f"further one step on its definition takes a new alias under the reliable tag, in logits. {stamp(__file__)}",
+        f"further a step on its definition takes a new alias under the reliable tag, in logits. {stamp(__file__)}",
     ]
     conclude(given, "alignment", "\n".join(text), draw(phases), {"script": Path(__file__).name})
 

@@ -158,24 +158,27 @@ def _exchanged(activation: Tensor, hook: object, index: Any, source: Tensor) -> 
 def along_both(
     world: Recipe, state: Checkpoint, task: AliasTask, window: list[dy.Batch], sites: list[Site]
 ) -> dict[str, np.ndarray]:
-    """Scores from training through the window under the tags as they are and exchanged, the truth's own stretch.
+    """Scores from training under the tags as they are and exchanged: in the first batch, or all of the window.
 
-    The account's difference between both, and what the parameters of one's end do in the other's.
+    The impulse response; the account's difference; and what the parameters of one's end do in the other's.
     """
     measure, probe = difference(task)
     paths = (window, list(map(task.retag, window)))
+    first = window[:IMPULSE]
+    impulse = dy.Contrast(first, [paths[1][0], *first[1:]], probe)
+    moved = dy.patch_window(world, state, [impulse], sites, measure).squeeze("step")
     accounts = [
-        dy.attribute_training(world, state, path, sites, {"D": probe}, measure)["attribution"]
+        dy.attribute_training(world, state, path, sites, {"D": probe}, measure)["attribution"].sum("step")
         for path in paths
     ]
-    first, second = (account.sum("step").isel(example=0).values for account in accounts)
     ends = [
         dy.steps.advance(world, state, state.step + WINDOW, lambda step, path=path: path[step - state.step])
         for path in paths
     ]
     exchanged = dy.patch_parameters(world, CheckpointPair(*ends), [Contrast(probe)], sites, measure)
     return {
-        "attribute_training, both tags": np.abs(second - first),
+        f"impulse response, {IMPULSE} steps": mean_size(moved["effect"]),
+        "attribute_training, both tags": mean_size(accounts[1] - accounts[0]),
         "patch_parameters, both tags": mean_size(exchanged["effect"]),
     }
 
@@ -190,7 +193,6 @@ def scores(
 ) -> dict[str, np.ndarray]:
     """Every method's score for every candidate; NaN where a method says nothing about one."""
     contrasts = task.contrasts()
-    few = [c for name in ("Dt3", "Df4") for c in task.impulses(state.step, IMPULSE, (name,))[:4]]
     places, outputs = hook_sites(sites, plain, contrasts[0].base)
     found: dict[str, np.ndarray] = {}
 
@@ -211,8 +213,6 @@ def scores(
             found[f"{name}, {label}"] = mean_size(result["attribution" if "attribute" in name else "effect"])
         signals = dy.patch_signals(world, at, contrasts, outputs, MEASURE)
         found[f"patch_signals, {label}"] = among(mean_size(signals["effect"]))
-    impulse = dy.patch_window(world, state, few, sites, MEASURE).squeeze("step")
-    found[f"impulse response, {IMPULSE} steps"] = mean_size(impulse["effect"])
     found |= along_both(world, state, task, window, sites)
     found |= baselines(world, state, contrasts, sites)
     found["activation patching"] = among(activation_patching(plain, state, contrasts, outputs))
@@ -232,14 +232,13 @@ def one_world(task: AliasTask, run: Trajectory, plant: str) -> xr.Dataset:
     world = dy.tasks.planted(plain, task, site, directions)
     state = dy.steps.advance(world, start, start.step + WARM_UP, task.batch)
     window = [task.batch(state.step + n) for n in range(WINDOW)]
-    retagged = list(map(task.retag, window))
-    training = [replace(c, base=window, source=retagged) for c in task.contrasts()]
-    effect = dy.patch_window(world, state, training, sites, MEASURE).squeeze("step")["effect"]
-    reliable = effect["set"].values == "Dt3"
+    measure, probe = difference(task)
+    both_tags = dy.Contrast(window, list(map(task.retag, window)), probe)
+    truth = dy.patch_window(world, state, [both_tags], sites, measure)["effect"]
     found = scores(world, plain, state, task, window, sites)
     return xr.Dataset(
         {
-            "truth": ("site", effect.values[reliable].mean(0) - effect.values[~reliable].mean(0)),
+            "truth": ("site", truth.values.reshape(len(sites))),
             "planted": ("site", [int(site.label == plant) for site in sites]),
             "decoy": ("site", [int(site in decoys) for site in sites]),
             "score": (("method", "site"), np.array(list(found.values()))),

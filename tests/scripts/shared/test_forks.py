@@ -18,6 +18,7 @@ from scripts.shared.forks import (
     sparse,
     trained,
 )
+from tests.scripts.calling import forks_of
 
 
 @pytest.mark.slow
@@ -40,19 +41,11 @@ def _seed_of(task, run):
     return xr.Dataset({"seed": task.config.seed, "steps": len(run.steps)})
 
 
-def _placed(folder, run, *seeds):
-    """A run in place of both forks of some seeds."""
-    for seed in seeds:
-        (folder / f"seed-{seed}").mkdir(parents=True)
-        for role in ("drawn", "exchanged"):
-            (folder / f"seed-{seed}" / role).symlink_to(run)
-
-
 @pytest.mark.slow
 def test_seeds_that_confirm_are_opened_only_when_told_and_all_together(alias_runs, tmp_path, capsys):
     runs = tmp_path / "runs"
-    _placed(runs, alias_runs[0], *EXPLORED)
-    _placed(runs, alias_runs[1], *CONFIRMED[:-1])
+    forks_of(runs, alias_runs[0], *EXPLORED)
+    forks_of(runs, alias_runs[1], *CONFIRMED[:-1])
     words = [str(runs), "--out", str(tmp_path / "out")]
     explored, others = asked(_seed_of, command_line("", "x", words))
     assert {seed: [int(f["seed"]) for f in forks] for seed, forks in explored.items()} == {
@@ -62,7 +55,7 @@ def test_seeds_that_confirm_are_opened_only_when_told_and_all_together(alias_run
     with pytest.raises(SystemExit):
         command_line("", "x", [*words, "--confirm"])
     assert "seeds 423 are not trained to their end" in capsys.readouterr().err
-    _placed(runs, alias_runs[1], CONFIRMED[-1])
+    forks_of(runs, alias_runs[1], CONFIRMED[-1])
     _, others = asked(_seed_of, command_line("", "x", [*words, "--confirm"]))
     assert {seed: [int(f["seed"]) for f in forks] for seed, forks in others.items()} == {
         seed: [1, 1] for seed in CONFIRMED
@@ -71,11 +64,11 @@ def test_seeds_that_confirm_are_opened_only_when_told_and_all_together(alias_run
 
 @pytest.mark.slow
 def test_a_seed_that_is_still_being_trained_is_left_out(alias_runs, tmp_path, capsys):
-    _placed(tmp_path, alias_runs[0], 400)
+    forks_of(tmp_path, alias_runs[0], 400)
     whole = Trajectory.open(alias_runs[0])
     with TrajectoryWriter(tmp_path / "cut", whole.config) as writer:
         writer.append(whole.at(0))
-    _placed(tmp_path, tmp_path / "cut", 401)
+    forks_of(tmp_path, tmp_path / "cut", 401)
     assert trained(tmp_path, EXPLORED) == [400]
     with pytest.raises(SystemExit):
         command_line("", "x", [str(tmp_path / "nowhere")])
