@@ -1,4 +1,4 @@
-"""How many sites are called significant where tags say nothing? About MINUTES a run, on one core; 24 of them.
+"""How many sites are called significant where tags say nothing? About 2 minutes a run, on one core; 24 of them.
 
 Null control; docs/analyses/truth.md, question 5. Trains runs whose tags are drawn at random for each alias in X1,
 replays definitions at X2 step 10 as the study does, and counts sites with p ≤ .05 by sign flips over runs. It
@@ -66,9 +66,9 @@ def _effects(config: StudyConfig, folder: Path) -> xr.Dataset:
 
 def without_meaning(seed: int) -> StudyConfig:
     """The default study with random tags in X1, and as much of X2 as is looked at."""
-    default = StudyConfig(seed=seed)
+    default = sparse(StudyConfig(seed=seed))
     phases = default.phases.shortened("x2", X2_STEP + 1)
-    return sparse(replace(default, task=replace(default.task, x1_tags="random"), phases=phases))
+    return replace(default, task=replace(default.task, x1_tags="random"), phases=phases)
 
 
 # --- what it comes to -------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Which sentences about the default study hold in other settings? About MINUTES a setting and seed, on one core.
+"""Which sentences about the default study hold in other settings? About 20 minutes a setting and seed, on one core.
 
 docs/analyses/truth.md, question 9: questions 1, 2 and 7 once each at modulus 120, with four layers, with sums
 instead of products, at batch 32, with Adam without decay, and, to set them beside, in the default. Three seeds

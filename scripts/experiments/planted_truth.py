@@ -1,4 +1,4 @@
-"""Do methods find the place where the tag can act? About MINUTES a planted site and fork, on one core.
+"""Do methods find the place where the tag can act? About 80 seconds a planted site and fork, on one core.
 
 Runs of scripts/experiments/runs.py, both forks of each seed; docs/analyses/truth.md, question 4. In X2 every
 definition's gradient outside a planted site is averaged over both tags, so the tag's difference can be written
@@ -220,7 +220,7 @@ def scores(
 
 
 def one_world(task: AliasTask, run: Trajectory, plant: str) -> xr.Dataset:
-    """Of all candidates in the world of a plant: `truth`, `planted`, `decoy` [site], `score` [method, site]."""
+    """Of all candidates in the world of a plant: `truth`, `planted`, `decoy` [site], `score` [by, site]."""
     plain, seed = task.recipe(), int(run.config["seed"])
     sites = (dy.sites.heads if plant.startswith("L") else dy.sites.components)(plain.model)
     (site,) = [site for site in sites if site.label == plant]
@@ -241,9 +241,9 @@ def one_world(task: AliasTask, run: Trajectory, plant: str) -> xr.Dataset:
             "truth": ("site", truth.values.reshape(len(sites))),
             "planted": ("site", [int(site.label == plant) for site in sites]),
             "decoy": ("site", [int(site in decoys) for site in sites]),
-            "score": (("method", "site"), np.array(list(found.values()))),
+            "score": (("by", "site"), np.array(list(found.values()))),
         },
-        {"site": [site.label for site in sites], "method": list(found)},
+        {"site": [site.label for site in sites], "by": list(found)},
         {"provenance": results.provenance(step=state.step, measure=MEASURE.name)},
     )
 
@@ -255,7 +255,7 @@ FIGURES = {"precision": "average precision of the plant", "rank": "rank correlat
 
 def graded(world: xr.Dataset, method: str) -> dict[str, float]:
     """One method in one world: average precision of the plant (1 / its rank), and Spearman's ρ with |truth|."""
-    score = world["score"].sel(method=method).values
+    score = world["score"].sel(by=method).values
     known = ~np.isnan(score)
     planted = world["planted"].values[known]
     if not planted.any():
@@ -277,7 +277,7 @@ def grades(found: Mapping[str, Found]) -> pd.DataFrame:
         for plant, seeds in found.items()
         for seed, forks in seeds.items()
         for world in forks
-        for method in world["method"].values
+        for method in world["by"].values
         if (grade := graded(world, str(method)))
     ]
     return pd.DataFrame(rows)

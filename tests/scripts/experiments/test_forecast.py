@@ -56,7 +56,7 @@ def test_ablations_leave_out_one_kind_and_use_every_other():
 def test_what_is_known_is_set_against_the_accuracy_seed_by_seed():
     rows = _rows("account", seeds=3).assign(**{"accuracy now": 0.0})
     fresh = _rows("account", seeds=3).assign(**{"accuracy now": 0.0})
-    with in_small(forecast, KINDS={"account": ("account",)}):
+    with in_small(forecast, KINDS={"answers": ("accuracy now",), "account": ("account",)}):
         (row,) = [r for r in rows_of("\n".join(forecast.table(rows, fresh))) if r[0].startswith("the first")]
     assert row[1:] == ["+0.50 [+0.50, +0.50], n = 3"] * 2  # 1 less .5, which a constant scores
 

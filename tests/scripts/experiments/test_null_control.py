@@ -18,19 +18,21 @@ def _effects(draws, shift=0.0):
 
 
 def test_p_as_found_is_that_of_sign_flips_over_runs():
-    effects = _effects(np.random.default_rng(0), 0.3)
+    """Exactly, over all 4096 assignments of twelve signs; and within four standard errors of 5000 of them."""
+    effects = _effects(np.random.default_rng(0), 0.3)[:12]
     exact = dy.statistics.sign_flip_p(effects, axis=0)
-    assert null_control.exchanged_p(effects)[0] == pytest.approx(exact, abs=0.02)
+    assert null_control.exchanged_p(effects)[0] == pytest.approx(exact, abs=0.03)
 
 
 def test_an_effect_that_all_runs_share_is_called_until_runs_tags_are_exchanged():
     draws = np.random.default_rng(1)
     effects = 1 + 0.5 * draws.standard_normal((RUNS, SITES))
-    assert null_control.family_p(effects) < 0.01
-    assert null_control.share_in_halves(effects)[0] > 0.9
     turned = effects * draws.choice([-1, 1], (RUNS, 1))
-    assert null_control.family_p(turned) > 0.05
-    assert null_control.share_in_halves(turned)[0] < 0.5
+    with in_small(null_control, N_EXCHANGES=499, N_HALVES=10):
+        assert null_control.family_p(effects) < 0.01
+        assert null_control.share_in_halves(effects)[0] > 0.9
+        assert null_control.family_p(turned) > 0.05
+        assert null_control.share_in_halves(turned)[0] < 0.5
 
 
 @pytest.mark.slow

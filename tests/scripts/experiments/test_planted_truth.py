@@ -31,7 +31,7 @@ def test_a_planted_site_is_scored_by_every_method_in_every_run(alias_runs, tmp_p
         assert float(world["score"].min()) > -1e-6  # sizes, and one less a cosine
     methods = [row[0] for row in rows_of(printed)[2:]]
     assert {"attribute_training, both tags", "patch_parameters, both tags", "chance"} < {*methods}
-    assert len(methods) == len({*methods}) == world.sizes["method"] + 1
+    assert len(methods) == len({*methods}) == world.sizes["by"] + 1
     assert "The plant has the largest true effect in 4 of 4 worlds." in printed
     assert "seeds 402, 403" in printed
     assert (tmp_path / "planted" / "planted.png").stat().st_size > 10_000
@@ -46,9 +46,9 @@ def world(scores: list[float], planted: int = 0) -> xr.Dataset:
         {
             "truth": ("site", [-4.0, 1.0, 2.0, 3.0]),
             "planted": ("site", [int(i == planted) for i in range(4)]),
-            "score": (("method", "site"), [scores]),
+            "score": (("by", "site"), [scores]),
         },
-        {"site": list("abcd"), "method": ["a method"]},
+        {"site": list("abcd"), "by": ["a method"]},
     )
 
 
