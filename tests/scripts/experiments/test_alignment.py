@@ -55,7 +55,7 @@ def test_a_single_step_is_what_the_reliable_tag_adds_to_it(alias_runs):
         means = []
         for end in ends:
             end.restore(recipe.model)
-            means.append(float(alignment.MEASURE(recipe.model.eval(), contrast.probe).mean()))
+            means.append(float(alignment.MEASURE(recipe.model.eval(), contrast.probe).mean().detach()))
         gains.append(means[0] - means[1])
     expected = pytest.approx(np.mean(gains), abs=1e-5)
     assert float(found["single step"].sel(step=state.step, optimizer="stored")) == expected
