@@ -3,7 +3,8 @@
 Runs of scripts/experiments/runs.py, both forks of each seed; docs/analyses/truth.md, question 2. From X2's first
 step the tags of its definitions are exchanged in one component's gradient, at every step (`patch_window`), and what
 that does to D = Dt3 − Df4 is measured after 10 to 200 steps. Beside it two floors: the same from starts perturbed
-by one part in a million, and random parameters whose first step's difference between tags is as large.
+by one part in a million, and random parameters whose first step's difference between tags is as large (the first
+batch with a tag in it).
 
     .venv/bin/python scripts/experiments/window_floor.py ../runs-400 --workers 2 --readme
 """
@@ -51,7 +52,8 @@ def floors(task: AliasTask, run: Trajectory) -> xr.Dataset:
         effects: Array = found["effect"].isel(example=0).transpose("step", "site").values
         return effects
 
-    delta = steps.update_difference(recipe, start, [dy.Contrast(batches[0], retagged[0], probe)])
+    tagged = next(n for n in range(max(AFTER)) if (batches[n].tokens != retagged[n].tokens).any())
+    delta = steps.update_difference(recipe, start, [dy.Contrast(batches[tagged], retagged[tagged], probe)])
     matched = [dy.sites.placebo(site, delta, N_PLACEBOS) for site in components]
     there = [i for i, sites in enumerate(matched) if sites]
     random = np.full((N_PLACEBOS, len(AFTER), len(components)), np.nan)

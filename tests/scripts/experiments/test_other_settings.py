@@ -83,16 +83,16 @@ def test_nothing_is_said_of_a_forecast_where_all_aliases_share_one_fate():
 
 @pytest.mark.slow
 def test_settings_are_trained_asked_and_counted(alias_config, tmp_path):
-    small = replace(alias_config, phases=replace(alias_config.phases, batch_size=4))
+    small = replace(alias_config, phases=replace(alias_config.phases, weight_decay=0.0))
     with (
-        in_small(other_settings, SETTINGS={"batch 4": small}, SEEDS=(1,)),
+        in_small(other_settings, SETTINGS={"no decay": small}, SEEDS=(1,)),
         in_small(single_step_map, X2_STEPS=(2,), PRIMARY=2, N_PLACEBOS=2),
         in_small(window_floor, AFTER=(1, 2), N_NOISE=2, N_PLACEBOS=1),
     ):
         said = call(other_settings, tmp_path / "runs", "--out", tmp_path / "found")
         assert call(other_settings, tmp_path / "runs", "--out", tmp_path / "found") == said
     head, _, *rows = rows_of(said)
-    assert head[1:] == ["batch 4"]
+    assert head[1:] == ["no decay"]
     assert {cell[-4:] for row in rows for cell in row[1:]} <= {"of 1", "–"}
     assert len([row for row in rows if "recovery above 0" in row[0]]) == 10
-    assert (tmp_path / "runs" / "batch-4" / "seed-1" / "exchanged").exists()
+    assert (tmp_path / "runs" / "no-decay" / "seed-1" / "exchanged").exists()
