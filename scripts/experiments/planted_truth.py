@@ -288,6 +288,11 @@ def per_seed(found: pd.DataFrame, key: str) -> np.ndarray:
     return found.groupby("seed")[key].mean().to_numpy()
 
 
+def chance(found: pd.DataFrame) -> float:
+    """The mean average precision of an order drawn at random: of n candidates Σ 1/k / n."""
+    return float(np.mean([(1 / np.arange(1, n + 1)).mean() for n in found["n"]]))
+
+
 def table(found: pd.DataFrame) -> list[str]:
     """Lines: means over seeds with bootstrap intervals, the best at finding the plant first."""
     rows = []
@@ -296,13 +301,12 @@ def table(found: pd.DataFrame) -> list[str]:
         cells = [bootstrapped(per_seed(part, "precision")) for part in parts]
         cells.append(bootstrapped(per_seed(of_method, "rank")))
         rows.append([str(method), *cells, str(of_method["plant"].nunique())])
-    chance = [1 / np.arange(1, n + 1) for n in found["n"]]
     head = ["method", "mean average precision", "of the plant where it is not the largest effect"]
     return markdown(
         [*head, "rank correlation with the truth", "plants"],
         [
             *sorted(rows, key=lambda row: (-float(row[1].split()[0]), row[0])),
-            [CHANCE, *[f"{np.mean([each.mean() for each in chance]):.2f}"] * 2, "0", ""],
+            [CHANCE, *[f"{chance(found):.2f}"] * 2, "0", ""],
         ],
     )
 
@@ -326,6 +330,7 @@ def draw(found: pd.DataFrame) -> Figure:
             mean, low, high = bootstrap_interval(per_seed(part, key))
             ax.plot([low, high], [row, row], color="C0", clip_on=False)
             ax.plot(mean, row, "o", color="C0", clip_on=False)
+        ax.axvline(chance(found) if key == "precision" else 0, color="k", linestyle=":", linewidth=1)
         ax.set(xlabel=name, xlim=(lowest, 1))
     axes[0].set_yticks(range(len(order)), order)
     return figure
