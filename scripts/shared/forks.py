@@ -98,9 +98,8 @@ def trained(folder: Path, seeds: Iterable[int]) -> list[int]:
 
 def asked(ask: Ask, given: argparse.Namespace, part: str = "") -> tuple[Found, Found]:
     """What each fork says, of the seeds explored and, with --confirm, of the rest; `of_seeds` says how."""
-    return of_seeds(ask, given, EXPLORED, part), of_seeds(
-        ask, given, CONFIRMED, part
-    ) if given.confirm else {}
+    explored = of_seeds(ask, given, EXPLORED, part)
+    return explored, of_seeds(ask, given, CONFIRMED, part) if given.confirm else {}
 
 
 def of_seeds(ask: Ask, given: argparse.Namespace, seeds: Iterable[int], part: str = "") -> Found:
