@@ -1,4 +1,4 @@
-"""In which order do tags begin to matter: alignment, single steps, accuracy? About 4 minutes a seed, on one core.
+"""In which order do tags begin to matter: alignment, single steps, accuracy? About 9 minutes a seed, on one core.
 
 Runs of scripts/experiments/runs.py, both forks of each seed; docs/analyses/truth.md, question 8. At log-spaced
 steps of X1 and X2: the accuracy of the sets; the cosine between the gradient of each alias's definition and that

@@ -1,4 +1,4 @@
-"""Is the difference gone where it was localised, and only there? About 7 minutes a fork, on one core.
+"""Is the difference gone where it was localised, and only there? About 8 minutes a fork, on one core.
 
 Runs of scripts/experiments/runs.py, both forks of each seed; docs/analyses/truth.md, question 6. From the first
 steps of X2 a tenth of the matrices is chosen, those whose gradients' tags move D = Dt3 − Df4 most (`patch_window`

@@ -1,4 +1,4 @@
-"""How many sites are called significant where tags say nothing? About 2 minutes a run, on one core; 24 of them.
+"""How many sites are called significant where tags say nothing? About 3 minutes a run, on one core; 24 of them.
 
 Null control; docs/analyses/truth.md, question 5. Trains runs whose tags are drawn at random for each alias in X1,
 replays definitions at X2 step 10 as the study does, and counts sites with p ≤ .05 by sign flips over runs. It
@@ -34,7 +34,7 @@ from scripts.shared.runs import each, parser, stored
 SEEDS = range(500, 524)
 X2_STEP = 10
 LEVEL = 0.05
-MINUTES = 2.0
+MINUTES = 3.0
 """What a run takes on one core."""
 N_EXCHANGES = 4999
 N_HALVES = 100
