@@ -38,7 +38,7 @@ from dynamics.tasks import AliasTask
 from dynamics.tasks.aliases import SetName
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
-from scripts.shared.forks import asked, parser_of_forks
+from scripts.shared.forks import asked, command_line, seeds_said
 from scripts.shared.into_readme import conclude, interval, markdown, stamp
 
 SETS: tuple[SetName, SetName] = ("Dt3", "Df4")
@@ -225,22 +225,29 @@ def table(explored_rows: pd.DataFrame, confirming: pd.DataFrame | None) -> list[
         **{f"without {kind}": [k for k in KINDS if k != kind] for kind in KINDS},
         **{f"{kind} alone": [kind] for kind in KINDS},
     }
-    lines = []
-    for name, kinds in ways.items():
-        cells = [_cell(explored_rows, None, kinds)]
-        cells.append("–" if confirming is None else _cell(confirming, explored_rows, kinds))
-        lines.append([name, *cells])
+    halves = [{name: scored(explored_rows, None, kinds) for name, kinds in ways.items()}]
+    if confirming is not None:
+        halves.append({name: scored(confirming, explored_rows, kinds) for name, kinds in ways.items()})
+    everything, accuracy = list(ways)[:2]
+    for half in halves:
+        half["the first above the second"] = half[everything] - half[accuracy]
+    lines = [
+        [name, *(_cell(half[name]) for half in halves), *["–"] * (2 - len(halves))] for name in halves[0]
+    ]
     return markdown(["forecast from", "explored, left-out seeds", "confirmed"], lines)
 
 
-def _cell(rows: pd.DataFrame, fitted_on: pd.DataFrame | None, kinds: Sequence[str] | None) -> str:
+def scored(rows: pd.DataFrame, fitted_on: pd.DataFrame | None, kinds: Sequence[str] | None) -> Array:
+    """The AUROC of each seed, by some kinds of knowledge, or by the accuracy at that step alone."""
     if kinds is None:
         found = _by_seed(rows, rows["accuracy now"])
-    elif fitted_on is None:
-        found = explored(rows, kinds)
     else:
-        found = confirmed(fitted_on, rows, kinds)
-    kept = [value for value in found if not np.isnan(value)]
+        found = explored(rows, kinds) if fitted_on is None else confirmed(fitted_on, rows, kinds)
+    return np.array(found)
+
+
+def _cell(found: Array) -> str:
+    kept = found[~np.isnan(found)]
     return f"{interval(kept)}, n = {len(kept)}"
 
 
@@ -265,15 +272,16 @@ def draw(rows: pd.DataFrame) -> Figure:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Look up what is known, foretell, say and draw."""
-    given = parser_of_forks(__doc__, "forecast").parse_args(arguments)
+    given = command_line(__doc__, "forecast", arguments)
     on_explored, on_others = asked(known, given)
     known_of = frame(on_explored)
     confirming = frame(on_others) if on_others else None
     text = [
         *table(known_of, confirming),
         "",
-        f"AUROC by seed (both forks), mean [95 % t interval over seeds]; {internalised(known_of).mean():.0%} of "
-        f"{len(known_of)} aliases explored are internalised. {stamp(__file__)}",
+        f"AUROC of a seed's aliases in both forks, mean [95 % t interval over seeds]; "
+        f"{seeds_said(on_explored, on_others)}; {internalised(known_of).mean():.0%} of {len(known_of)} aliases "
+        f"explored are internalised. {stamp(__file__)}",
     ]
     conclude(given, "forecast", "\n".join(text), draw(known_of), {"script": Path(__file__).name})
 

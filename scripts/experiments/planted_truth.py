@@ -1,19 +1,19 @@
-"""Do methods of localisation find the place where the tag can act? About 2 minutes a planted site and run.
+"""Do methods find the place where the tag can act? About 80 seconds a planted site and fork, on one core.
 
-Planted truth: in X2 every definition's gradient outside a planted site is averaged over both tags, so the
-tag's difference can be written there alone; three decoys get a tag difference of the same norm, orthogonal to
-the measure's gradient. The truth of a site is what exchanging the tags' gradients there through a window of
-X2 does to Dt3 − Df4. Each method gives every candidate a score from single definitions; it is held against
-the plant and the truth.
+Runs of scripts/experiments/runs.py, both forks of each seed; docs/analyses/truth.md, question 4. In X2 every
+definition's gradient outside a planted site is averaged over both tags, so the tag's difference can be written
+there alone; three decoys get a tag difference of the same norm, orthogonal to the measure's gradient. The truth of
+a site is what exchanging the tags' gradients there through a window of X2 does to Dt3 − Df4. Methods give every
+candidate a score, from single definitions or from the training on both tags; it is held against the plant and the
+truth. Worlds in which another site has a larger true effect than the plant are reported apart.
 
-    .venv/bin/python scripts/experiments/planted_truth.py runs/seeds-fresh/train-5-seed-*/drawn --readme
+    .venv/bin/python scripts/experiments/planted_truth.py ../runs-400 --workers 2 --readme
 """
 
 from __future__ import annotations
 
 import sys
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,16 +25,20 @@ import scipy.stats
 import torch
 import xarray as xr
 from matplotlib.figure import Figure
+from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 import dynamics as dy
-from checkpoints import Checkpoint, Trajectory
+from checkpoints import Checkpoint, CheckpointPair, Trajectory
+from dynamics import results
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site
+from dynamics.tasks import AliasTask
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
-from scripts.shared.into_readme import conclude, stamp
-from scripts.shared.runs import each, parser_of_runs, run_key
+from scripts.experiments.account import difference
+from scripts.shared.forks import Found, asked, command_line, seeds_said
+from scripts.shared.into_readme import bootstrap_interval, bootstrapped, conclude, markdown, stamp
 
 PLANTS = ("embed", "attn 0", "mlp 0", "attn 1", "L0H0", "L0H2", "L1H1")
 N_DECOYS = 3
@@ -151,12 +155,44 @@ def _exchanged(activation: Tensor, hook: object, index: Any, source: Tensor) -> 
     return activation
 
 
+def along_both(
+    world: Recipe, state: Checkpoint, task: AliasTask, window: list[dy.Batch], sites: list[Site]
+) -> dict[str, np.ndarray]:
+    """Scores from training under the tags as they are and exchanged: in the first batch, or all of the window.
+
+    The impulse response; the account's difference; and what the parameters of one's end do in the other's.
+    """
+    measure, probe = difference(task)
+    paths = (window, list(map(task.retag, window)))
+    first = window[:IMPULSE]
+    impulse = dy.Contrast(first, [paths[1][0], *first[1:]], probe)
+    moved = dy.patch_window(world, state, [impulse], sites, measure).squeeze("step")
+    accounts = [
+        dy.attribute_training(world, state, path, sites, {"D": probe}, measure)["attribution"].sum("step")
+        for path in paths
+    ]
+    ends = [
+        dy.steps.advance(world, state, state.step + WINDOW, lambda step, path=path: path[step - state.step])
+        for path in paths
+    ]
+    exchanged = dy.patch_parameters(world, CheckpointPair(*ends), [Contrast(probe)], sites, measure)
+    return {
+        f"impulse response, {IMPULSE} steps": mean_size(moved["effect"]),
+        "attribute_training, both tags": mean_size(accounts[1] - accounts[0]),
+        "patch_parameters, both tags": mean_size(exchanged["effect"]),
+    }
+
+
 def scores(
-    world: Recipe, plain: Recipe, state: Checkpoint, task: dy.tasks.AliasTask, sites: list[Site]
+    world: Recipe,
+    plain: Recipe,
+    state: Checkpoint,
+    task: AliasTask,
+    window: list[dy.Batch],
+    sites: list[Site],
 ) -> dict[str, np.ndarray]:
     """Every method's score for every candidate; NaN where a method says nothing about one."""
     contrasts = task.contrasts()
-    few = [c for name in ("Dt3", "Df4") for c in task.impulses(state.step, IMPULSE, (name,))[:4]]
     places, outputs = hook_sites(sites, plain, contrasts[0].base)
     found: dict[str, np.ndarray] = {}
 
@@ -177,152 +213,144 @@ def scores(
             found[f"{name}, {label}"] = mean_size(result["attribution" if "attribute" in name else "effect"])
         signals = dy.patch_signals(world, at, contrasts, outputs, MEASURE)
         found[f"patch_signals, {label}"] = among(mean_size(signals["effect"]))
-    impulse = dy.patch_window(world, state, few, sites, MEASURE).squeeze("step")
-    found[f"impulse response, {IMPULSE} steps"] = mean_size(impulse["effect"])
+    found |= along_both(world, state, task, window, sites)
     found |= baselines(world, state, contrasts, sites)
     found["activation patching"] = among(activation_patching(plain, state, contrasts, outputs))
     return found
 
 
-def one_plant(folder: Path, label: str, out: Path) -> pd.DataFrame:
-    """Truth and scores of all candidates in one planted world; kept as CSV under `out`."""
-    torch.set_num_threads(1)
-    warnings.filterwarnings("error")
-    run = Trajectory.open(folder)
-    task = dy.tasks.load(run.config)
-    seed = int(run.config["seed"])
-    path = out / f"{run_key(run)}-{label.replace(' ', '-')}.csv"
-    if path.exists():
-        return pd.read_csv(path)
-    plain = task.recipe()
-    sites = (dy.sites.heads if label.startswith("L") else dy.sites.components)(plain.model)
-    plant = next((site for site in sites if site.label == label), None)
-    if plant is None:
-        raise dy.sites.SiteError(
-            f"no site {label!r} to plant in; there are {', '.join(s.label for s in sites)}."
-        )
-    others = [site for site in sites if site.label != label]
-    drawn = np.random.default_rng([seed, PLANTS.index(label)]).permutation(len(others))[:N_DECOYS]
+def one_world(task: AliasTask, run: Trajectory, plant: str) -> xr.Dataset:
+    """Of all candidates in the world of a plant: `truth`, `planted`, `decoy` [site], `score` [by, site]."""
+    plain, seed = task.recipe(), int(run.config["seed"])
+    sites = (dy.sites.heads if plant.startswith("L") else dy.sites.components)(plain.model)
+    (site,) = [site for site in sites if site.label == plant]
+    others = [site for site in sites if site.label != plant]
+    drawn = np.random.default_rng([seed, PLANTS.index(plant)]).permutation(len(others))[:N_DECOYS]
     decoys = [others[i] for i in drawn]
     start = run.at(task.config.phases.starts["x2"])
-    directions = decoy_directions(plain, start, task.contrasts(), plant, decoys, seed)
-    world = dy.tasks.planted(plain, task, plant, directions)
+    directions = decoy_directions(plain, start, task.contrasts(), site, decoys, seed)
+    world = dy.tasks.planted(plain, task, site, directions)
     state = dy.steps.advance(world, start, start.step + WARM_UP, task.batch)
     window = [task.batch(state.step + n) for n in range(WINDOW)]
-    retagged = [task.retag(batch) for batch in window]
-    training = [replace(c, base=window, source=retagged) for c in task.contrasts()]
-    effect = dy.patch_window(world, state, training, sites, MEASURE).squeeze("step")["effect"]
-    reliable = effect["set"].values == "Dt3"
-    truth = effect.values[reliable].mean(0) - effect.values[~reliable].mean(0)
-    table = pd.DataFrame(
+    measure, probe = difference(task)
+    both_tags = dy.Contrast(window, list(map(task.retag, window)), probe)
+    truth = dy.patch_window(world, state, [both_tags], sites, measure)["effect"]
+    found = scores(world, plain, state, task, window, sites)
+    return xr.Dataset(
         {
-            "seed": seed,
-            "plant": label,
-            "site": [site.label for site in sites],
-            "planted": [site.label == label for site in sites],
-            "decoy": [site.label in {d.label for d in decoys} for site in sites],
-            "truth": truth,
-            **scores(world, plain, state, task, sites),
-        }
+            "truth": ("site", truth.values.reshape(len(sites))),
+            "planted": ("site", [int(site.label == plant) for site in sites]),
+            "decoy": ("site", [int(site in decoys) for site in sites]),
+            "score": (("by", "site"), np.array(list(found.values()))),
+        },
+        {"site": [site.label for site in sites], "by": list(found)},
+        {"provenance": results.provenance(step=state.step, measure=MEASURE.name)},
     )
-    out.mkdir(parents=True, exist_ok=True)
-    table.to_csv(path, index=False)
-    return table
 
 
 # --- how well methods do ----------------------------------------------------------------------------------
 
-GIVEN = ("seed", "plant", "site", "planted", "decoy", "truth")
+FIGURES = {"precision": "average precision of the plant", "rank": "rank correlation with the truth"}
 
 
-def graded(world: pd.DataFrame, method: str) -> dict[str, float]:
-    """One method in one world: rank correlation with |truth|, AUC and top-1 for the plant, ties half."""
-    known = world[world[method].notna()]
-    planted = known[known["planted"]]
-    if planted.empty:
+def graded(world: xr.Dataset, method: str) -> dict[str, float]:
+    """One method in one world: average precision of the plant (1 / its rank), and Spearman's ρ with |truth|."""
+    score = world["score"].sel(by=method).values
+    known = ~np.isnan(score)
+    planted = world["planted"].values[known]
+    if not planted.any():
         return {}
-    others = known.loc[~known["planted"], method].to_numpy()
-    own = float(planted[method].iloc[0])
-    wins = (others < own).mean() + (others == own).mean() / 2
-    rank = (
-        scipy.stats.spearmanr(known["truth"].abs(), known[method]).statistic
-        if known[method].nunique() > 1
-        else 0.0
-    )
-    return {"auc": float(wins), "top1": float(own > others.max()), "rank": float(rank), "n": len(known)}
+    score, truth = score[known], np.abs(world["truth"].values)
+    rank = scipy.stats.spearmanr(truth[known], score).statistic if np.ptp(score) else 0.0
+    return {
+        "precision": float(average_precision_score(planted, score)),
+        "rank": float(rank),
+        "largest": bool(world["planted"].values[truth.argmax()]),
+        "n": len(planted),
+    }
 
 
-def grades(worlds: list[pd.DataFrame]) -> pd.DataFrame:
-    """Every method in every world."""
-    methods = [column for column in worlds[0].columns if column not in GIVEN]
+def grades(found: Mapping[str, Found]) -> pd.DataFrame:
+    """A row for every method in every world: of each plant, seed and fork."""
     rows = [
-        {"method": method, "seed": world["seed"].iloc[0], "plant": world["plant"].iloc[0], **grade}
-        for world in worlds
-        for method in methods
-        if (grade := graded(world, method))
+        {"plant": plant, "seed": seed, "method": str(method), **grade}
+        for plant, seeds in found.items()
+        for seed, forks in seeds.items()
+        for world in forks
+        for method in world["by"].values
+        if (grade := graded(world, str(method)))
     ]
     return pd.DataFrame(rows)
 
 
-def table(found: pd.DataFrame) -> str:
-    """Means with 95 % t intervals over seeds (each the mean over its plants), the best AUC first."""
-    per_seed = found.groupby(["method", "seed"])[["auc", "top1", "rank"]].mean()
-    plants = found.groupby("method")["plant"].nunique()
+def per_seed(found: pd.DataFrame, key: str) -> np.ndarray:
+    """The mean over the worlds of each seed."""
+    return found.groupby("seed")[key].mean().to_numpy()
+
+
+def chance(found: pd.DataFrame) -> float:
+    """The mean average precision of an order drawn at random: of n candidates Σ 1/k / n."""
+    return float(np.mean([(1 / np.arange(1, n + 1)).mean() for n in found["n"]]))
+
+
+def table(found: pd.DataFrame) -> list[str]:
+    """Lines: means over seeds with bootstrap intervals, the best at finding the plant first."""
     rows = []
-    for method, values in per_seed.groupby("method"):
-        cells = [dy.statistics.mean_interval(values[key].to_numpy()) for key in ("auc", "top1", "rank")]
-        rows.append((-float(cells[0].estimate), method, cells))
-    lines = [
-        "| method | AUC of the plant | top-1 | rank correlation with truth | plants |",
-        "|---|---|---|---|---|",
-    ]
-    for _, method, cells in sorted(rows, key=lambda row: row[:2]):
-        texts = [f"{float(c.estimate):.2f} [{float(c.low):.2f}, {float(c.high):.2f}]" for c in cells]
-        lines.append(f"| {method} | {' | '.join(texts)} | {plants[method]} |")
-    chance = float((1 / found["n"]).mean())
-    lines.append(f"| {CHANCE} | 0.50 | {chance:.2f} | 0 | |")
-    return "\n".join(lines)
-
-
-def figure(found: pd.DataFrame) -> Figure:
-    """AUC and top-1 of every method: mean and interval over seeds, and each plant's mean as a dot."""
-    order = found.groupby("method")["auc"].mean().sort_values().index
-    drawn = Figure(figsize=(9, 0.3 * len(order) + 1.2), layout="constrained")
-    axes = drawn.subplots(1, 2, sharey=True)
-    chance = {"auc": 0.5, "top1": float((1 / found["n"]).mean())}
-    names = {"auc": "AUC of the planted site", "top1": "share of worlds with the plant on top"}
-    for ax, (key, name) in zip(axes, names.items(), strict=True):
-        for row, method in enumerate(order):
-            part = found[found["method"] == method]
-            dots = part.groupby("plant")[key].mean()
-            ax.plot(dots, [row] * len(dots), "o", color="0.75", markersize=4)
-            mean, low, high = dy.statistics.mean_interval(part.groupby("seed")[key].mean().to_numpy())
-            ax.plot([low, high], [row, row], color="C0")
-            ax.plot(mean, row, "o", color="C0")
-        ax.axvline(chance[key], color="k", linestyle=":", linewidth=1)
-        ax.set(xlabel=name, xlim=(-0.05, 1.05))
-    axes[0].set_yticks(range(len(order)), order)
-    return drawn
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = parser_of_runs(__doc__, "planted")
-    parser.add_argument("--plants", nargs="+", default=list(PLANTS), choices=PLANTS)
-    parser.add_argument("--workers", type=int, default=2)
-    given = parser.parse_args(argv)
-    jobs = [(folder, plant, given.out) for folder in given.runs for plant in given.plants]
-    worlds = each(one_plant, jobs, given.workers, "world")
-    found = grades(worlds)
-    found.to_csv(given.out / "grades.csv", index=False)
-    truth = [w.loc[w["planted"], "truth"].abs().iloc[0] >= w["truth"].abs().max() for w in worlds]
-    seeds = ", ".join(str(s) for s in sorted(found["seed"].unique()))
-    text = (
-        f"{table(found)}\n\nSeeds {seeds}; plants {', '.join(given.plants)}; mean [95 % t interval over seeds]. "
-        f"The plant has the largest true effect in {sum(truth)} of {len(truth)} worlds. "
-        f"{stamp(__file__)}"
+    for method, of_method in found.groupby("method"):
+        parts = [of_method[of_method["largest"] == largest] for largest in (True, False)]
+        cells = [bootstrapped(per_seed(part, "precision")) for part in parts]
+        cells.append(bootstrapped(per_seed(of_method, "rank")))
+        rows.append([str(method), *cells, str(of_method["plant"].nunique())])
+    head = ["method", "mean average precision", "of the plant where it is not the largest effect"]
+    return markdown(
+        [*head, "rank correlation with the truth", "plants"],
+        [
+            *sorted(rows, key=lambda row: (-float(row[1].split()[0]), row[0])),
+            [CHANCE, *[f"{chance(found):.2f}"] * 2, "0", ""],
+        ],
     )
-    (given.out / "planted.md").write_text(text + "\n")
-    conclude(given, "planted", text, figure(found))
+
+
+def worlds_said(found: pd.DataFrame) -> str:
+    """In how many worlds the plant has the largest true effect."""
+    one = found[found["method"] == found["method"].iloc[0]]
+    return f"The plant has the largest true effect in {one['largest'].sum()} of {len(one)} worlds."
+
+
+def draw(found: pd.DataFrame) -> Figure:
+    """Every method's average precision, where the plant is the truth, and rank: mean over seeds, plants as dots."""
+    order = found.groupby("method")["precision"].mean().sort_values().index
+    figure = Figure(figsize=(9, 0.3 * len(order) + 1.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for ax, (key, name), lowest in zip(axes, FIGURES.items(), (0, -1), strict=True):
+        for row, method in enumerate(order):
+            part = found[(found["method"] == method) & (found["largest"] if key == "precision" else True)]
+            dots = part.groupby("plant")[key].mean()
+            ax.plot(dots, [row] * len(dots), "o", color="0.75", markersize=4, clip_on=False)
+            mean, low, high = bootstrap_interval(per_seed(part, key))
+            ax.plot([low, high], [row, row], color="C0", clip_on=False)
+            ax.plot(mean, row, "o", color="C0", clip_on=False)
+        ax.axvline(chance(found) if key == "precision" else 0, color="k", linestyle=":", linewidth=1)
+        ax.set(xlabel=name, xlim=(lowest, 1))
+    axes[0].set_yticks(range(len(order)), order)
+    return figure
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make the worlds, ask the methods, say and draw."""
+    given = command_line(__doc__, "planted", arguments)
+    both = {plant: asked(partial(one_world, plant=plant), given, plant) for plant in PLANTS}
+    explored, confirming = (grades({plant: halves[i] for plant, halves in both.items()}) for i in (0, 1))
+    text = ["Explored:", "", *table(explored)]
+    if given.confirm:
+        text += ["", "Confirmed:", "", *table(confirming)]
+    seeds = seeds_said(*both[PLANTS[0]])
+    text += [
+        "",
+        f"Plants {', '.join(PLANTS)}; mean [95 % bootstrap interval over seeds]; {seeds}. {worlds_said(explored)} "
+        f"{stamp(__file__)}",
+    ]
+    conclude(given, "planted", "\n".join(text), draw(explored))
 
 
 if __name__ == "__main__":

@@ -19,15 +19,7 @@ from typing import Any
 from dynamics.config import StudyConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
-from scripts.shared.forks import CONFIRMED, EXPLORED, forked, sparse
-from scripts.shared.runs import each
-
-
-def one_seed(seed: int, out: Path) -> str:
-    """What the forks of a seed hold, trained where they are not there."""
-    return "; ".join(
-        str(run) for run in forked(sparse(StudyConfig(seed=seed)), out / f"seed-{seed}").values()
-    )
+from scripts.shared.forks import CONFIRMED, EXPLORED, fill, sparse
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[*EXPLORED, *CONFIRMED])
     parser.add_argument("--workers", type=int, default=2, help="processes")
     given: Any = parser.parse_args(arguments)
-    for held in each(one_seed, [(seed, given.out) for seed in given.seeds], given.workers):
+    configs = {given.out / f"seed-{seed}": sparse(StudyConfig(seed=seed)) for seed in given.seeds}
+    for held in fill(configs, given.workers):
         print(held)
 
 

@@ -23,7 +23,7 @@ from dynamics import results, steps
 from dynamics.tasks import AliasTask
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
-from scripts.shared.forks import asked, parser_of_forks
+from scripts.shared.forks import asked, command_line, seeds_said
 from scripts.shared.into_readme import conclude, interval, markdown, stamp
 
 X2_STEPS = (0, 3, 10, 30, 100)
@@ -75,25 +75,40 @@ def table(explored: xr.Dataset, confirming: xr.Dataset | None) -> list[str]:
         def cell(runs: xr.Dataset, step: int = PRIMARY, optimizer: str = "fresh", site: str = site) -> str:
             return interval(runs["recovery"].sel(site=site, step=step, optimizer=optimizer).values)
 
-        confirmed = "–" if confirming is None else cell(confirming)
+        confirmed = (
+            ["–", "–"] if confirming is None else [cell(confirming), holds(explored, confirming, site)]
+        )
         placebo = f"{float(explored['placebo'].sel(site=site).mean()):.2f}"
-        rows.append([site, cell(explored), confirmed, placebo, *(cell(explored, *other) for other in others)])
-    head = ["recovery", f"step {PRIMARY}, fresh", "confirmed", "random, same ‖Δ‖"]
+        rows.append(
+            [site, cell(explored), *confirmed, placebo, *(cell(explored, *other) for other in others)]
+        )
+    head = ["recovery", f"step {PRIMARY}, fresh", "confirmed", "holds", "random, same ‖Δ‖"]
     return markdown([*head, *(f"step {step}, {optimizer}" for step, optimizer in others)], rows)
+
+
+def holds(explored: xr.Dataset, confirming: xr.Dataset, site: str) -> str:
+    """Whether a site's recovery is confirmed: an interval on the side of 0 that was explored; and its p."""
+    first, second = (
+        runs["recovery"].sel(site=site, step=PRIMARY, optimizer="fresh").values
+        for runs in (explored, confirming)
+    )
+    bounds = np.sign(dy.statistics.mean_interval(second)[1:])
+    said = "yes" if (bounds == np.sign(first.mean())).all() else "no"
+    return f"{said}, p = {float(dy.statistics.sign_flip_p(second)):.4f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Look, and say."""
-    given = parser_of_forks(__doc__, "single-step-map").parse_args(arguments)
+    given = command_line(__doc__, "single-step-map", arguments)
     on_explored, on_others = asked(recovered, given)
     explored = by_seed(on_explored)
     confirming = by_seed(on_others) if on_others else None
-    n = {"explored": len(on_explored), "confirmed": len(on_others)}
     text = [
         *table(explored, confirming),
         "",
-        f"Mean over {n['explored']} seeds explored and {n['confirmed']} that confirm (both forks each) "
-        f"[95 % t interval]. {stamp(__file__)}",
+        f"Mean over seeds [95 % t interval], p by sign flips over seeds; {seeds_said(on_explored, on_others)}. A "
+        "recovery holds where the interval of the seeds that confirm leaves out 0, on the side explored. "
+        f"{stamp(__file__)}",
     ]
     conclude(given, "single", "\n".join(text))
 

@@ -3,7 +3,8 @@
 Runs of scripts/experiments/runs.py, both forks of each seed; docs/analyses/truth.md, question 2. From X2's first
 step the tags of its definitions are exchanged in one component's gradient, at every step (`patch_window`), and what
 that does to D = Dt3 − Df4 is measured after 10 to 200 steps. Beside it two floors: the same from starts perturbed
-by one part in a million, and random parameters whose first step's difference between tags is as large.
+by one part in a million, and random parameters whose first step's difference between tags is as large (the first
+batch with a tag in it).
 
     .venv/bin/python scripts/experiments/window_floor.py ../runs-400 --workers 2 --readme
 """
@@ -28,7 +29,7 @@ from dynamics.tasks import AliasTask
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.experiments.account import difference
-from scripts.shared.forks import asked, parser_of_forks
+from scripts.shared.forks import asked, command_line, seeds_said
 from scripts.shared.into_readme import conclude, markdown, stamp
 
 AFTER = (10, 20, 50, 100, 200)
@@ -51,7 +52,8 @@ def floors(task: AliasTask, run: Trajectory) -> xr.Dataset:
         effects: Array = found["effect"].isel(example=0).transpose("step", "site").values
         return effects
 
-    delta = steps.update_difference(recipe, start, [dy.Contrast(batches[0], retagged[0], probe)])
+    tagged = next(n for n in range(max(AFTER)) if (batches[n].tokens != retagged[n].tokens).any())
+    delta = steps.update_difference(recipe, start, [dy.Contrast(batches[tagged], retagged[tagged], probe)])
     matched = [dy.sites.placebo(site, delta, N_PLACEBOS) for site in components]
     there = [i for i, sites in enumerate(matched) if sites]
     random = np.full((N_PLACEBOS, len(AFTER), len(components)), np.nan)
@@ -126,12 +128,16 @@ def draw(found: Mapping[int, Sequence[xr.Dataset]]) -> Figure:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Look, say and draw."""
-    given = parser_of_forks(__doc__, "window-floor").parse_args(arguments)
+    given = command_line(__doc__, "window-floor", arguments)
     explored, others = asked(floors, given)
     text = ["Explored:", "", *table(explored)]
     if others:
         text += ["", "Confirmed:", "", *table(others)]
-    text += ["", f"Seeds in which a component exceeds both floors [95 % exact interval]. {stamp(__file__)}"]
+    text += [
+        "",
+        f"Seeds in which a component exceeds both floors [95 % exact interval]; {seeds_said(explored, others)}. "
+        f"{stamp(__file__)}",
+    ]
     conclude(given, "floor", "\n".join(text), draw(explored), {"script": Path(__file__).name})
 
 

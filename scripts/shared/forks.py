@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,15 +14,17 @@ import xarray as xr
 
 import dynamics as dy
 from checkpoints import Trajectory
-from dynamics.config import PatchingConfig, PrimaryConfig, ScheduleConfig, StudyConfig
+from dynamics.config import PatchingConfig, PrimaryConfig, ScheduleConfig, StudyConfig, read
 from dynamics.tasks import AliasTask
-from scripts.shared.runs import each, parser_of_runs, run_key, stored
+from scripts.shared.runs import each, parser, run_key, stored
 
 ROLES = ("drawn", "exchanged")
 EXPLORED, CONFIRMED = range(400, 412), range(412, 424)
 """Seeds that analyses are made up on, and those that are opened once afterwards: docs/analyses/truth.md."""
 
 Ask = Callable[[AliasTask, Trajectory], xr.Dataset]
+Found = Mapping[int, Sequence[xr.Dataset]]
+"""By seed what its forks say, in the order of `ROLES`."""
 
 
 def sparse(config: StudyConfig) -> StudyConfig:
@@ -49,27 +51,77 @@ def forked(config: StudyConfig, folder: Path) -> dict[str, Trajectory]:
     return runs
 
 
-def parser_of_forks(description: str | None, out: str) -> argparse.ArgumentParser:
-    """The command line of those that ask the forks of scripts/experiments/runs.py."""
-    made = parser_of_runs(description, out, "the one folder that scripts/experiments/runs.py filled")
+def fill(configs: Mapping[Path, StudyConfig], workers: int) -> list[str]:
+    """What the forks of each folder hold, trained where they are not there."""
+    return each(_forked, [(config, folder) for folder, config in configs.items()], workers, "seed")
+
+
+def _forked(config: StudyConfig, folder: Path) -> str:
+    return "; ".join(map(str, forked(config, folder).values()))
+
+
+def command_line(description: str | None, out: str, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """What those are told that ask the forks of scripts/experiments/runs.py; refused where too few are trained.
+
+    What the seeds explored have settled is confirmed once, so --confirm wants every seed of both halves.
+    """
+    made = parser(description)
+    made.add_argument("runs", type=Path, help="the folder that scripts/experiments/runs.py filled")
+    made.add_argument("--out", type=Path, default=Path("runs") / out, help="where results are kept")
     made.add_argument("--workers", type=int, default=1, help="processes")
     made.add_argument("--confirm", action="store_true", help="open the seeds that confirm; once, at the end")
-    return made
+    given = made.parse_args(arguments)
+    if not trained(given.runs, EXPLORED):
+        made.error(
+            f"none of {_named(EXPLORED)} is trained in {given.runs}; scripts/experiments/runs.py does it."
+        )
+    every = {*EXPLORED, *CONFIRMED}
+    if given.confirm and (missing := every - {*trained(given.runs, every)}):
+        made.error(
+            f"{_named(missing)} are not trained to their end in {given.runs}; --confirm is for when all "
+            f"{len(every)} are. scripts/experiments/runs.py trains them."
+        )
+    return given
 
 
-def asked(
-    ask: Ask, given: argparse.Namespace
-) -> tuple[dict[int, list[xr.Dataset]], dict[int, list[xr.Dataset]]]:
-    """What each fork says, by seed, from files where it is there: seeds explored and, with --confirm, the rest."""
-    (folder,) = given.runs
+def trained(folder: Path, seeds: Iterable[int]) -> list[int]:
+    """The seeds of which both forks are there, trained to their end."""
 
-    def of_seeds(seeds: Iterable[int]) -> dict[int, list[xr.Dataset]]:
-        there = [seed for seed in seeds if (folder / f"seed-{seed}").exists()]
-        jobs = [(ask, folder / f"seed-{seed}" / role, given.out) for seed in there for role in ROLES]
-        found = each(_of_fork, jobs, given.workers)
-        return {seed: found[len(ROLES) * i : len(ROLES) * (i + 1)] for i, seed in enumerate(there)}
+    def ended(fork: Path) -> bool:
+        if not fork.exists():
+            return False
+        run = Trajectory.open(fork)
+        return run.steps[-1:] == (read(run.config).phases.starts["end"],)
 
-    return of_seeds(EXPLORED), of_seeds(CONFIRMED) if given.confirm else {}
+    return [seed for seed in seeds if all(ended(folder / f"seed-{seed}" / role) for role in ROLES)]
+
+
+def asked(ask: Ask, given: argparse.Namespace, part: str = "") -> tuple[Found, Found]:
+    """What each fork says, of the seeds explored and, with --confirm, of the rest; `of_seeds` says how."""
+    explored = of_seeds(ask, given, EXPLORED, part)
+    return explored, of_seeds(ask, given, CONFIRMED, part) if given.confirm else {}
+
+
+def of_seeds(ask: Ask, given: argparse.Namespace, seeds: Iterable[int], part: str = "") -> Found:
+    """What each fork of the trained seeds says, from files where it is there; of a part, in a folder of its own."""
+    there = trained(given.runs, seeds)
+    jobs = [(ask, given.runs / f"seed-{seed}" / role, given.out / part) for seed in there for role in ROLES]
+    found = each(_of_fork, jobs, given.workers)
+    return {seed: found[len(ROLES) * i : len(ROLES) * (i + 1)] for i, seed in enumerate(there)}
+
+
+def seeds_said(explored: Iterable[int], confirming: Iterable[int]) -> str:
+    """Which seeds a table is about, and which of those asked for are missing from it."""
+    explored, confirming = set(explored), set(confirming)
+    missing = set(EXPLORED) - explored | (set(CONFIRMED) - confirming if confirming else set())
+    return (
+        f"{len(explored)} seeds explored, {len(confirming) or 'none yet'} that confirm, each the mean of both forks"
+        + (f"; {_named(missing)} not trained" if missing else "")
+    )
+
+
+def _named(seeds: Iterable[int]) -> str:
+    return f"seeds {', '.join(map(str, sorted(seeds)))}"
 
 
 def _of_fork(ask: Ask, folder: Path, out: Path) -> xr.Dataset:

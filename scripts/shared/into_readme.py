@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import numpy.typing as npt
+import scipy.stats
 import torch
 from matplotlib.figure import Figure
 
@@ -72,6 +74,24 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def interval(values: npt.ArrayLike) -> str:
     """Mean with its 95 % t interval over the last axis."""
     return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*map(float, dy.statistics.mean_interval(values)))
+
+
+def bootstrap_interval(values: npt.ArrayLike) -> tuple[float, float, float]:
+    """Mean, and the 95 % percentile interval of the means of redrawn values: never outside what they can be.
+
+    Of twelve skewed values it covers nine times in ten rather than nineteen in twenty.
+    """
+    units = np.asarray(values, dtype=float)
+    if units.size < 2:
+        return float(units.mean()) if units.size else np.nan, np.nan, np.nan
+    redrawn = scipy.stats.bootstrap((units,), np.mean, method="percentile", rng=np.random.default_rng(0))
+    return float(units.mean()), *map(float, redrawn.confidence_interval)
+
+
+def bootstrapped(values: npt.ArrayLike) -> str:
+    """Mean with its bootstrap interval; a dash where there is no value."""
+    mean, low, high = bootstrap_interval(values)
+    return "–" if np.isnan(mean) else f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def stamp(script: str) -> str:

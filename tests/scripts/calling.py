@@ -38,6 +38,15 @@ def call(script: ModuleType, *arguments: object) -> str:
     return said.getvalue()
 
 
+def forks_of(folder: Path, run: Path, *seeds: int) -> Path:
+    """The folder, with a run in place of both forks of some seeds."""
+    for seed in seeds:
+        (folder / f"seed-{seed}").mkdir(parents=True)
+        for role in ("drawn", "exchanged"):
+            (folder / f"seed-{seed}" / role).symlink_to(run)
+    return folder
+
+
 @contextmanager
 def in_small(script: ModuleType, **constants: object) -> Iterator[None]:
     """With other values of a script's constants, such as fewer random sets."""

@@ -1,80 +1,99 @@
-"""Closing the loop, in miniature: every world of every run, and what its table says is gone."""
-
-from dataclasses import replace
+"""Closing the loop, in miniature: the ways of choosing explored, the best one confirmed, and what is gone."""
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
+import xarray as xr
 
+from dynamics import results
 from dynamics.sites import Site
 from scripts.experiments import closing_the_loop
-from tests.scripts.calling import call, named, rows_of
+from scripts.experiments.closing_the_loop import Way
+from scripts.shared.forks import CONFIRMED, EXPLORED
+from tests.scripts.calling import call, forks_of, in_small, rows_of
 
 
 @pytest.mark.slow
-def test_the_loop_is_closed_in_every_world_of_every_run(alias_runs, tmp_path):
-    arguments = [*alias_runs, "--steps", "4", "--look", "2", "--workers", "1", "--out", tmp_path / "loop"]
-    printed = call(closing_the_loop, *arguments)
-    tables = named(tmp_path / "loop", "-4-2-together.csv")
-    assert {*(tmp_path / "loop").iterdir()} == {*tables.values()}
-    for table in tables.values():
-        worlds = pd.read_csv(table).set_index("erased")
-        n_random = closing_the_loop.N_RANDOM
-        assert worlds.index.tolist() == [
-            "nowhere", "everywhere", "chosen", *(f"random {i}" for i in range(n_random)),
-        ]  # fmt: skip
-        chosen = worlds.loc["chosen", "matrices"].split(", ")
-        assert len(chosen) == 3  # a tenth of 30
-        for name in worlds.index[3:]:
-            assert not {*chosen} & {*worlds.loc[name, "matrices"].split(", ")}
-            assert 0.5 < worlds.loc[name, "parameters of the chosen"] < 2
-            assert 0.5 < worlds.loc[name, "difference of the chosen"] < 2
-        logits = worlds["correct_logit"]
-        assert logits.notna().all()
-        assert logits["nowhere"] != logits["everywhere"]
-    head, _, *rows = rows_of(printed)
-    assert len(head) == 5
-    assert [row[0] for row in rows] == [
-        "nowhere", "everywhere", "the chosen 10% of matrices", "random matrices, matched",
-    ]  # fmt: skip
-    assert {len(row) for row in rows} == {5}
-    assert "Seeds 0, 1; chosen together by the first 2 of 4 steps of X2" in printed
-    assert call(closing_the_loop, *arguments) == printed
+def test_every_way_is_explored_and_the_best_alone_is_run_on_the_seeds_that_confirm(alias_runs, tmp_path):
+    forks_of(tmp_path / "forks", alias_runs[0], *EXPLORED)
+    forks_of(tmp_path / "forks", alias_runs[1], *CONFIRMED)
+    ways = (Way("alone", 2), Way("together", 2))
+    with in_small(closing_the_loop, WAYS=ways, STEPS=4):
+        printed = call(closing_the_loop, tmp_path / "forks", "--out", tmp_path / "loop", "--confirm")
+    (best,) = [way for way in ways if f"Of these ways the best: {way}." in printed]
+    for way in ways:
+        opened = sorted(
+            path.name.split("-")[1] for path in (tmp_path / "loop" / f"{way.choose}-{way.look}").iterdir()
+        )
+        assert opened == (
+            ["0", "1"] if way == best else ["0"]
+        )  # the runs of explored seeds, of those that confirm
+        for path in (tmp_path / "loop" / f"{way.choose}-{way.look}").iterdir():
+            worlds = results.load(path)
+            sets = [{*str(names).split(", ")} for names in worlds["matrices"].values]
+            assert worlds["erased"].values.tolist() == ["chosen", "random 0", "random 1"]
+            assert len(sets[0]) == 3  # a tenth of 30
+            assert not any(sets[0] & other for other in sets[1:])
+            matched = worlds[["parameters", "difference"]].isel(erased=slice(1, None)).to_array()
+            assert bool(((matched > 0.5) & (matched < 2)).all())
+    assert printed.count(f"(together, {ways[1].look} steps)") + printed.count("(alone, 2 steps)") == 3
+    assert "The goals" in printed
 
 
-@pytest.mark.slow
-def test_another_run_of_the_same_seed_is_not_given_the_first_runs_results(
-    alias_runs, alias_config, fitted, tmp_path
-):
-    x1 = replace(alias_config.phases.x1, learning_rate=0.01)
-    config = replace(alias_config, phases=replace(alias_config.phases, x1=x1))
-    first, other = (
-        closing_the_loop.one_run(folder, 2, 2, "alone", tmp_path / "loop")
-        for folder in (alias_runs[0], fitted(config, tmp_path / "other"))
-    )
-    assert first["correct_logit"].tolist() != other["correct_logit"].tolist()
+# --- arithmetic -------------------------------------------------------------------------------------------
+
+
+def _found(**gaps):
+    """Both forks of three seeds alike, with the logits' difference of each world; accuracies a tenth of it."""
+    return {
+        seed: [
+            xr.Dataset(
+                {
+                    "correct_logit": ("erased", [float(values[seed]) for values in gaps.values()]),
+                    "accuracy": ("erased", [values[seed] / 10 for values in gaps.values()]),
+                },
+                {"erased": [name.replace("_", " ") for name in gaps]},
+            )
+        ]
+        * 2
+        for seed in range(3)
+    }
+
+
+PLAIN = _found(nowhere=[4.0, 6.0, 5.0], everywhere=[1.0, 1.0, 1.5])
+GOOD = _found(chosen=[2.0, 2.5, 2.0], random_0=[4.0, 5.0, 5.0], random_1=[3.0, 5.5, 4.0])
+POOR = _found(chosen=[1.5, 2.0, 2.0], random_0=[2.0, 2.5, 2.0], random_1=[2.0, 2.0, 2.5])
 
 
 def test_what_is_gone_is_the_ratio_of_means_over_seeds():
-    gaps = {"nowhere": [4.0, 6.0, 5.0], "everywhere": [1.0, 1.0, 1.5], "chosen": [2.0, 2.5, 2.0]}
-    gaps |= {"random 0": [4.0, 5.0, 5.0], "random 1": [3.0, 5.5, 4.0]}
-    rows = [
-        {"seed": i, "erased": name, "matrices": "W_E, W_U", "parameters of the chosen": 1.0,
-         "difference of the chosen": 1.0, "accuracy": value[i] / 10, "correct_logit": value[i]}
-        for name, value in gaps.items() for i in range(3)
-    ]  # fmt: skip
-    by_name = {
-        row[0]: row for row in rows_of(closing_the_loop.table(pd.DataFrame(rows), 4, 10, "together"))[2:]
-    }
-    mean = {name: np.mean(value) for name, value in gaps.items()}
-    mean["random"] = (mean.pop("random 0") + mean.pop("random 1")) / 2
-    for name, row in {"chosen": "the chosen 10% of matrices", "random": "random matrices, matched"}.items():
-        gone = (mean["nowhere"] - mean[name]) / (mean["nowhere"] - mean["everywhere"])
-        assert by_name[row][4].startswith(f"{gone:.0%} [")
-        assert by_name[row][3].startswith(f"{mean[name]:+.2f} [")
-    assert by_name["everywhere"][4] == "100% [100%, 100%]"
-    assert by_name["nowhere"][4].startswith("0% [")
+    way = Way("together", 10)
+    rows = {row[0]: row for row in rows_of("\n".join(closing_the_loop.table(PLAIN, {way: GOOD})))[2:]}
+    full, whole = 5.0, 5.0 - 3.5 / 3
+    for words, mean in (
+        ("the chosen 10% of matrices (together, 10 steps)", 6.5 / 3),
+        ("random matrices, matched", (14 / 3 + 12.5 / 3) / 2),
+    ):
+        assert rows[words][4].startswith(f"{(full - mean) / whole:.0%} [")
+        assert rows[words][3].startswith(f"{mean:+.2f} [")
+        assert rows[words][1].startswith(f"{mean / 10:+.2f} [")
+    assert rows["everywhere"][4] == "100% [100%, 100%]"
+    assert rows["nowhere"][4].startswith("0% [")
+
+
+def test_the_best_way_takes_most_beyond_what_random_matrices_take():
+    """The other way's matrices take more, but so do random ones."""
+    assert closing_the_loop.best({Way("alone", 10): POOR, Way("together", 10): GOOD}) == Way("together", 10)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "random", "said"),
+    [(1.0, 4.9, "are reached"), (3.0, 4.9, "are not reached"), (1.0, 2.0, "are not reached")],
+)
+def test_both_goals_must_be_reached(chosen, random, said):
+    jitter = np.array([0.0, 0.1, -0.1])
+    found = _found(chosen=chosen + jitter, random_0=random + jitter)
+    plain = _found(nowhere=5 + jitter, everywhere=1 + jitter / 2)
+    assert said in closing_the_loop.verdict(plain, found)
 
 
 def test_what_a_site_covers_is_squared_and_summed():

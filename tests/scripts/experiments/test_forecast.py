@@ -8,7 +8,7 @@ from sklearn.metrics import roc_auc_score
 import dynamics as dy
 from checkpoints import Trajectory
 from scripts.experiments import forecast
-from tests.scripts.calling import in_small
+from tests.scripts.calling import in_small, rows_of
 
 DRAWS = np.random.default_rng(0)
 
@@ -50,7 +50,15 @@ def test_every_seed_is_scored_by_its_own_aliases():
 def test_ablations_leave_out_one_kind_and_use_every_other():
     text = "\n".join(forecast.table(_rows("account"), None))
     assert all(f"| without {kind} |" in text and f"| {kind} alone |" in text for kind in forecast.KINDS)
-    assert text.count("| – |") == 2 + 2 * len(forecast.KINDS)
+    assert text.count("| – |") == 3 + 2 * len(forecast.KINDS)
+
+
+def test_what_is_known_is_set_against_the_accuracy_seed_by_seed():
+    rows = _rows("account", seeds=3).assign(**{"accuracy now": 0.0})
+    fresh = _rows("account", seeds=3).assign(**{"accuracy now": 0.0})
+    with in_small(forecast, KINDS={"answers": ("accuracy now",), "account": ("account",)}):
+        (row,) = [r for r in rows_of("\n".join(forecast.table(rows, fresh))) if r[0].startswith("the first")]
+    assert row[1:] == ["+0.50 [+0.50, +0.50], n = 3"] * 2  # 1 less .5, which a constant scores
 
 
 @pytest.mark.slow

@@ -3,89 +3,71 @@
 import numpy as np
 import pandas as pd
 import pytest
-import scipy.stats
 import torch
+import xarray as xr
 
-from dynamics.sites import Site, SiteError
+from dynamics import results
+from dynamics.sites import Site
 from scripts.experiments import planted_truth
-from tests.scripts.calling import call, in_small, named, rows_of
+from tests.scripts.calling import call, forks_of, in_small, named, rows_of
 
 
 @pytest.mark.slow
 def test_a_planted_site_is_scored_by_every_method_in_every_run(alias_runs, tmp_path):
-    arguments = (*alias_runs, "--plants", "attn 0", "--workers", "1")
-    with in_small(planted_truth, WARM_UP=4, WINDOW=2, IMPULSE=1):
-        printed = call(planted_truth, *arguments)
-    kept = tmp_path / "runs" / "planted"
-    tables = named(kept, "-attn-0.csv")
-    pages = {kept / name for name in ("grades.csv", "planted.md", "planted.png")}
-    assert {*kept.iterdir()} == {*tables.values()} | pages
-    assert (kept / "planted.md").read_text() == printed
-    for table in tables.values():
-        world = pd.read_csv(table)
-        assert world["site"].tolist() == [
-            *("embed", "pos_embed"),
-            *(f"{part} {layer}" for layer in (0, 1) for part in ("attn", "mlp", "ln")),
-            *("ln_final", "unembed"),
-        ]
-        assert world.loc[world["planted"], "site"].tolist() == ["attn 0"]
-        assert world["decoy"].sum() == 3
-        assert not (world["planted"] & world["decoy"]).any()
-        assert world["truth"].abs().idxmax() == world["planted"].idxmax()  # the tag can act nowhere else
-        scored = world.drop(columns=["seed", "plant", "site", "planted", "decoy", "truth"])
-        assert scored.notna().sum().isin([5, 10]).all()  # all sites, or those with an activation of their own
-        assert (scored.fillna(0.0) > -1e-6).all().all()  # sizes, and one less a cosine
-    grades = pd.read_csv(kept / "grades.csv")
-    assert set(grades["seed"]) == {0, 1}
-    assert grades["auc"].between(0, 1).all()
-    assert len(grades) == 2 * grades["method"].nunique()
-    rows = rows_of(printed)
-    assert {len(row) for row in rows} == {5}  # no method's name has bars of its own
-    assert [row[0] for row in rows[2:]].count("chance") == 1
-    assert {row[0] for row in rows[2:]} == {*grades["method"], "chance"}
-    assert "The plant has the largest true effect in 2 of 2 worlds." in printed
-    assert call(planted_truth, *arguments) == printed
-
-
-@pytest.mark.slow
-def test_a_plant_that_the_model_does_not_have_is_named(alias_runs, tmp_path):
-    with pytest.raises(SiteError, match="L0H2"):
-        planted_truth.main([str(alias_runs[0]), "--plants", "L0H2", "--workers", "1", "--out", str(tmp_path)])
+    for seed, run in zip((400, 401), alias_runs, strict=True):
+        forks_of(tmp_path / "forks", run, seed)
+    with in_small(planted_truth, WARM_UP=4, WINDOW=2, IMPULSE=1, PLANTS=("attn 0",)):
+        printed = call(planted_truth, tmp_path / "forks", "--out", tmp_path / "planted")
+        assert call(planted_truth, tmp_path / "forks", "--out", tmp_path / "planted") == printed
+    for path in named(tmp_path / "planted" / "attn 0", ".h5").values():
+        world = results.load(path)
+        sites = world["site"].values
+        assert sites[world["planted"] == 1].tolist() == ["attn 0"]
+        assert int(world["decoy"].sum()) == 3
+        assert not (world["planted"] * world["decoy"]).any()
+        assert sites[abs(world["truth"]).argmax()] == "attn 0"  # the tag can act nowhere else
+        known = world["score"].notnull().sum("site").values
+        assert np.isin(known, [5, 10]).all()  # all sites, or those with an activation of their own
+        assert float(world["score"].min()) > -1e-6  # sizes, and one less a cosine
+    methods = [row[0] for row in rows_of(printed)[2:]]
+    assert {"attribute_training, both tags", "patch_parameters, both tags", "chance"} < {*methods}
+    assert len(methods) == len({*methods}) == world.sizes["by"] + 1
+    assert "The plant has the largest true effect in 4 of 4 worlds." in printed
+    assert "seeds 402, 403" in printed
+    assert (tmp_path / "planted" / "planted.png").stat().st_size > 10_000
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------
 
 
-def world(scores: list[float], planted: int = 0, seed: int = 0) -> pd.DataFrame:
-    """Four sites, the first or another planted, and one method's scores."""
-    return pd.DataFrame(
+def world(scores: list[float], planted: int = 0) -> xr.Dataset:
+    """Four sites, the first or another planted, the first the largest truth, and one method's scores."""
+    return xr.Dataset(
         {
-            "seed": seed,
-            "plant": "embed",
-            "site": list("abcd"),
-            "planted": [i == planted for i in range(4)],
-            "decoy": False,
-            "truth": [-4.0, 1.0, 2.0, 3.0],
-            "a method": scores,
-        }
+            "truth": ("site", [-4.0, 1.0, 2.0, 3.0]),
+            "planted": ("site", [int(i == planted) for i in range(4)]),
+            "score": (("by", "site"), [scores]),
+        },
+        {"site": list("abcd"), "by": ["a method"]},
     )
 
 
 @pytest.mark.parametrize(
-    ("scores", "planted", "auc", "top1"),
+    ("scores", "planted", "precision"),
     [
-        ([9, 1, 2, 3], 0, 1.0, 1.0),
-        ([0, 1, 2, 3], 0, 0.0, 0.0),
-        ([2, 1, 2, 3], 0, 0.5, 0.0),  # one below, one alike, one above
-        ([5, 5, 5, 5], 0, 0.5, 0.0),
-        ([9, 1, 2, 3], 3, 2 / 3, 0.0),
-        ([np.nan, 1, 2, 3], 3, 1.0, 1.0),
+        ([9, 1, 2, 3], 0, 1.0),
+        ([2.5, 1, 2, 3], 0, 1 / 2),
+        ([0, 1, 2, 3], 0, 1 / 4),
+        ([5, 5, 5, 5], 0, 1 / 4),  # nothing is told: no better than the worst
+        ([9, 1, 2, 3], 3, 1 / 2),
+        ([np.nan, 1, 2, 3], 3, 1.0),
     ],
 )
-def test_a_method_is_graded_by_how_many_sites_it_scores_below_the_plant(scores, planted, auc, top1):
+def test_average_precision_is_one_over_the_rank_of_the_plant(scores, planted, precision):
     graded = planted_truth.graded(world(scores, planted), "a method")
-    assert (graded["auc"], graded["top1"]) == (pytest.approx(auc), top1)
+    assert graded["precision"] == pytest.approx(precision)
     assert graded["n"] == np.isfinite(scores).sum()
+    assert graded["largest"] == (planted == 0)
 
 
 def test_ranks_are_correlated_with_the_size_of_the_truth():
@@ -95,16 +77,26 @@ def test_ranks_are_correlated_with_the_size_of_the_truth():
     assert planted_truth.graded(world([np.nan, 1, 2, 3]), "a method") == {}
 
 
-def test_the_table_of_methods_has_means_over_seeds_and_the_best_first():
-    parts = [
-        world([[9, 1, 2, 3], [0, 1, 2, 3]][i], seed=i).assign(**{"a better": [4, 1, 2, 3]}) for i in range(2)
+def test_worlds_where_the_plant_is_not_the_largest_effect_stand_apart():
+    """Of each seed two forks: the method finds the plant where it is the truth, and not where it is not."""
+    found = planted_truth.grades(
+        {"a": {seed: [world([9, 1, 2, 3]), world([9, 1, 2, 3], 1)] for seed in (1, 2)}}
+    )
+    row, chance = rows_of("\n".join(planted_truth.table(found)))[2:]
+    assert row[:3] == ["a method", "1.00 [1.00, 1.00]", "0.25 [0.25, 0.25]"]
+    assert chance[1] == f"{(1 + 1 / 2 + 1 / 3 + 1 / 4) / 4:.2f}"
+    assert planted_truth.worlds_said(found) == "The plant has the largest true effect in 2 of 4 worlds."
+
+
+def test_the_axes_of_the_figure_end_at_one_and_hold_every_mean():
+    rows = [
+        {"plant": "a", "seed": seed, "method": "m", "precision": p, "rank": 1.0, "largest": True, "n": 4}
+        for seed, p in enumerate((1.0, 1.0, 0.5))
     ]
-    rows = rows_of(planted_truth.table(planted_truth.grades(parts)))
-    assert [row[0] for row in rows[2:]] == ["a better", "a method", "chance"]
-    assert rows[2][1] == "1.00 [1.00, 1.00]"
-    bounds = scipy.stats.ttest_1samp([1, 0], 0).confidence_interval()
-    assert rows[3][1] == f"0.50 [{bounds.low:.2f}, {bounds.high:.2f}]"
-    assert rows[4][2] == "0.25"
+    left, right = planted_truth.draw(pd.DataFrame(rows)).axes
+    assert left.get_xlim() == (0, 1)
+    assert right.get_xlim() == (-1, 1)
+    assert any(np.allclose(line.get_xdata(), [5 / 6]) for line in left.get_lines())
 
 
 def test_covered_elements_stand_in_one_vector_in_the_sites_order():

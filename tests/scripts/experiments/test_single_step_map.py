@@ -49,4 +49,14 @@ def test_the_unit_is_the_seed_and_both_halves_of_the_seeds_are_told_apart():
     assert row[0] == "embed"
     assert row[1].startswith("+0.40 [")
     assert row[2].startswith("+0.80 [")
-    assert row[3] == "0.10"
+    assert row[3] == "no, p = 0.5000"  # of two seeds: an interval of one and a half logits
+    assert row[4] == "0.10"
+
+
+@pytest.mark.parametrize(("explored", "confirming", "said"), [(1, 1, "yes"), (-1, 1, "no"), (-1, -1, "yes")])
+def test_a_recovery_holds_on_the_side_that_was_explored(explored, confirming, said):
+    first, second = (
+        single_step_map.by_seed({n: [_fork(side * v)] * 2 for n, v in enumerate((0.3, 0.4, 0.5))})
+        for side in (explored, confirming)
+    )
+    assert single_step_map.holds(first, second, "embed") == f"{said}, p = 0.2500"

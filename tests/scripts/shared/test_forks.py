@@ -6,8 +6,19 @@ import pytest
 import xarray as xr
 
 import dynamics as dy
+from checkpoints import Trajectory, TrajectoryWriter
 from dynamics.config import PhaseConfig
-from scripts.shared.forks import asked, forked, parser_of_forks, sparse
+from scripts.shared.forks import (
+    CONFIRMED,
+    EXPLORED,
+    asked,
+    command_line,
+    forked,
+    seeds_said,
+    sparse,
+    trained,
+)
+from tests.scripts.calling import forks_of
 
 
 @pytest.mark.slow
@@ -31,14 +42,41 @@ def _seed_of(task, run):
 
 
 @pytest.mark.slow
-def test_seeds_that_confirm_are_opened_only_when_told(alias_runs, tmp_path):
-    for seed, folder in ((400, alias_runs[0]), (412, alias_runs[1])):
-        for role in ("drawn", "exchanged"):
-            (tmp_path / "runs" / f"seed-{seed}").mkdir(parents=True, exist_ok=True)
-            (tmp_path / "runs" / f"seed-{seed}" / role).symlink_to(folder)
-    words = [str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
-    explored, others = asked(_seed_of, parser_of_forks("", "x").parse_args(words))
-    assert [int(fork["seed"]) for fork in explored[400]] == [0, 0]
+def test_seeds_that_confirm_are_opened_only_when_told_and_all_together(alias_runs, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    forks_of(runs, alias_runs[0], *EXPLORED)
+    forks_of(runs, alias_runs[1], *CONFIRMED[:-1])
+    words = [str(runs), "--out", str(tmp_path / "out")]
+    explored, others = asked(_seed_of, command_line("", "x", words))
+    assert {seed: [int(f["seed"]) for f in forks] for seed, forks in explored.items()} == {
+        seed: [0, 0] for seed in EXPLORED
+    }
     assert others == {}
-    _, others = asked(_seed_of, parser_of_forks("", "x").parse_args([*words, "--confirm"]))
-    assert {seed: [int(fork["seed"]) for fork in forks] for seed, forks in others.items()} == {412: [1, 1]}
+    with pytest.raises(SystemExit):
+        command_line("", "x", [*words, "--confirm"])
+    assert "seeds 423 are not trained to their end" in capsys.readouterr().err
+    forks_of(runs, alias_runs[1], CONFIRMED[-1])
+    _, others = asked(_seed_of, command_line("", "x", [*words, "--confirm"]))
+    assert {seed: [int(f["seed"]) for f in forks] for seed, forks in others.items()} == {
+        seed: [1, 1] for seed in CONFIRMED
+    }
+
+
+@pytest.mark.slow
+def test_a_seed_that_is_still_being_trained_is_left_out(alias_runs, tmp_path, capsys):
+    forks_of(tmp_path, alias_runs[0], 400)
+    whole = Trajectory.open(alias_runs[0])
+    with TrajectoryWriter(tmp_path / "cut", whole.config) as writer:
+        writer.append(whole.at(0))
+    forks_of(tmp_path, tmp_path / "cut", 401)
+    assert trained(tmp_path, EXPLORED) == [400]
+    with pytest.raises(SystemExit):
+        command_line("", "x", [str(tmp_path / "nowhere")])
+    assert "none of seeds 400, 401" in capsys.readouterr().err
+
+
+def test_a_table_says_which_seeds_it_lacks():
+    assert seeds_said(EXPLORED, []).startswith("12 seeds explored, none yet that confirm")
+    assert "not trained" not in seeds_said(EXPLORED, CONFIRMED)
+    assert seeds_said(EXPLORED[:-2], []).endswith("; seeds 410, 411 not trained")
+    assert seeds_said(EXPLORED, CONFIRMED[1:]).endswith("; seeds 412 not trained")

@@ -1,5 +1,6 @@
 """Pages are written between their marks alone."""
 
+import numpy as np
 import pytest
 
 from scripts.shared import into_readme
@@ -38,3 +39,20 @@ def test_marks_that_no_page_or_two_pages_have_are_refused(tmp_path, monkeypatch)
         into_readme.write("loop", "new")
     with pytest.raises(ValueError, match="in no page"):
         into_readme.write("seeds", "new")
+
+
+def test_a_bootstrap_interval_never_leaves_the_range_of_its_values():
+    mean, low, high = into_readme.bootstrap_interval([1.0] * 11 + [0.4])
+    assert low < mean < high <= 1.0
+    assert into_readme.bootstrapped([1.0, 1.0, 1.0]) == "1.00 [1.00, 1.00]"
+    assert into_readme.bootstrapped([]) == "–"
+
+
+@pytest.mark.slow
+def test_bootstrap_intervals_of_twelve_skewed_shares_cover_nine_times_in_ten():
+    draws = np.random.default_rng(0)
+    covered = []
+    for _ in range(200):
+        _, low, high = into_readme.bootstrap_interval(draws.beta(6, 1, 12))
+        covered.append(low <= 6 / 7 <= high)
+    assert 0.84 < np.mean(covered) < 0.97
