@@ -349,7 +349,7 @@ def test_the_tags_are_counted_measured_and_their_definitions_losses_told(run):
         parts.append(
             f"{tag}: {n} rows in X1, ‖embedding‖ {size:.2f}, definition loss {np.mean(losses):.2f} nat"
         )
-        assert n == 9  # three integers of a set, three copies each
+        assert n == 6  # two integers of a set, three copies each
     assert check.figure == "; ".join(parts)
     assert check.verdict == "-"
 

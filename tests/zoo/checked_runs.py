@@ -25,7 +25,7 @@ NAMES = [
 ]
 N_INTERVALS = [2, 1, 3, 1, 2, 2, 0, 2, 0, 0]
 INTERVAL = re.compile(r"[+-]\d+\.\d{3} \[[+-]\d+\.\d{3}, [+-]\d+\.\d{3}\]")
-STEP, IMPULSE, N_ALIASES = 4, 2, 6
+STEP, IMPULSE, N_ALIASES = 4, 2, 4
 WEAK = 1e-9
 """Of doubles, relative to the logit."""
 
