@@ -31,6 +31,7 @@ from torch import Tensor
 import dynamics as dy
 from checkpoints import Checkpoint, CheckpointPair, Trajectory
 from dynamics import results
+from dynamics.plots import figures
 from dynamics.recipe import Contrast, Recipe
 from dynamics.sites import Site
 from dynamics.tasks import AliasTask
@@ -317,6 +318,7 @@ def worlds_said(found: pd.DataFrame) -> str:
     return f"The plant has the largest true effect in {one['largest'].sum()} of {len(one)} worlds."
 
 
+@figures.styled
 def draw(found: pd.DataFrame) -> Figure:
     """Every method's average precision, where the plant is the truth, and rank: mean over seeds, plants as dots."""
     order = found.groupby("method")["precision"].mean().sort_values().index
@@ -326,13 +328,20 @@ def draw(found: pd.DataFrame) -> Figure:
         for row, method in enumerate(order):
             part = found[(found["method"] == method) & (found["largest"] if key == "precision" else True)]
             dots = part.groupby("plant")[key].mean()
-            ax.plot(dots, [row] * len(dots), "o", color="0.75", markersize=4, clip_on=False)
+            ax.plot(
+                dots, [row] * len(dots), "o", color="0.75", markersize=4, clip_on=False, label="one plant"
+            )
             mean, low, high = bootstrap_interval(per_seed(part, key))
             ax.plot([low, high], [row, row], color="C0", clip_on=False)
-            ax.plot(mean, row, "o", color="C0", clip_on=False)
-        ax.axvline(chance(found) if key == "precision" else 0, color="k", linestyle=":", linewidth=1)
+            ax.plot(mean, row, "o", color="C0", clip_on=False, label="mean over seeds, 95 %")
+        nothing = chance(found) if key == "precision" else 0
+        ax.axvline(nothing, color="k", linestyle=":", linewidth=1, label="chance")
         ax.set(xlabel=name, xlim=(lowest, 1))
     axes[0].set_yticks(range(len(order)), order)
+    handles, labels = axes[0].get_legend_handles_labels()
+    named = dict(zip(labels, handles, strict=True))
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(f"Which method finds a planted place ({found['seed'].nunique()} seeds)")
     return figure
 
 
