@@ -33,6 +33,7 @@ from dynamics import results, steps
 from dynamics.batch import Batch, concatenate
 from dynamics.comparison import perturbed
 from dynamics.measures import LogitMeasure
+from dynamics.plots import figures
 from dynamics.randomness import generator
 from dynamics.sites import Site
 from dynamics.tasks import AliasTask
@@ -419,6 +420,7 @@ def linear_datamodeling(found: Found) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+@figures.styled
 def draw(table: pd.DataFrame, halves: pd.DataFrame) -> Figure:
     """Left, what foretells the window over components; right, linear datamodeling scores. Means, t intervals."""
     figure = Figure(figsize=(9.6, 3.9), layout="constrained")
@@ -437,14 +439,14 @@ def draw(table: pd.DataFrame, halves: pd.DataFrame) -> Figure:
         left.plot([], [], "o", color=("#56B4E9", "#0072B2", "#000000")[j], label=f"{n} steps")
     left.set_xticks(range(len(names)), names, rotation=20, ha="right", fontsize=8)
     left.set_ylabel("Spearman's correlation over components")
-    left.set_title("What foretells a window of exchanged tags", fontsize=10)
+    left.set_title(f"What foretells a window of exchanged tags ({len(halves)} runs)", fontsize=10)
     figure.legend(loc="outside lower left", ncols=len(AFTER), frameon=False, fontsize=8)
     for i, name in enumerate(halves):
         mean, low, high = map(float, dy.statistics.mean_interval(halves[name].to_numpy()))
         right.errorbar(i, mean, [[mean - low], [high - mean]], fmt="o", color="#000000", markersize=5)
     right.set_xticks(range(halves.shape[1]), list(halves), rotation=20, ha="right", fontsize=8)
     right.set_ylabel("linear datamodeling score")
-    right.set_title("Definitions left out", fontsize=10)
+    right.set_title(f"Definitions left out ({len(halves)} runs)", fontsize=10)
     for axes in (left, right):
         axes.axhline(0, color="#888888", linewidth=0.8, zorder=1)
         axes.set_ylim(-1, 1.05)
@@ -465,7 +467,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         *foretold(table),
         "",
         *markdown(
-            ["score of definitions", "linear datamodeling score"], [[n, interval(halves[n])] for n in halves]
+            ["score of definitions", "linear datamodeling score", "account's above it"],
+            [
+                [n, interval(halves[n]), "–" if n == "account" else interval(halves["account"] - halves[n])]
+                for n in halves
+            ],
         ),
         "",
         f"n = {len(found)} runs; means with 95 % t intervals over runs. Analysis fixed beforehand in "

@@ -231,7 +231,8 @@ def draw(found: Mapping[str, Sequence[xr.Dataset]], accounts: Sequence[Mapping[s
         axes.axhline(0, color=figures.GREY, linewidth=0.8, zorder=1)
         axes.axhline(1, color=figures.GREY, linewidth=0.8, linestyle=":", zorder=1)
     figure.suptitle(
-        "What one component brings, exchanged alone between two checkpoints; 95 % intervals over runs"
+        "What one component brings alone, what is lost without it, and what training wrote in it\n"
+        "(95 % intervals over runs)"
     )
     figure.supylabel("share of the change in the correct logit", fontsize=9)
     figure.legend(*panels["aliases"].get_legend_handles_labels(), loc="outside lower center", ncols=3)
