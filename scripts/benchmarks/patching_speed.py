@@ -333,7 +333,7 @@ def picture(found: dict[str, Any], path: Path) -> None:
     figure = figures.Figure(figsize=(10, 3.8))
     axes = figure.subplots(1, 3, sharey=True)
     for ax, (axis, verbs) in zip(axes, found.items(), strict=True):
-        for (verb, curve), mark in zip(verbs.items(), "os^", strict=True):
+        for (verb, curve), mark in zip(verbs.items(), "os^", strict=False):
             ax.loglog(curve["n"], 1e3 * np.array(curve["seconds"]), marker=mark, label=verb)
         slopes = ", ".join(f"{curve['slope']:.2f}" for curve in verbs.values())
         ax.set(title=f"log-log slopes {slopes}", xlabel=f"number of {axis}")

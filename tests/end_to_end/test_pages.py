@@ -1,8 +1,10 @@
 """The pages of the API and the gallery run, and leave no public name and no figure out."""
 
+import functools
 import re
 import warnings
 
+import numpy as np
 import pytest
 
 import checkpoints
@@ -30,11 +32,36 @@ def test_getting_started_runs_on_a_model_of_ones_own_from_an_empty_folder(tmp_pa
     page = (notebooks.DOCS / "getting-started.md").read_text()
     blocks = notebooks.BLOCK.findall(page.partition("## On your own model")[2])
     assert len(blocks) == 6
-    names = {}
+    names, found = {}, {}
+    for verb in ("patch_gradients", "patch_updates", "patch_signals", "patch_factors", "attribute_step"):
+        monkeypatch.setattr(dy, verb, kept(found, getattr(dy, verb)))
     for i, code in enumerate(blocks):
         exec(compile(code, f"getting-started.md, block {i}", "exec"), names)
     assert not [v for v in dy.steps.verify(names["recipe"], names["run"], names["batch_of"]) if v.differences]
+    places = [site.label for site in names["places"]]
+    for verb, result in found.items():
+        assert result["site"].values.tolist() == (places if verb == "patch_signals" else ["encoder", "head"])
+    assert all(r[name].notnull().all() for r in found.values() for name in set(r) & {"effect", "attribution"})
+    assert len(found) == 5
     assert names["grid"].sizes["source_step"] == 2
+    assert all(names[name]["effect"].notnull().all() for name in ("carried", "flowing", "grid"))
+    assert names["divided"]["attribution"].notnull().all()
+    account = names["account"]
+    assert set(account["source"].values) == {"0", "1", "2", "before", "decay"}
+    written = account["attribution"].sum(("step", "source", "site")) + account["residual"].sum("step")
+    change = account["value"].isel(step=-1) - account["value"].isel(step=0)
+    np.testing.assert_allclose(written, change, rtol=1e-4)
+
+
+def kept(found, verb):
+    """The verb, whose results are kept by its name."""
+
+    @functools.wraps(verb)
+    def run(*given, **settings):
+        found[verb.__name__] = verb(*given, **settings)
+        return found[verb.__name__]
+
+    return run
 
 
 def test_every_public_name_has_an_example_and_its_reference():

@@ -12,10 +12,9 @@ import transformers
 from torch import nn
 
 import dynamics as dy
-from checkpoints import Checkpoint, TrajectoryWriter, log_spaced
+from checkpoints import Checkpoint, TrajectoryWriter
 from dynamics.config import ToyConfig
 from dynamics.models.toy import ToyTransformer
-from tests.zoo.comparison_models import short_run
 from tests.zoo.word_level import save_gpt2
 
 ROOT = Path(__file__).parents[2]
@@ -63,94 +62,6 @@ def test_the_ten_lines_run_on_a_finished_run(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "heads.h5").exists()
 
 
-def test_the_example_on_a_users_own_model_runs():
-    class Classifier(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.encoder, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
-
-        def forward(self, x):
-            return self.head(self.encoder(x).relu())
-
-    def loss(model, batch):
-        return nn.functional.cross_entropy(model(batch[0]), batch[1])
-
-    net = Classifier()
-    names = {
-        "net": net,
-        "loss": loss,
-        "measure": loss,
-        "optimizer": torch.optim.AdamW(net.parameters(), lr=1e-3),
-        **{
-            name: (torch.randn(5, 3), torch.randint(2, (5,)))
-            for name in ("unreliable", "reliable", "questions")
-        },
-    }
-    lines = block("dy.patch_factors").strip().splitlines()
-    names["dy"] = pytest.importorskip("dynamics")
-    names["shown"] = shown = []
-    calls = [line for line in lines if line.startswith(("dy.patch_", "dy.attribute_"))]
-    assert len(calls) == 5
-    exec(
-        "\n".join(f"shown.append({line.split('  #')[0]})" if line in calls else line for line in lines), names
-    )
-    for result in shown:
-        assert result["site"].values.tolist() in (["encoder", "head"], ["encoder"])
-        assert all(result[name].notnull().all() for name in ("effect", "attribution") if name in result)
-
-
-def test_the_example_of_an_account_runs():
-    torch.manual_seed(0)
-    net = nn.Linear(3, 4)
-    batches = {
-        name: (torch.randn(8, 3), torch.arange(8) % 4) for name in ("unreliable", "reliable", "questions")
-    }
-
-    def loss(model, batch):
-        return nn.functional.cross_entropy(model(batch[0]), batch[1])
-
-    example = block("attribute_training")
-    recipe = dy.Recipe(net, loss, lambda parameters: torch.optim.AdamW(parameters, lr=1e-2))
-    names = {
-        "dy": dy,
-        "recipe": recipe,
-        "state": None,
-        "parts": dy.sites.matching(net, {"all": "*"}),
-        "measure": loss,
-        **batches,
-    }
-    exec(example, names)
-    account = names["account"]
-    assert account["source"].values.tolist() == ["0", "1", "2", "3", "before", "decay"]
-    written = account["attribution"].sum(("step", "source", "site"))
-    change = account["value"].isel(step=-1) - account["value"].isel(step=0)
-    assert float(abs(written - change).max()) < 1e-3 * float(abs(change).max())
-
-
-@pytest.mark.slow
-def test_the_example_of_two_checkpoints_of_a_run_runs(tmp_path):
-    example = block("CheckpointPair")
-    run = short_run(tmp_path / "run")
-    task = dy.tasks.load(run.config)
-    recipe, contrasts = task.recipe(), task.contrasts()
-    names = {
-        "dy": dy,
-        "run": run,
-        "recipe": recipe,
-        "contrasts": contrasts,
-        "questions": contrasts[0].probe,
-        "parts": dy.sites.components(recipe.model),
-        "places": dy.sites.activations(recipe.model, "blocks.*.hook_resid_pre"),
-        "measure": dy.measures.correct_logit,
-    }
-    for stored, step in zip(("3000", "4000", "4500", "5000"), (0, 2, 4, 6), strict=True):
-        example = example.replace(stored, str(step))
-    exec(example, names)
-    assert names["grid"].sizes["source_step"] == 2
-    assert all(names[name]["effect"].notnull().all() for name in ("carried", "flowing", "grid"))
-    assert names["divided"]["attribution"].notnull().all()
-
-
 def test_the_example_of_a_task_of_ones_own_runs_on_a_hugging_face_model(tmp_path, capsys):
     folder = save_gpt2(tmp_path)
     names = {
@@ -190,25 +101,13 @@ def test_the_example_of_a_fact_being_written_runs_on_a_short_run(tmp_path, monke
     assert names["written"]["effect"].notnull().all()
 
 
-def test_a_bare_loop_is_recorded_and_its_checkpoints_compared(tmp_path, monkeypatch):
-    import dynamics as dy
-    from checkpoints import Trajectory
-
-    third = block("TrajectoryWriter.create")
-    fourth = block("batch_of")
-    net = nn.Linear(3, 9)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    batches = [torch.randn(5, 3) for _ in range(12)]
+def test_the_checkpoints_of_a_loop_of_ones_own_are_compared(tmp_path):
+    fourth = block("comparison.when(along")
 
     def train(net, optimizer, batch):
         optimizer.zero_grad()
         net(batch).square().mean().backward()
         optimizer.step()
-
-    monkeypatch.chdir(tmp_path)
-    exec(third, {"net": net, "optimizer": optimizer, "batches": batches, "train": train})
-    run = Trajectory.open("runs/mine")
-    assert run.steps == tuple(step for step in log_spaced(1000, 5) if step < 12)
 
     class Answers(nn.Module):
         def __init__(self):
@@ -225,7 +124,7 @@ def test_a_bare_loop_is_recorded_and_its_checkpoints_compared(tmp_path, monkeypa
         for step in range(4):
             writer.append(Checkpoint.capture(model, optimizer, step=step))
             train(model, optimizer, questions.tokens)
-    run = Trajectory.open(tmp_path / "answers")
+    run = dy.Trajectory.open(tmp_path / "answers")
     names = {
         "dy": dy,
         "run": run,

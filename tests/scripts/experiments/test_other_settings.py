@@ -87,7 +87,8 @@ def test_settings_are_trained_asked_and_counted(alias_config, tmp_path):
     with (
         in_small(other_settings, SETTINGS={"no decay": small}, SEEDS=(1,)),
         in_small(single_step_map, X2_STEPS=(2,), PRIMARY=2, N_PLACEBOS=2),
-        in_small(window_floor, AFTER=(1, 2), N_NOISE=2, N_PLACEBOS=1),
+        in_small(window_floor, AFTER=(1,), N_NOISE=2, N_PLACEBOS=1),
+        in_small(forecast, KNOWN_AFTER=4),
     ):
         said = call(other_settings, tmp_path / "runs", "--out", tmp_path / "found")
         assert call(other_settings, tmp_path / "runs", "--out", tmp_path / "found") == said

@@ -9,7 +9,7 @@ FAMILIES = ("residual_stream", "layer_outputs", "head_outputs", "qkv", "patterns
 
 @pytest.mark.slow
 def test_attribution_patching_cell_by_cell(subject, language_runs, reproduce, tmp_path):
-    more = ["--facts", language_runs / "facts", "--n", 4, "--nodes", 4, "--readme"]
+    more = ["--facts", language_runs / "facts", "--n", 4, "--nodes", 2, "--readme"]
     printed, figures = reproduce("000", *subject("ioi"), *more)
     assert figures == {
         "attention", "attention_of_one_prompt", "facts_subject", "facts_words",
