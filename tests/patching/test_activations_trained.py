@@ -11,16 +11,15 @@ from transformer_lens.tools.analysis.attribution_patching import attribution_pat
 
 import dynamics as dy
 from dynamics import measures
-from dynamics.config import AcronymsRun, FactsRun, IoiRun, ToyConfig
+from dynamics.config import AcronymsRun, FactsRun, ToyConfig
 from dynamics.config.languages import (
     AcronymsConfig,
     FactsConfig,
-    IoiConfig,
     LatePhasesConfig,
     OnePhaseConfig,
 )
 from dynamics.config.parts import PhaseConfig
-from dynamics.tasks import AcronymsTask, FactsTask, IoiTask
+from dynamics.tasks import AcronymsTask, FactsTask
 from tests.patching.test_activations import STACKED, SWEEPS, everywhere, ours, theirs
 
 pytestmark = pytest.mark.slow
@@ -42,18 +41,10 @@ TASKS = {
             phases=OnePhaseConfig(learn=QUICK),
         )
     ),
-    "ioi": lambda: IoiTask(
-        IoiRun(
-            task=IoiConfig(n_names=20, n_prompts=5000),
-            model=ToyConfig(**{**SMALL, "n_layers": 3}, n_ctx=14),
-            phases=OnePhaseConfig(learn=replace(QUICK, steps=320)),
-        )
-    ),
 }
-"""IOI is not learnt by two layers, and takes a few seconds."""
 
 
-@pytest.fixture(scope="module", params=["facts", "acronyms", pytest.param("ioi", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=TASKS)
 def learnt(request, made_once):
     """A task, and a toy that has learnt it."""
     task = TASKS[request.param]()
