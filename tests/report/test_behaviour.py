@@ -9,6 +9,8 @@ from dynamics.comparison import when
 from dynamics.report import behaviour
 from dynamics.report.runs import Result, open_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def runs(reported):

@@ -10,6 +10,8 @@ from dynamics.report import effects
 from dynamics.report.runs import open_run
 from tests.zoo import reported_runs
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run(reported):

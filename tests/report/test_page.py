@@ -9,6 +9,8 @@ from dynamics import report
 from dynamics.report.page import checks, content, sections, slider
 from dynamics.report.runs import open_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def runs(reported):
