@@ -1,4 +1,4 @@
-"""The account's scores of definitions beside Bergson's MAGIC, by what retraining says. About a minute a run, one core.
+"""The account's scores of definitions beside Bergson's MAGIC, by what retraining says. A minute a run, one core.
 
 MAGIC differentiates through training itself: the exact derivative of Dt3 − Df4 after 100 steps of X2 by the weight
 of each definition in the loss. Its trainer takes the toy as it is, from the run's own checkpoint and moments, with
