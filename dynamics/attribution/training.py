@@ -16,6 +16,7 @@ from torch import Tensor
 from checkpoints import Checkpoint
 from dynamics import measures
 from dynamics.engine.arguments import check_step_arguments, naming
+from dynamics.engine.batch_rows import MOST_DISAGREEMENT, NO_MEAN
 from dynamics.engine.batch_sources import source_gradients
 from dynamics.engine.exclusive import exclusive
 from dynamics.engine.measure_gradients import MeasureGradients, MeasureQuery
@@ -32,6 +33,7 @@ from dynamics.steps.fallbacks import ComputePaths
 from dynamics.steps.replaying import TrainingLoop, resumed
 from dynamics.steps.states import starting_point
 from dynamics.steps.updates_by_source import BEFORE, DECAY, DividedUpdate, UpdatesBySource
+from dynamics.steps.worker_threads import blocks, spread
 
 Array = npt.NDArray[np.float64]
 Sources = Callable[[Any], Sequence[Hashable]]
@@ -92,7 +94,7 @@ def attribute_training(
         Buffers, such as batch statistics, are no parameters: what they do is left in `residual`.
 
         Memory: six models, two more for each further (probe, measure), three while a step is refined; with sources
-        one for each and three.
+        one more for each.
 
     Raises:
         SiteError: a site covers what the model does not have, or positions, which an update does not have.
@@ -193,33 +195,46 @@ class _Stretch:
 
     def step(self, batch: Any, entry: _Entry) -> None:
         """Take a step and add its account to an entry."""
-        before = {n: p.detach().clone() for n, p in self.loop.model.named_parameters()}
         buffers = {n: b.detach().clone() for n, b in self.loop.model.named_buffers()}
-        self.loop.take(
-            batch,
-            partial(self._divide, batch, before, buffers),
-            partial(self._account, before, buffers, entry),
-        )
+        before: dict[str, Tensor] = {} if self._by_source else self._copied()
+
+        def divide() -> None:
+            if self._by_source is not None:
+                self._divide(batch, buffers)
+                # only now: dividing needs the memory, and refuses forward passes that write into parameters
+                before.update(self._copied())
+
+        self.loop.take(batch, divide, partial(self._account, before, buffers, entry))
         entry.step = self.loop.step
         trim_freed_memory(self._parameters)
 
-    def _divide(self, batch: Any, before: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
+    def _copied(self) -> dict[str, Tensor]:
+        """Copies of all parameters as they are."""
+        return {n: p.detach().clone() for n, p in self.loop.model.named_parameters()}
+
+    def _divide(self, batch: Any, buffers: dict[str, Tensor]) -> None:
         """Before the optimizer's step: give each source's part of the gradient to its moments."""
-        if self._by_source is None or self.sources is None:
-            return
-        state = replace(self.checkpoint, step=self.loop.step, parameters=before, buffers=buffers)
-        scale = self.loop.clipped_to
-        whole = {n: None if p.grad is None else p.grad / scale for n, p in self.loop.model.named_parameters()}
+        assert self._by_source is not None
+        assert self.sources is not None
+        parameters = {n: p.detach() for n, p in self.loop.model.named_parameters()}
+        state = replace(self.checkpoint, step=self.loop.step, parameters=parameters, buffers=buffers)
         self._by_source.begin()
-        for label, share in source_gradients(self.loop.recipe, state, batch, self.sources, whole, self.paths):
-            self._by_source.add(label, share, scale)
+        for label, share in source_gradients(self.loop.recipe, state, batch, self.sources, self.paths):
+            self._by_source.add(label, share, self.loop.clipped_to)
             del share
+        missed, lengths = self._by_source.missed()
+        if missed > MOST_DISAGREEMENT * lengths:
+            raise ValueError(
+                f"the first moments of the batch's sources miss the optimizer's own by {missed:.2g}, with "
+                f"{lengths:.2g} the sum of their lengths. {NO_MEAN}"
+            )
         trim_freed_memory(self._parameters)
 
     def _account(self, before: dict[str, Tensor], buffers: dict[str, Tensor], entry: _Entry) -> None:
         """After the optimizer's step: its account, in place of the gradients it began with."""
         for p in self._parameters.values():
             p.grad = None
+        trim_freed_memory(self._parameters)
         value, after = self._measured()
         end, slopes = value, after
         if any(not torch.equal(b, buffers[n]) for n, b in self.loop.model.named_buffers()):
@@ -228,7 +243,9 @@ class _Stretch:
         for n, slope in mean.items():
             slope.add_(slopes[n]).mul_(0.5)
         del slopes
+        trim_freed_memory(self._parameters)
         nodes, total = self._refined(mean, {**before, **buffers}, end - self._value)
+        trim_freed_memory(self._parameters)
         entry.residual += total - (value - self._value)
         entry.nodes = np.maximum(entry.nodes, nodes)
         entry.value = value.copy()
@@ -283,16 +300,22 @@ class _Stretch:
             start: all tensors before the step.
             wanted: change of the measures, [n_measures, n_examples].
         """
-        sums = []
-        for n, slope in mean.items():
-            elements = slope * (self._parameters[n].detach() - start[n])
-            sums.append(elements.reshape(len(slope), -1).sum(-1, dtype=torch.float64))
-        by_tensor = torch.stack(sums).cpu().numpy()
+
+        def of_block(unit: tuple[str, slice]) -> Tensor:
+            n, at = unit
+            change = self._parameters[n].detach().reshape(-1)[at] - start[n].reshape(-1)[at]
+            return (mean[n].reshape(len(mean[n]), -1)[:, at] * change).sum(-1, dtype=torch.float64)
+
+        units = [(n, at) for n, t in self._parameters.items() for at in blocks(t)]
+        by_block = torch.stack(spread(of_block, units)).cpu().numpy()
+        first = [i for i, (_, at) in enumerate(units) if not at.start]
+        by_tensor = np.add.reduceat(by_block, first)
         total = by_tensor.sum(0).reshape(wanted.shape)
         sizes = np.abs(by_tensor).sum(0).reshape(wanted.shape)
         nodes = np.full(wanted.shape, 2)
         stop = {n: p.detach() for n, p in self._parameters.items()}
-        for m, i in np.argwhere(np.abs(total - wanted) > self.tolerance * sizes).tolist():
+        coarse = (np.abs(total - wanted) > self.tolerance * sizes) & (self.max_nodes > 2)
+        for m, i in np.argwhere(coarse).tolist():
             name, place = list(self.by_name)[m], m * len(self.asked) + i
             contrast = self.asked[i]
             path = StraightPath(

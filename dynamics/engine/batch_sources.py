@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,12 +10,13 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from checkpoints import Checkpoint
-from dynamics.engine.batch_rows import MOST_DISAGREEMENT, NO_MEAN, split_rows
+from dynamics.engine.batch_rows import split_rows
 from dynamics.engine.gradient_prefetch import GradientPrefetch
 from dynamics.recipe import Contrast, Recipe
 from dynamics.steps.fallbacks import ComputePaths
+from dynamics.steps.gradients import gradient_at
 from dynamics.steps.updates_by_source import BEFORE, DECAY
-from dynamics.trees import Gradients, squared_norm
+from dynamics.trees import Gradients
 
 
 def rows_of_sources(batch: Any, labels: Sequence[Any]) -> dict[str, list[int]]:
@@ -58,30 +58,27 @@ def source_gradients(
     state: Checkpoint,
     batch: Any,
     labels: Callable[[Any], Sequence[Any]],
-    whole: dict[str, Tensor | None],
     paths: ComputePaths,
 ) -> Iterator[tuple[str, Gradients]]:
     """Each source's part of a batch's gradient, one after another: g^(j) = (n_j / n) ∇L(its rows), before clipping.
 
-    Of accumulated micro-batches each has its own parts.
+    Of accumulated micro-batches each has its own parts. They add up to the batch's gradient where the loss is a
+    mean over rows.
 
     Args:
-        recipe, state: as `gradient`.
+        recipe: as `gradient`.
+        state: as `gradient_at`.
         batch: of a step.
         labels: (micro-)batch -> as `rows_of_sources`.
-        whole: the batch's own gradient, before clipping; what the parts miss of it is left there.
         paths: where it is noted which way gradients were taken.
-
-    Raises:
-        ValueError: the parts do not add up to the whole: the loss is no mean over rows.
     """
-    alone, lengths, n_parts = replace(recipe, accumulate=1), 0.0, 0
+    alone = replace(recipe, accumulate=1)
     for micro in recipe.micro_batches(batch):
         rows = rows_of_sources(micro, labels(micro))
         n_rows = sum(map(len, rows.values())) * recipe.accumulate
         parts = {label: some_rows(micro, numbers) for label, numbers in rows.items()}
-        prefetch = GradientPrefetch(alone, state, [Contrast(part, part) for part in parts.values()], paths)
-        n_parts += len(parts)
+        contrasts = [Contrast(part, part) for part in parts.values()]
+        prefetch = GradientPrefetch(alone, state, contrasts, paths, gradient_at)
         for label, part in parts.items():
             found = prefetch.gradient(part, f"source {label!r} of the batch").gradients
             weight = len(rows[label]) / n_rows
@@ -89,17 +86,6 @@ def source_gradients(
                 n: None if g is None else (g.to_dense() if g.is_sparse else g).mul_(weight)
                 for n, g in found.items()
             }
-            for n, g in share.items():
-                if g is not None:
-                    known = whole[n]
-                    whole[n] = -g if known is None else known.sub_(g)
-            lengths += math.sqrt(sum(map(squared_norm, share.values())))
             del found
             yield label, share
             del share
-    missed = math.sqrt(sum(map(squared_norm, whole.values())))
-    if missed > MOST_DISAGREEMENT * lengths:
-        raise ValueError(
-            f"the gradients of the batch's {n_parts} sources miss the batch's own by {missed:.2g}, with "
-            f"{lengths:.2g} the sum of their lengths. {NO_MEAN}"
-        )

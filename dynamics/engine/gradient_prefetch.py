@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from checkpoints import Checkpoint
@@ -24,12 +24,18 @@ class GradientPrefetch:
         recipe, checkpoint: as `gradient`.
         contrasts: whose base and source batches will be asked for.
         paths: where it is noted which way gradients were taken.
+        alone: takes the gradient of one batch: `gradient`, or `gradient_at` for those who can lose the checkpoint.
     """
 
     def __init__(
-        self, recipe: Recipe, checkpoint: Checkpoint, contrasts: Sequence[Contrast], paths: ComputePaths
+        self,
+        recipe: Recipe,
+        checkpoint: Checkpoint,
+        contrasts: Sequence[Contrast],
+        paths: ComputePaths,
+        alone: Callable[..., StepGradient] = gradient,
     ) -> None:
-        self._recipe, self._checkpoint, self.paths = recipe, checkpoint, paths
+        self._recipe, self._checkpoint, self.paths, self._alone = recipe, checkpoint, paths, alone
         self._waiting = list({id(b): b for c in contrasts for b in (c.base, c.source)}.values())
         self._taken: dict[int, StepGradient] = {}
 
@@ -45,14 +51,14 @@ class GradientPrefetch:
         if id(batch) in self._taken:
             return self._taken[id(batch)]
         self._taken = {}
-        alone = gradient(self._recipe, self._checkpoint, batch, where)
+        alone = self._alone(self._recipe, self._checkpoint, batch, where)
         company = self._company(batch)
         if len(company) <= 2:
             self.paths.took("gradients", "a backward pass for each batch")
             return alone
 
         def together(batches: Sequence[Any]) -> list[StepGradient]:
-            first = alone if batches[0] is batch else gradient(self._recipe, self._checkpoint, batches[0])
+            first = alone if batches[0] is batch else self._alone(self._recipe, self._checkpoint, batches[0])
             return vmapped_gradients(self._recipe, self._checkpoint, batches, first)
 
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,12 +63,22 @@ def gradient(
         NonFiniteGradient: the loss or a gradient is NaN or infinite.
         RecipeError: the forward pass writes into a parameter.
     """
+    copies = {name: tensor.detach().clone() for name, tensor in checkpoint.parameters.items()}
+    return gradient_at(recipe, replace(checkpoint, parameters=copies), batch, where, taps)
+
+
+def gradient_at(
+    recipe: Recipe, checkpoint: Checkpoint, batch: Any, where: str = "the batch", taps: Taps = _NO_TAPS
+) -> StepGradient:
+    """As `gradient`, from the checkpoint's own parameters and not from copies of them: for those who can lose them
+    where the forward pass writes into one."""
     loss_of = recipe.require_loss()
     trained = {name for name, p in recipe.model.named_parameters() if p.requires_grad}
     parameters = {
-        name: tensor.detach().clone().requires_grad_(name in trained)
+        name: tensor.detach().requires_grad_(name in trained)
         for name, tensor in checkpoint.parameters.items()
     }
+    unwritten = {name: p._version for name, p in parameters.items()}
     buffers = {name: tensor.detach().clone() for name, tensor in checkpoint.buffers.items()}
     inputs = {name: p for name, p in parameters.items() if p.requires_grad}
 
@@ -86,7 +96,7 @@ def gradient(
         rng = RngState.capture()
     if taps.keeps_graph:
         taps.parameters.update(inputs)
-    if written := [name for name, parameter in parameters.items() if parameter._version]:
+    if written := [name for name, p in parameters.items() if p._version != unwritten[name]]:
         raise RecipeError(
             f"the forward pass writes into {', '.join(written)} in place (nn.Embedding(max_norm=) does), so a step "
             "does not begin at the checkpoint. Such a model cannot be replayed."

@@ -9,6 +9,7 @@ the clip's coefficient c are the whole batch's: what a source does to those is s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from dynamics.recipe import ByValue, Clip, RecipeError
 from dynamics.steps.elementwise_optimizers import is_decoupled
-from dynamics.trees import Gradients
+from dynamics.trees import Gradients, squared_norm
 
 BEFORE = "before"
 """The source of momentum from before the stretch."""
@@ -110,6 +111,24 @@ class UpdatesBySource:
             if (g := gradients[name]) is not None:
                 signed = -scale if group["maximize"] else scale
                 self._add(name, label, g.detach(), signed, group)
+
+    def missed(self) -> tuple[float, float]:
+        """Between the last `add` and the optimizer's step: how far the sources' moments are from those that the
+        optimizer will make of the batch's own gradient, and the sum of their lengths."""
+        gaps, lengths, moment_of = 0.0, [0.0] * len(self.labels), _first_moment(self._optimizer)
+        for name, p, group in self._moving():
+            assert p.grad is not None
+            kept, joined = self._weights(name, group)
+            gap = p.grad.to_dense() * (-joined if group["maximize"] else joined)
+            if (decay := group["weight_decay"]) and not is_decoupled(type(self._optimizer), group):
+                gap.add_(p.detach(), alpha=decay * joined)
+            if kept and (moment := self._optimizer.state.get(p, {}).get(moment_of)) is not None:
+                gap.add_(moment, alpha=kept)
+            for j, of_source in enumerate(self._moments[name]):
+                gap.sub_(of_source)
+                lengths[j] += squared_norm(of_source)
+            gaps += squared_norm(gap)
+        return math.sqrt(gaps), sum(map(math.sqrt, lengths))
 
     def divided(self, before: Mapping[str, Tensor]) -> Iterator[tuple[str, DividedUpdate]]:
         """After the optimizer's step: its update of each parameter that moved.

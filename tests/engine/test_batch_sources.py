@@ -21,9 +21,7 @@ def test_each_part_is_the_gradient_of_its_rows_loss_and_they_add_up_to_the_batch
     recipe, batch = transformer_recipe(), tokens(3)
     state = starting_point(recipe, None)
     whole = gradient(recipe, state, batch).gradients
-    rest = {n: g.clone() for n, g in whole.items()}
-    parts = dict(source_gradients(recipe, state, batch, lambda b: labels, rest, ComputePaths("a test")))
-    assert max(float(g.abs().max()) for g in rest.values()) < 1e-14
+    parts = dict(source_gradients(recipe, state, batch, lambda b: labels, ComputePaths("a test")))
     assert set(parts) == {str(label) for label in labels}
     for name, g in whole.items():
         torch.testing.assert_close(sum(part[name] for part in parts.values()), g, rtol=0, atol=1e-14)
@@ -38,18 +36,9 @@ def test_a_parameter_that_only_some_sources_use_has_a_part_from_those():
     x, y = points(0)
     batch = (x, torch.zeros_like(y).index_fill(0, torch.tensor([0]), 1))
     state = starting_point(recipe, None)
-    whole = gradient(recipe, state, batch).gradients
     parts = dict(
-        source_gradients(recipe, state, batch, lambda b: ["a"] * 3 + ["b"] * 4, whole, ComputePaths("a test"))
+        source_gradients(recipe, state, batch, lambda b: ["a"] * 3 + ["b"] * 4, ComputePaths("a test"))
     )
     assert parts["a"]["encoder.weight"].any()
     assert not parts["b"]["encoder.weight"].any()
     assert parts["a"]["head.weight"] is None
-
-
-def test_parts_that_miss_the_whole_are_refused():
-    recipe, batch = transformer_recipe(), tokens(3)
-    state = starting_point(recipe, None)
-    whole = {n: 1.5 * g for n, g in gradient(recipe, state, batch).gradients.items()}
-    with pytest.raises(ValueError, match="the batch's 3 sources miss the batch's own"):
-        list(source_gradients(recipe, state, batch, lambda b: LABELS, whole, ComputePaths("a test")))

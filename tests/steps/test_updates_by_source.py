@@ -40,6 +40,8 @@ def steps_and_parts(recipe, state, n_steps=6, rows=ROWS):
                         {k: g if g is None else g * n / len(y) for k, g in share.items()},
                         loop.clipped_to,
                     )
+                missed, lengths = parts.missed()
+                assert missed <= 20 * torch.finfo(x.dtype).eps * lengths
 
             def look(before=before):
                 moved = {n: p.detach() - before[n] for n, p in loop.model.named_parameters()}
@@ -124,3 +126,21 @@ def test_a_parameter_without_a_gradient_is_not_divided():
     recipe = classifier_recipe(model=model, loss=lambda m, batch: m.encoder(batch[0]).square().mean())
     found, _ = steps_and_parts(recipe, dy.steps.states.starting_point(recipe, None), n_steps=1)
     assert set(found[0][1]) == {"encoder.weight", "encoder.bias"}
+
+
+@pytest.mark.parametrize("optimizer", LINEAR)
+def test_sources_that_are_not_all_of_the_batch_miss_its_gradient(optimizer):
+    recipe = classifier_recipe(optimizer=LINEAR[optimizer])
+    with resumed(recipe, starting_point(recipe, None)) as loop:
+        names = {id(p): n for n, p in loop.model.named_parameters()}
+        parts = UpdatesBySource(loop.optimizer, names, recipe.clip)
+        found = []
+
+        def divide():
+            parts.begin()
+            parts.add("most", {n: 0.75 * p.grad for n, p in loop.model.named_parameters()}, 1.0)
+            found.extend(parts.missed())
+
+        loop.take(points(2), divide)
+    missed, lengths = found
+    assert missed > 0.2 * lengths
