@@ -106,7 +106,7 @@ def rows(bench: Bench, size: str) -> list[Row]:
             warm,
             first,
             matrices,
-            {"toy": 10, "seed": 6},
+            {"toy": 8, "seed": 4},
         ),
         Row(
             "`patch_gradients`, fresh AdamW",
@@ -114,9 +114,9 @@ def rows(bench: Bench, size: str) -> list[Row]:
             fresh,
             first,
             matrices,
-            {"toy": 10, "seed": 6},
+            {"toy": 7, "seed": 4},
         ),
-        Row("`patch_updates`", "patch_updates", warm, first, matrices, {"toy": 20, "seed": 12}),
+        Row("`patch_updates`", "patch_updates", warm, first, matrices, {"toy": 9, "seed": 7}),
         Row(
             "`attribute_step`, first order, all sites",
             "attribute_step",
@@ -133,12 +133,12 @@ def rows(bench: Bench, size: str) -> list[Row]:
             warm,
             first,
             signals,
-            {"toy": 10, "seed": 6},
+            {"toy": 9, "seed": 4},
         ),
     ]
     if size == "toy":
         name = "`patch_gradients`, 30 contrasts"
-        found.append(Row(name, "patch_gradients", warm, bench.contrasts[:30], matrices, {"toy": 15}))
+        found.append(Row(name, "patch_gradients", warm, bench.contrasts[:30], matrices, {"toy": 9}))
     return found
 
 

@@ -1,15 +1,14 @@
 """Every verb with one thread and with two, also beside a busy process, and its memory. About 5 minutes on 2 cores.
 
-    .venv/bin/python scripts/benchmarks/threads.py
+    .venv/bin/python scripts/benchmarks/threads.py --readme
 
 Seconds a site are medians of interleaved repeats, each verb and size in a process of its own. Memory is what one
 call needs at its peak beyond the model and the checkpoint (parameters and both moments), in models. Every run has
-to give the same bits. Prints Markdown; `--json` keeps the numbers.
+to give the same bits.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import json
@@ -29,7 +28,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.benchmarks.patching_speed import SIZES
 from scripts.benchmarks.verb_cases import VERBS, bench_of, case_of, n_bytes
-from scripts.shared.into_readme import markdown
+from scripts.shared import runs
+from scripts.shared.into_readme import conclude, markdown, stamp
 
 REPEATS = {"toy": 5, "seed": 1, "gpt2": 1, "tiny": 1}
 """Each is a call with one thread and one with two; and again beside a busy process."""
@@ -96,7 +96,22 @@ def measured(size: str, verb: str) -> dict[str, Any]:
     }
 
 
-def table(found: Sequence[dict[str, Any]]) -> str:
+def ratio_of_memory() -> float:
+    """How many times as fast two threads add large tensors as one: work that waits for memory gains no more."""
+    a, b, out = torch.ones(3, 2**26)
+    seconds = []
+    for n in THREADS:
+        torch.set_num_threads(n)
+        times = []
+        for _ in range(9):
+            begin = time.perf_counter()
+            torch.add(a, b, out=out)
+            times.append(time.perf_counter() - begin)
+        seconds.append(statistics.median(times))
+    return seconds[0] / seconds[1]
+
+
+def table(found: Sequence[dict[str, Any]], of_memory: float) -> str:
     """A row for each size and verb."""
     head = ["", "sites", "s a site, 1 thread", "2 threads", "ratio", "beside a busy process, 1", "2", "ratio"]
     head += ["models of memory, 1", "2", "same bits"]
@@ -107,13 +122,16 @@ def table(found: Sequence[dict[str, Any]]) -> str:
             cells += [f"{times[1]:.2g}", f"{times[2]:.2g}", f"{times[1] / times[2]:.2f}x"]
         cells += [f"{row['models'][n]:.1f}" for n in THREADS] + ["yes" if row["alike"] else "NO"]
         rows.append(cells)
-    return "\n".join(markdown(head, rows))
+    note = (
+        "Medians of interleaved repeats (five on the toy, one else), one contrast, by the clock; models of memory "
+        f"at the peak, beyond model and checkpoint. Adding two tensors of 256 MiB is {of_memory:.2f}x as fast with "
+        f"two threads as with one. {stamp(__file__)}"
+    )
+    return "\n".join([*markdown(head, rows), "", note])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runs.parser(__doc__)
     parser.add_argument("--sizes", nargs="+", choices=NAMES, default=["toy", "seed", "gpt2"])
     parser.add_argument("--verbs", nargs="+", choices=VERBS, default=list(VERBS))
     parser.add_argument("--json", type=Path, default=Path("runs/threads.json"))
@@ -125,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 found.append(pool.submit(measured, size, verb).result())
     given.json.parent.mkdir(parents=True, exist_ok=True)
     given.json.write_text(json.dumps(found, indent=1))
-    print(table(found))
+    conclude(given, "threads", table(found, ratio_of_memory()))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ import torch
 from tqdm import tqdm
 
 from checkpoints import files
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.benchmarks.torture_rows import (
     appending,
     company,
@@ -36,8 +38,6 @@ from scripts.benchmarks.torture_rows import (
     sweeps,
     verbs,
 )
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.shared.into_readme import markdown, stamp
 
 Trials = Callable[[int, Path, np.random.Generator], Iterator[str]]

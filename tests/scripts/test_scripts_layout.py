@@ -59,6 +59,14 @@ def test_a_script_imports_nothing_but_what_users_may(name):
     assert not [i for i in ours if i.startswith(machinery)]
 
 
+@pytest.mark.parametrize("name", RUN)
+def test_a_script_finds_what_it_shares_with_others_wherever_it_is_called_from(name):
+    told = "sys.path.insert(0, str(Path(__file__).resolve().parents[2]))"
+    before, _, after = (ROOT / name).read_text().partition(told)
+    assert "from scripts" not in before
+    assert ("from scripts" in after) == bool(after)
+
+
 @pytest.mark.parametrize("name", [name for name in PYTHON if "/examples/" in name])
 def test_an_example_stands_alone_to_be_copied(name):
     assert not [i for i in imported(name) if i.split(".")[0] == "scripts"]

@@ -1,15 +1,16 @@
-"""Every verb beside the obvious loop, on a plain nn.Module and on the toys, and its goal. About 10 minutes.
+"""The verbs on a user's plain nn.Module beside the obvious loop, and what a call costs at least. About a minute.
 
-    .venv/bin/python scripts/benchmarks/speed_goals.py
+    .venv/bin/python scripts/benchmarks/plain_module.py --readme
 
-Rows interleave the loop of `seed_loop.py` and the verb on identical batches, as in `patching_speed.py`. The plain
-network is the toy written with nn.Linear, with a loss and a measure of its user's own.
+Rows interleave the loop of `seed_loop.py` and the verb on identical batches, as in `patching_speed.py`. The network
+is the toy written with nn.Linear, with a loss and a measure of its user's own.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,31 +25,19 @@ from tqdm import tqdm
 import dynamics as dy
 from checkpoints import Checkpoint
 from dynamics.config import StudyConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.benchmarks.patching_speed import (
-    SIZES,
     WARM_STEPS,
     Bench,
     Row,
     compared,
     config_of,
     ours,
-    rows,
     timed,
 )
 from scripts.shared import runs
 from scripts.shared.into_readme import conclude, markdown, stamp
-
-GOALS = {
-    ("toy", "`patch_gradients`, stored AdamW"): 8,
-    ("toy", "`patch_gradients`, fresh AdamW"): 7,
-    ("toy", "`patch_updates`"): 9,
-    ("toy", "`patch_signals`, layer x head x position"): 9,
-    ("toy", "`patch_gradients`, 30 contrasts"): 9,
-    ("seed", "`patch_gradients`, stored AdamW"): 4,
-    ("seed", "`patch_updates`"): 7,
-    ("seed", "`patch_signals`, layer x head x position"): 4,
-}
-"""How many times as fast as the loop a row of `patching_speed.py` shall be."""
 
 FIXED_MS = 12
 """Milliseconds that a call for one contrast and one site of the toy shall take."""
@@ -145,48 +134,37 @@ def plain_rows(bench: Bench) -> list[Row]:
     ]
 
 
-def fixed_ms(bench: Bench, repeats: int) -> float:
-    """Milliseconds of a call for one contrast and one site."""
-    verb, first = "patch_gradients", bench.contrasts[:1]
+def fixed_ms(repeats: int) -> float:
+    """Milliseconds of a call on the toy for one contrast and one site."""
+    bench, verb = Bench.of(config_of("toy")), "patch_gradients"
+    first = bench.contrasts[:1]
     row = Row("one site", verb, bench.state, first, dy.sites.parameters(bench.recipe.model)[:1], {})
     ours(bench, row)
     return 1e3 * statistics.median(timed(lambda: ours(bench, row))[0] for _ in range(4 * repeats))
 
 
-def measure(size: str, repeats: int, threads: int) -> list[dict[str, Any]]:
-    """The rows of one network."""
+def measure(repeats: int, threads: int) -> list[dict[str, Any]]:
+    """All rows with some threads."""
     torch.set_num_threads(threads)
-    if size == "plain":
-        bench = plain_bench(config_of("toy"))
-        chosen = plain_rows(bench)
-    else:
-        bench = Bench.of(config_of(size))
-        chosen = [
-            replace(row, goals={size: GOALS[size, row.name]})
-            for row in rows(bench, size)
-            if (size, row.name) in GOALS
-        ]
-    facts = {"network": size, "threads": threads}
-    found = [facts | compared(bench, row, size, repeats) for row in tqdm(chosen, desc=f"{size}, {threads}")]
-    if size == "toy":
-        found.append(facts | {"row": "one contrast, one site", "ours_ms": fixed_ms(bench, repeats)})
-    return found
+    bench, facts = plain_bench(config_of("toy")), {"threads": threads}
+    found = [facts | compared(bench, row, "plain", repeats) for row in tqdm(plain_rows(bench), unit="row")]
+    one = {"row": "toy: `patch_gradients`, one contrast, one site", "ours_ms": fixed_ms(repeats)}
+    return [*found, facts | one]
 
 
 def table(found: Sequence[dict[str, Any]], repeats: int) -> str:
     """Ratios beside goals."""
-    networks = {"plain": "plain nn.Module 2 x 128", **SIZES}
     lines = []
     for row in found:
-        name = [networks[row["network"]], row["row"], str(row["threads"])]
+        cells = [row["row"], str(row["threads"])]
         if "loop_ms" in row:
             ratio = f"{row['loop_ms'] / row['ours_ms']:.1f}x"
-            name += [ratio, f"{row['goal']}x", f"{row['ours_ms']:.3g} of {row['loop_ms']:.3g}"]
-            name += [f"{row['agreement']:.1g}"]
+            cells += [ratio, f"{row['goal']}x", f"{row['ours_ms']:.3g} of {row['loop_ms']:.3g}"]
+            cells += [f"{row['agreement']:.1g}"]
         else:
-            name += [f"{row['ours_ms']:.1f} ms", f"{FIXED_MS} ms", "–", "–"]
-        lines.append(name)
-    head = ["network", "what", "threads", "found", "goal", "ms a site, of the loop's", "agreement"]
+            cells += [f"{row['ours_ms']:.1f} ms", f"{FIXED_MS} ms", "–", "–"]
+        lines.append(cells)
+    head = ["plain nn.Module 2 x 128", "threads", "found", "goal", "ms a site, of the loop's", "agreement"]
     note = (
         f"Medians of {repeats} interleaved repeats; one thread in its own seconds, several by the clock. "
         "Agreement: the largest difference beside the measure; of attributions, Spearman with exact exchanges. "
@@ -196,17 +174,17 @@ def table(found: Sequence[dict[str, Any]], repeats: int) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, and say it."""
     parser = runs.parser(__doc__)
-    parser.add_argument("--networks", nargs="+", choices=("plain", *SIZES), default=["plain", *SIZES])
-    parser.add_argument("--threads", nargs="+", type=int, default=[1])
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path, default=Path("runs/speed-goals.json"))
+    parser.add_argument("--json", type=Path, default=Path("runs/plain-module.json"))
     given = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
-    found = [row for n in given.threads for size in given.networks for row in measure(size, given.repeats, n)]
+    found = [row for threads in given.threads for row in measure(given.repeats, threads)]
     given.json.parent.mkdir(parents=True, exist_ok=True)
     given.json.write_text(json.dumps(found, indent=1))
-    conclude(given, "speed-goals", table(found, given.repeats))
+    conclude(given, "plain-module", table(found, given.repeats))
 
 
 if __name__ == "__main__":
