@@ -24,7 +24,6 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import xarray as xr
-from matplotlib.figure import Figure
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
@@ -34,6 +33,7 @@ from sklearn.preprocessing import StandardScaler
 import dynamics as dy
 from checkpoints import Checkpoint, Trajectory
 from dynamics import results, steps
+from dynamics.plots import figures
 from dynamics.tasks import AliasTask
 from dynamics.tasks.aliases import SetName
 
@@ -251,22 +251,28 @@ def _cell(found: Array) -> str:
     return f"{interval(kept)}, n = {len(kept)}"
 
 
-def draw(rows: pd.DataFrame) -> Figure:
-    """Per kind of knowledge the AUROC of each seed, and their mean."""
-    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+@figures.styled
+def draw(rows: pd.DataFrame, confirming: pd.DataFrame | None) -> figures.Figure:
+    """Per kind of knowledge the AUROC of each seed, explored and confirming, and their means."""
+    figure = figures.Figure(figsize=(7.6, 3.8))
     axes = figure.subplots()
-    ways = {"everything known": list(KINDS), **{kind: [kind] for kind in KINDS}}
-    for place, kinds in enumerate(ways.values()):
-        found = np.array(explored(rows, kinds))
-        spread = np.linspace(-0.15, 0.15, len(found))
-        axes.plot(place + spread, found, "o", color="#0072B2", markersize=3, alpha=0.6)
-        axes.plot([place - 0.25, place + 0.25], [np.nanmean(found)] * 2, color="#D55E00", linewidth=2)
-    axes.axhline(0.5, color="#888888", linewidth=0.8, linestyle=":")
-    axes.set_xticks(range(len(ways)), list(ways), rotation=25, ha="right", fontsize=8)
-    axes.set_ylabel("AUROC (left-out seed)")
-    axes.set_ylim(min(0.3, axes.get_ylim()[0]), 1)
-    axes.set_title("Which aliases will be internalised, foretold 20 steps into X2", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
+    halves = {"seeds explored, each left out of the fit": (rows, None)}
+    if confirming is not None:
+        halves["seeds that confirm"] = (confirming, rows)
+    ways = {"everything known": list(KINDS), "accuracy now": None, **{kind: [kind] for kind in KINDS}}
+    for i, (name, given) in enumerate(halves.items()):
+        for place, kinds in enumerate(ways.values()):
+            found, at = scored(*given, kinds), place + 0.36 * i - 0.18 * (len(halves) - 1)
+            spread = at + np.linspace(-0.1, 0.1, len(found))
+            axes.plot(
+                spread, found, "o", color=f"C{i}", markersize=3, alpha=0.6, label=name if not place else None
+            )
+            axes.plot([at - 0.14, at + 0.14], [np.nanmean(found)] * 2, color=f"C{i}", linewidth=2)
+    axes.axhline(0.5, color="0.5", linewidth=0.8, linestyle=":")
+    axes.set_xticks(range(len(ways)), list(ways), rotation=25, ha="right")
+    axes.set(ylabel="AUROC of a seed's aliases", ylim=(min(0.3, axes.get_ylim()[0]), 1))
+    axes.set_title("Which aliases will be internalised, foretold 20 steps into X2")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
@@ -283,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{seeds_said(on_explored, on_others)}; {internalised(known_of).mean():.0%} of {len(known_of)} aliases "
         f"explored are internalised. {stamp(__file__)}",
     ]
-    conclude(given, "forecast", "\n".join(text), draw(known_of), {"script": Path(__file__).name})
+    conclude(given, "forecast", "\n".join(text), draw(known_of, confirming), {"script": Path(__file__).name})
 
 
 if __name__ == "__main__":
