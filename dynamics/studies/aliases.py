@@ -13,8 +13,9 @@ from typing import Any
 import pandas as pd
 import xarray as xr
 
-from checkpoints import Trajectory
+from checkpoints import Checkpoint, Trajectory
 from dynamics import measures, plots, results, statistics, steps, tasks, training
+from dynamics.comparison import over_training, score
 from dynamics.config import PatchingConfig, StudyConfig
 from dynamics.patching import patch_gradients, patch_updates
 from dynamics.sites import LEVELS, Site
@@ -50,6 +51,7 @@ def run(config: StudyConfig, out: str | os.PathLike[str]) -> Report:
     trajectory = training.fit(config, out)
     task = tasks.aliases.load(trajectory.config)
     effects = {name: _effects(task, trajectory, name, out / "results" / f"{name}.h5") for name in VERBS}
+    _answers(task, trajectory, out / "results" / "answers.h5")
     summary = statistics.summarize(effects["patch_gradients"])
     metrics = pd.read_csv(BytesIO(trajectory.read_file("metrics.csv")))
     _draw(task, metrics, summary, out / "figures")
@@ -102,6 +104,19 @@ def _effects(task: AliasTask, trajectory: Trajectory, verb: str, path: Path) -> 
     effects.attrs["provenance"] = results.provenance(verb=verb, config=task.config.to_dict(), paths=paths)
     results.save(effects, path)
     return effects
+
+
+def _answers(task: AliasTask, trajectory: Trajectory, path: Path) -> None:
+    """What each alias's questions are answered at every stored checkpoint; kept in a file."""
+    if path.exists():
+        return
+    recipe, (questions, coords) = task.recipe(), tasks.alias_questions(task)
+
+    def asked(state: Checkpoint) -> dict[str, xr.Dataset]:
+        return {"answers": score(recipe, state, questions, coords)}
+
+    found = over_training({1: asked}, trajectory, trajectory.steps, recipe, task.batch)
+    results.save(found["answers"], path)
 
 
 def _draw(task: AliasTask, metrics: pd.DataFrame, summary: xr.Dataset, folder: Path) -> None:

@@ -11,9 +11,12 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 import h5py
+import numpy as np
+import pandas as pd
 import pytest
 
 from checkpoints import Trajectory
+from dynamics import results
 from dynamics.cli import main
 from dynamics.tasks import AliasTask
 from tests.cli.calling import TINY, dynamics, succeed
@@ -39,6 +42,7 @@ def test_a_study_leaves_everything_it_promises(run):
         "manifest.json",
         "metrics.csv",
         "findings.md",
+        "results/answers.h5",
         "results/patch_gradients.h5",
         "results/patch_updates.h5",
         "figures/accuracies.png",
@@ -55,6 +59,17 @@ def test_a_study_prints_the_table_and_the_findings(run):
     assert "attn 0" in printed
     assert "In this run, late in X2" in printed
     assert (run / "findings.md").read_text().splitlines()[0] in printed
+
+
+def test_a_study_keeps_what_each_alias_answered_as_training_counted_it(run):
+    answers = results.load(run / "results" / "answers.h5")["accuracy"]
+    metrics = pd.read_csv(run / "metrics.csv").set_index("step")
+    assert answers["step"].values.tolist() == list(Trajectory.open(run).steps)
+    for name in ("Dt3", "Df4"):
+        counted = metrics[f"{name}_accuracy"].dropna()
+        steps = sorted(set(counted.index) & set(answers["step"].values.tolist()))
+        of_set = answers.isel(example=answers["set"].values == name).mean("example").sel(step=steps)
+        np.testing.assert_allclose(of_set, counted.loc[steps], atol=1e-6)
 
 
 def test_results_can_be_read_by_anything_that_reads_hdf5(run):

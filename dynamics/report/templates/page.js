@@ -268,9 +268,8 @@ function lines(box, {series, ylabel, unit, phases, guesses = {}, checkpoints = [
   const margin = Object.keys(guesses).length && !quiet && box.clientWidth > 600 ? 100 : 0;
   const f = frame(box, {x: [Math.min(...xs), Math.max(...xs)], low, high, ylabel, phases, height, margin, words, title});
   const rows = Object.entries(guesses).sort((a, b) => a[1] - b[1]);
-  rows.forEach(([label, value], i) => f.svg.append(
-    s("line", {x1: f.left, x2: f.width - f.right, y1: f.up(value), y2: f.up(value), class: "axis", "stroke-dasharray": "2 3"}),
-    s("text", {class: "faint halo", x: margin ? f.width - f.right + 6 : f.left + 6 + (i % 2) * 110, y: f.up(value) + (margin ? 4 : -4)}, quiet ? "" : label)));
+  for (const [, value] of rows) f.svg.append(
+    s("line", {x1: f.left, x2: f.width - f.right, y1: f.up(value), y2: f.up(value), class: "axis", "stroke-dasharray": "2 3"}));
   for (const step of checkpoints) {
     const x = f.across(step), y = f.height - f.bottom;
     f.svg.append(s("path", {class: "tick", d: `M${x - 3.5} ${y + 7}L${x + 3.5} ${y + 7}L${x} ${y + 1}Z`}));
@@ -288,6 +287,8 @@ function lines(box, {series, ylabel, unit, phases, guesses = {}, checkpoints = [
       if (band.length && p[2] !== null) f.svg.append(s("line", {x1: x, x2: x, y1: f.up(p[2]), y2: f.up(p[3]), "stroke-width": 1.5, ...stroke(one)}));
     });
   }
+  if (!quiet) rows.forEach(([label, value], i) => f.svg.append(
+    s("text", {class: "faint halo", x: margin ? f.width - f.right + 6 : f.left + 6 + (i % 2) * 110, y: f.up(value) + (margin ? 4 : -4)}, label)));
   if (now !== null && now >= Math.min(...xs) && now <= Math.max(...xs)) {
     f.svg.append(s("line", {class: "now", x1: f.across(now), x2: f.across(now), y1: f.top - 4, y2: f.height - f.bottom}));
   }
