@@ -263,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             way: of_seeds(partial(erased, way=way), given, seeds, f"{way.choose}-{way.look}") for way in ways
         }
 
-    plain, found = asked(EXPLORED, WAYS)
+    plain, found = asked(EXPLORED[: given.explore], WAYS)
     way = best(found)
     text = ["Explored:", "", *table(plain, found), "", f"Of these ways the best: {way}.", ""]
     there: Found = {}

@@ -69,6 +69,9 @@ def command_line(description: str | None, out: str, arguments: Sequence[str] | N
     made.add_argument("runs", type=Path, help="the folder that scripts/experiments/runs.py filled")
     made.add_argument("--out", type=Path, default=Path("runs") / out, help="where results are kept")
     made.add_argument("--workers", type=int, default=1, help="processes")
+    made.add_argument(
+        "--explore", type=int, default=len(EXPLORED), help="look at so many of the seeds explored"
+    )
     made.add_argument("--confirm", action="store_true", help="open the seeds that confirm; once, at the end")
     given = made.parse_args(arguments)
     if not trained(given.runs, EXPLORED):
@@ -98,7 +101,7 @@ def trained(folder: Path, seeds: Iterable[int]) -> list[int]:
 
 def asked(ask: Ask, given: argparse.Namespace, part: str = "") -> tuple[Found, Found]:
     """What each fork says, of the seeds explored and, with --confirm, of the rest; `of_seeds` says how."""
-    explored = of_seeds(ask, given, EXPLORED, part)
+    explored = of_seeds(ask, given, EXPLORED[: given.explore], part)
     return explored, of_seeds(ask, given, CONFIRMED, part) if given.confirm else {}
 
 
@@ -111,12 +114,12 @@ def of_seeds(ask: Ask, given: argparse.Namespace, seeds: Iterable[int], part: st
 
 
 def seeds_said(explored: Iterable[int], confirming: Iterable[int]) -> str:
-    """Which seeds a table is about, and which of those asked for are missing from it."""
+    """Which seeds a table is about, and which it leaves out."""
     explored, confirming = set(explored), set(confirming)
     missing = set(EXPLORED) - explored | (set(CONFIRMED) - confirming if confirming else set())
     return (
         f"{len(explored)} seeds explored, {len(confirming) or 'none yet'} that confirm, each the mean of both forks"
-        + (f"; {_named(missing)} not trained" if missing else "")
+        + (f"; without {_named(missing)}" if missing else "")
     )
 
 

@@ -52,6 +52,8 @@ def test_seeds_that_confirm_are_opened_only_when_told_and_all_together(alias_run
         seed: [0, 0] for seed in EXPLORED
     }
     assert others == {}
+    few, _ = asked(_seed_of, command_line("", "x", [*words, "--explore", "2"]))
+    assert list(few) == [400, 401]
     with pytest.raises(SystemExit):
         command_line("", "x", [*words, "--confirm"])
     assert "seeds 423 are not trained to their end" in capsys.readouterr().err
@@ -77,6 +79,6 @@ def test_a_seed_that_is_still_being_trained_is_left_out(alias_runs, tmp_path, ca
 
 def test_a_table_says_which_seeds_it_lacks():
     assert seeds_said(EXPLORED, []).startswith("12 seeds explored, none yet that confirm")
-    assert "not trained" not in seeds_said(EXPLORED, CONFIRMED)
-    assert seeds_said(EXPLORED[:-2], []).endswith("; seeds 410, 411 not trained")
-    assert seeds_said(EXPLORED, CONFIRMED[1:]).endswith("; seeds 412 not trained")
+    assert "without" not in seeds_said(EXPLORED, CONFIRMED)
+    assert seeds_said(EXPLORED[:-2], []).endswith("; without seeds 410, 411")
+    assert seeds_said(EXPLORED, CONFIRMED[1:]).endswith("; without seeds 412")
