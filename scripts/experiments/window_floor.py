@@ -19,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 import scipy.stats
 import xarray as xr
-from matplotlib.figure import Figure
 
 import dynamics as dy
 from checkpoints import Checkpoint, Trajectory
 from dynamics import results, steps
+from dynamics.plots import figures
 from dynamics.sites import Site
 from dynamics.tasks import AliasTask
 
@@ -99,7 +99,8 @@ def _share(count: int, n: int) -> str:
     return f"{count} of {n} [{low:.2f}, {high:.2f}]"
 
 
-def draw(found: Mapping[int, Sequence[xr.Dataset]]) -> Figure:
+@figures.styled
+def draw(found: Mapping[int, Sequence[xr.Dataset]]) -> figures.Figure:
     """By length of the window, how large effects are beside both floors: medians over seeds and components."""
     every = xr.concat([xr.concat(forks, "fork") for forks in found.values()], "seed")
     curves = {
@@ -107,9 +108,10 @@ def draw(found: Mapping[int, Sequence[xr.Dataset]]) -> Figure:
         "under noise (standard deviation)": every["noisy"].std("noise", ddof=1),
         "random parameters, same ‖Δ‖": abs(every["random"]).max("placebo"),
     }
-    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
+    figure = figures.Figure(figsize=(5.6, 3.4))
     axes = figure.subplots()
-    for (name, values), colour in zip(curves.items(), ("#0072B2", "#888888", "#E69F00"), strict=True):
+    colours = (figures.BLUE, figures.GREY, figures.ORANGE)
+    for (name, values), colour in zip(curves.items(), colours, strict=True):
         middle = values.median(("seed", "fork", "site"), skipna=True)
         low, high = (values.quantile(q, ("seed", "fork", "site"), skipna=True) for q in (0.25, 0.75))
         axes.plot(AFTER, middle, "o-", color=colour, label=name, markersize=4)
@@ -120,9 +122,8 @@ def draw(found: Mapping[int, Sequence[xr.Dataset]]) -> Figure:
     axes.minorticks_off()
     axes.set_xlabel("steps of X2 with exchanged tags")
     axes.set_ylabel("|effect on Dt3 − Df4| (logits)")
-    axes.set_title("Windows beside their noise floor (median, quartiles)", fontsize=10)
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title("Windows beside their noise floor (median, quartiles)")
+    axes.legend()
     return figure
 
 
