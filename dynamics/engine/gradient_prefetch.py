@@ -24,7 +24,8 @@ class GradientPrefetch:
         recipe, checkpoint: as `gradient`.
         contrasts: whose base and source batches will be asked for.
         paths: where it is noted which way gradients were taken.
-        alone: takes the gradient of one batch: `gradient`, or `gradient_at` for those who can lose the checkpoint.
+        alone: takes the gradient of one batch: None for `gradient`; `gradient_at` for those who can lose the
+            checkpoint.
     """
 
     def __init__(
@@ -33,9 +34,9 @@ class GradientPrefetch:
         checkpoint: Checkpoint,
         contrasts: Sequence[Contrast],
         paths: ComputePaths,
-        alone: Callable[..., StepGradient] = gradient,
+        alone: Callable[..., StepGradient] | None = None,
     ) -> None:
-        self._recipe, self._checkpoint, self.paths, self._alone = recipe, checkpoint, paths, alone
+        self._recipe, self._checkpoint, self.paths, self._alone = recipe, checkpoint, paths, alone or gradient
         self._waiting = list({id(b): b for c in contrasts for b in (c.base, c.source)}.values())
         self._taken: dict[int, StepGradient] = {}
 
