@@ -17,16 +17,21 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import xarray as xr
 
+from checkpoints import Trajectory
 from dynamics.config import StudyConfig
+from dynamics.tasks import AliasTask
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.experiments import forecast, single_step_map, window_floor
-from scripts.shared.forks import Ask, Found, fill, of_seeds, sparse
+from scripts.shared.forks import ROLES, Ask, Found, fill, of_seeds, sparse
 from scripts.shared.into_readme import conclude, markdown, stamp
 from scripts.shared.runs import parser
 
 SEEDS = (424, 425, 426)
+AFTER = (10, 20, 50)
+"""Steps of the windows."""
 
 DEFAULT = StudyConfig()
 SETTINGS = {
@@ -42,18 +47,31 @@ Truths = Mapping[str, str]
 
 
 def map_holds(found: Found) -> Truths:
-    """Question 1: which components' recovery is above 0."""
-    recovery = single_step_map.by_seed(found)["recovery"].sel(step=single_step_map.PRIMARY, optimizer="fresh")
+    """Question 1: which components' recovery is above 0: the sum of forks' effects over that of whole exchanges.
+
+    A mean of ratios would be that of a fork with next to nothing to recover.
+    """
+    at = {"step": single_step_map.PRIMARY, "optimizer": "fresh"}
+    effects = {
+        s: [f.assign(recovery=f["recovery"] * f["whole"]) for f in forks] for s, forks in found.items()
+    }
+    summed = single_step_map.by_seed(effects).sel(at)
+    recovery = summed["recovery"] / summed["whole"]
     words = f"recovery above 0 at step {single_step_map.PRIMARY}, fresh"
     return {
         f"{site}: {words}": _counted(recovery.sel(site=site).values > 0) for site in recovery["site"].values
     }
 
 
+def windows(task: AliasTask, run: Trajectory) -> xr.Dataset:
+    """Question 2's, of fewer steps."""
+    return window_floor.floors(task, run, AFTER)
+
+
 def window_holds(found: Found) -> Truths:
     """Question 2: which components exceed both floors, by length of the window."""
     above = window_floor.told(found)
-    words = f"told from noise and placebos after {', '.join(map(str, window_floor.AFTER))} steps"
+    words = f"told from noise and placebos after {', '.join(map(str, AFTER))} steps"
     return {
         f"{site}: {words}": _counted(*above.sel(site=site).transpose("step", "seed").values)
         for site in above["site"].values
@@ -82,7 +100,7 @@ def _counted(*so: npt.NDArray[np.bool_]) -> str:
 
 SENTENCES: Mapping[str, tuple[Ask, Callable[[Found], Truths]]] = {
     "single-step-map": (single_step_map.recovered, map_holds),
-    "window-floor": (window_floor.floors, window_holds),
+    "window-floor": (windows, window_holds),
     "forecast": (forecast.known, forecast_holds),
 }
 
@@ -110,7 +128,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fill(configs, given.workers)
     truths: dict[str, dict[str, str]] = {}
     for name, folder in folders.items():
-        own = argparse.Namespace(runs=given.runs / folder, out=given.out / folder, workers=given.workers)
+        own = argparse.Namespace(
+            runs=given.runs / folder, out=given.out / folder, workers=given.workers, roles=ROLES
+        )
         truths[name] = {}
         for question, (ask, holds) in SENTENCES.items():
             truths[name] |= holds(of_seeds(ask, own, SEEDS, question))

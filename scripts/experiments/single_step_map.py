@@ -33,16 +33,19 @@ MEASURE = dy.measures.correct_logit
 
 
 def recovered(task: AliasTask, run: Trajectory) -> xr.Dataset:
-    """`recovery` [step, optimizer, site], steps counted within X2; `placebo` [site], fresh, at the primary step."""
+    """`recovery` [step, optimizer, site], of `whole` [step, optimizer], the sum over aliases in logits.
+
+    Steps are counted within X2. `placebo` [site]: fresh, at the primary step.
+    """
     recipe, contrasts = task.recipe(), task.contrasts()
     components, x2 = dy.sites.components(recipe.model), task.config.phases.starts["x2"]
-    found = np.zeros((len(X2_STEPS), 2, len(components)))
+    found, wholes = np.zeros((len(X2_STEPS), 2, len(components))), np.zeros((len(X2_STEPS), 2))
     placebo = np.full(len(components), np.nan)
     for i, x2_step in enumerate(X2_STEPS):
         state = steps.reach(recipe, run, x2 + x2_step, task.batch)
         for j, at in enumerate((state.with_fresh_optimizer(), state)):
             effects = dy.patch_gradients(recipe, at, contrasts, components, MEASURE)
-            whole = float((effects["source"] - effects["base"]).sum())
+            whole = wholes[i, j] = float((effects["source"] - effects["base"]).sum())
             found[i, j] = effects["effect"].sum("example").values / whole
             if x2_step == PRIMARY and j == 0:
                 delta = steps.update_difference(recipe, at, contrasts)
@@ -54,7 +57,11 @@ def recovered(task: AliasTask, run: Trajectory) -> xr.Dataset:
                     if random[k]:
                         placebo[k] = np.abs(moved[ends[k] : ends[k + 1]]).mean() / abs(whole)
     return xr.Dataset(
-        {"recovery": (("step", "optimizer", "site"), found), "placebo": ("site", placebo)},
+        {
+            "recovery": (("step", "optimizer", "site"), found),
+            "whole": (("step", "optimizer"), wholes),
+            "placebo": ("site", placebo),
+        },
         {"step": list(X2_STEPS), "optimizer": ["fresh", "stored"], "site": [s.label for s in components]},
         {"provenance": results.provenance(verb="patch_gradients", step=x2, measure=MEASURE.name)},
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,26 +40,26 @@ N_PLACEBOS = 2
 Array = npt.NDArray[np.float64]
 
 
-def floors(task: AliasTask, run: Trajectory) -> xr.Dataset:
+def floors(task: AliasTask, run: Trajectory, after: Sequence[int]) -> xr.Dataset:
     """Effects on D: `effect` [step, site], `noisy` [noise, step, site], `random` [placebo, step, site]."""
     recipe, start = task.recipe(), run.at(task.config.phases.starts["x2"])
     measure, probe = difference(task)
     components = dy.sites.components(recipe.model)
-    batches = [task.batch(start.step + n) for n in range(max(AFTER))]
+    batches = [task.batch(start.step + n) for n in range(max(after))]
     retagged = list(map(task.retag, batches))
 
     def window(at: Checkpoint, sites: Sequence[Site]) -> Array:
-        found = dy.patch_window(recipe, at, [dy.Contrast(batches, retagged, probe)], sites, measure, AFTER)
+        found = dy.patch_window(recipe, at, [dy.Contrast(batches, retagged, probe)], sites, measure, after)
         effects: Array = found["effect"].isel(example=0).transpose("step", "site").values
         return effects
 
-    tagged = next(n for n in range(max(AFTER)) if (batches[n].tokens != retagged[n].tokens).any())
+    tagged = next(n for n in range(max(after)) if (batches[n].tokens != retagged[n].tokens).any())
     delta = steps.update_difference(recipe, start, [dy.Contrast(batches[tagged], retagged[tagged], probe)])
     matched = [dy.sites.placebo(site, delta, N_PLACEBOS) for site in components]
     there = [i for i, sites in enumerate(matched) if sites]
-    random = np.full((N_PLACEBOS, len(AFTER), len(components)), np.nan)
+    random = np.full((N_PLACEBOS, len(after), len(components)), np.nan)
     flat = window(start, [site for i in there for site in matched[i]])
-    random[:, :, there] = np.moveaxis(flat.reshape(len(AFTER), len(there), N_PLACEBOS), -1, 0)
+    random[:, :, there] = np.moveaxis(flat.reshape(len(after), len(there), N_PLACEBOS), -1, 0)
     noisy = [window(dy.comparison.perturbed(start, n), components) for n in range(N_NOISE)]
     return xr.Dataset(
         {
@@ -66,7 +67,7 @@ def floors(task: AliasTask, run: Trajectory) -> xr.Dataset:
             "noisy": (("noise", "step", "site"), np.array(noisy)),
             "random": (("placebo", "step", "site"), random),
         },
-        {"step": list(AFTER), "site": [s.label for s in components]},
+        {"step": list(after), "site": [s.label for s in components]},
         {"provenance": results.provenance(verb="patch_window", step=start.step, measure=measure.name)},
     )
 
@@ -130,7 +131,7 @@ def draw(found: Mapping[int, Sequence[xr.Dataset]]) -> figures.Figure:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Look, say and draw."""
     given = command_line(__doc__, "window-floor", arguments)
-    explored, others = asked(floors, given)
+    explored, others = asked(partial(floors, after=AFTER), given)
     text = ["Explored:", "", *table(explored)]
     if others:
         text += ["", "Confirmed:", "", *table(others)]

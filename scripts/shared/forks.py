@@ -24,7 +24,7 @@ EXPLORED, CONFIRMED = range(400, 412), range(412, 424)
 
 Ask = Callable[[AliasTask, Trajectory], xr.Dataset]
 Found = Mapping[int, Sequence[xr.Dataset]]
-"""By seed what its forks say, in the order of `ROLES`."""
+"""By seed what its forks say, in the order of the roles asked for."""
 
 
 def sparse(config: StudyConfig) -> StudyConfig:
@@ -72,6 +72,7 @@ def command_line(description: str | None, out: str, arguments: Sequence[str] | N
     made.add_argument(
         "--explore", type=int, default=len(EXPLORED), help="look at so many of the seeds explored"
     )
+    made.add_argument("--roles", nargs="+", choices=ROLES, default=ROLES, help="forks of each seed to ask")
     made.add_argument("--confirm", action="store_true", help="open the seeds that confirm; once, at the end")
     given = made.parse_args(arguments)
     if not trained(given.runs, EXPLORED):
@@ -108,17 +109,19 @@ def asked(ask: Ask, given: argparse.Namespace, part: str = "") -> tuple[Found, F
 def of_seeds(ask: Ask, given: argparse.Namespace, seeds: Iterable[int], part: str = "") -> Found:
     """What each fork of the trained seeds says, from files where it is there; of a part, in a folder of its own."""
     there = trained(given.runs, seeds)
-    jobs = [(ask, given.runs / f"seed-{seed}" / role, given.out / part) for seed in there for role in ROLES]
+    roles = given.roles
+    jobs = [(ask, given.runs / f"seed-{seed}" / role, given.out / part) for seed in there for role in roles]
     found = each(_of_fork, jobs, given.workers)
-    return {seed: found[len(ROLES) * i : len(ROLES) * (i + 1)] for i, seed in enumerate(there)}
+    return {seed: found[len(roles) * i : len(roles) * (i + 1)] for i, seed in enumerate(there)}
 
 
-def seeds_said(explored: Iterable[int], confirming: Iterable[int]) -> str:
-    """Which seeds a table is about, and which it leaves out."""
-    explored, confirming = set(explored), set(confirming)
-    missing = set(EXPLORED) - explored | (set(CONFIRMED) - confirming if confirming else set())
+def seeds_said(explored: Found, confirming: Found) -> str:
+    """Which seeds a table is about, which it leaves out, and how many forks of each were asked."""
+    forks = {len(of_seed) for of_seed in (*explored.values(), *confirming.values())}
+    each_seed = "the mean of both forks" if forks == {len(ROLES)} else "one fork"
+    missing = {*EXPLORED} - {*explored} | ({*CONFIRMED} - {*confirming} if confirming else set())
     return (
-        f"{len(explored)} seeds explored, {len(confirming) or 'none yet'} that confirm, each the mean of both forks"
+        f"{len(explored)} seeds explored, {len(confirming) or 'none yet'} that confirm, each {each_seed}"
         + (f"; without {_named(missing)}" if missing else "")
     )
 

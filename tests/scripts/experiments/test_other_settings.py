@@ -39,13 +39,14 @@ def test_every_setting_differs_from_the_default_in_the_one_thing_it_is_called_by
 
 
 def test_a_sentence_is_counted_in_the_seeds_where_it_is_so():
-    def fork(value):
+    def fork(value, whole=1.0):
         recovery = xr.DataArray([[[value]]], dims=("step", "optimizer", "site"))
         coords = {"step": [single_step_map.PRIMARY], "optimizer": ["fresh"], "site": ["embed"]}
-        return xr.Dataset({"recovery": recovery}, coords)
+        return xr.Dataset({"recovery": recovery, "whole": (("step", "optimizer"), [[whole]])}, coords)
 
     found = {1: [fork(1.0), fork(-0.5)], 2: [fork(-1.0), fork(0.5)], 3: [fork(0.2), fork(0.2)]}
-    assert [*other_settings.map_holds(found).values()] == ["2 of 3"]
+    found[4] = [fork(0.5, 10.0), fork(-9.0, 0.1)]  # 4.1 of 10.1, whatever the mean of the ratios is
+    assert [*other_settings.map_holds(found).values()] == ["3 of 4"]
 
 
 def test_windows_are_counted_by_their_length():
@@ -59,7 +60,7 @@ def test_windows_are_counted_by_their_length():
             {"step": [10, 20], "site": ["embed"]},
         )
 
-    with in_small(window_floor, AFTER=(10, 20)):
+    with in_small(other_settings, AFTER=(10, 20)):
         found = other_settings.window_holds({1: [fork(1.0)] * 2, 2: [fork(6.0)] * 2, 3: [fork(0.1)] * 2})
     assert found == {"embed: told from noise and placebos after 10, 20 steps": "2, 1 of 3"}
 
@@ -85,9 +86,9 @@ def test_nothing_is_said_of_a_forecast_where_all_aliases_share_one_fate():
 def test_settings_are_trained_asked_and_counted(alias_config, tmp_path):
     small = replace(alias_config, phases=replace(alias_config.phases, weight_decay=0.0))
     with (
-        in_small(other_settings, SETTINGS={"no decay": small}, SEEDS=(1,)),
+        in_small(other_settings, SETTINGS={"no decay": small}, SEEDS=(1,), AFTER=(1,)),
         in_small(single_step_map, X2_STEPS=(2,), PRIMARY=2, N_PLACEBOS=2),
-        in_small(window_floor, AFTER=(1,), N_NOISE=2, N_PLACEBOS=1),
+        in_small(window_floor, N_NOISE=2, N_PLACEBOS=1),
         in_small(forecast, KNOWN_AFTER=4),
     ):
         said = call(other_settings, tmp_path / "runs", "--out", tmp_path / "found")

@@ -47,8 +47,8 @@ def test_a_component_is_told_where_the_mean_of_its_forks_exceeds_both_floors():
 def test_windows_and_their_floors_are_what_the_verb_gives(alias_runs):
     run = Trajectory.open(alias_runs[0])
     task = dy.tasks.load(run.config)
-    with in_small(window_floor, AFTER=(1, 2), N_NOISE=2, N_PLACEBOS=2):
-        found = window_floor.floors(task, run)
+    with in_small(window_floor, N_NOISE=2, N_PLACEBOS=2):
+        found = window_floor.floors(task, run, (1, 2))
         window_floor.draw({1: [found, found]})
     recipe, start = task.recipe(), run.at(task.config.phases.starts["x2"])
     measure, probe = window_floor.difference(task)

@@ -54,6 +54,8 @@ def test_seeds_that_confirm_are_opened_only_when_told_and_all_together(alias_run
     assert others == {}
     few, _ = asked(_seed_of, command_line("", "x", [*words, "--explore", "2"]))
     assert list(few) == [400, 401]
+    drawn, _ = asked(_seed_of, command_line("", "x", [*words, "--roles", "drawn"]))
+    assert {len(forks) for forks in drawn.values()} == {1}
     with pytest.raises(SystemExit):
         command_line("", "x", [*words, "--confirm"])
     assert "seeds 423 are not trained to their end" in capsys.readouterr().err
@@ -77,8 +79,11 @@ def test_a_seed_that_is_still_being_trained_is_left_out(alias_runs, tmp_path, ca
     assert "none of seeds 400, 401" in capsys.readouterr().err
 
 
-def test_a_table_says_which_seeds_it_lacks():
-    assert seeds_said(EXPLORED, []).startswith("12 seeds explored, none yet that confirm")
-    assert "without" not in seeds_said(EXPLORED, CONFIRMED)
-    assert seeds_said(EXPLORED[:-2], []).endswith("; without seeds 410, 411")
-    assert seeds_said(EXPLORED, CONFIRMED[1:]).endswith("; without seeds 412")
+def test_a_table_says_which_seeds_it_lacks_and_how_many_forks_were_asked():
+    explored, others = (dict.fromkeys(seeds, (None, None)) for seeds in (EXPLORED, CONFIRMED))
+    few, most = dict(list(explored.items())[:-2]), dict(list(others.items())[1:])
+    assert seeds_said(explored, {}).startswith("12 seeds explored, none yet that confirm")
+    assert "without" not in seeds_said(explored, others)
+    assert seeds_said(few, {}).endswith("each the mean of both forks; without seeds 410, 411")
+    assert seeds_said(explored, most).endswith("; without seeds 412")
+    assert seeds_said(dict.fromkeys(EXPLORED, (None,)), {}).endswith("each one fork")
