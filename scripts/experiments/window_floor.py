@@ -109,17 +109,18 @@ def draw(found: Mapping[int, Sequence[xr.Dataset]]) -> figures.Figure:
         "under noise (standard deviation)": every["noisy"].std("noise", ddof=1),
         "random parameters, same ‖Δ‖": abs(every["random"]).max("placebo"),
     }
+    after = every["step"].values
     figure = figures.Figure(figsize=(5.6, 3.4))
     axes = figure.subplots()
     colours = (figures.BLUE, figures.GREY, figures.ORANGE)
     for (name, values), colour in zip(curves.items(), colours, strict=True):
         middle = values.median(("seed", "fork", "site"), skipna=True)
         low, high = (values.quantile(q, ("seed", "fork", "site"), skipna=True) for q in (0.25, 0.75))
-        axes.plot(AFTER, middle, "o-", color=colour, label=name, markersize=4)
-        axes.fill_between(AFTER, low, high, color=colour, alpha=0.2, linewidth=0)
+        axes.plot(after, middle, "o-", color=colour, label=name, markersize=4)
+        axes.fill_between(after, low, high, color=colour, alpha=0.2, linewidth=0)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xticks(AFTER, [str(n) for n in AFTER])
+    axes.set_xticks(after, [str(n) for n in after])
     axes.minorticks_off()
     axes.set_xlabel("steps of X2 with exchanged tags")
     axes.set_ylabel("|effect on Dt3 − Df4| (logits)")
