@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dynamics import comparison as comparison
     from dynamics import measures as measures
     from dynamics import plots as plots
+    from dynamics import report as report
     from dynamics import results as results
     from dynamics import sites as sites
     from dynamics import statistics as statistics
@@ -65,6 +66,7 @@ _MODULES = (
     "comparison",
     "measures",
     "plots",
+    "report",
     "results",
     "sites",
     "statistics",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,12 @@ from dynamics.report.runs import Result, Run, open_run
 from dynamics.results.files import replacing
 
 
-def write(runs: Sequence[Path], out: Path, beside: Sequence[Path] = (), overwrite: bool = False) -> Path:
+def write(
+    runs: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    beside: Sequence[str | os.PathLike[str]] = (),
+    overwrite: bool = False,
+) -> Path:
     """Make one HTML file of runs: curves, maps, tables, accounts, and where all of it comes from.
 
     It opens without a network and holds its data. Sections that a run has no data for are left out. With several
@@ -40,11 +46,13 @@ def write(runs: Sequence[Path], out: Path, beside: Sequence[Path] = (), overwrit
         TrajectoryError: a folder holds no run.
         ResultsError: a file of results is damaged.
     """
+    out = Path(out)
     if out.exists() and not overwrite:
         raise FileExistsError(
             f"{out} exists. Choose another name, or replace it: overwrite=True, --overwrite."
         )
-    opened = [open_run(folder, beside if i == 0 else ()) for i, folder in enumerate(runs)]
+    extra = [Path(path) for path in beside]
+    opened = [open_run(Path(folder), extra if i == 0 else ()) for i, folder in enumerate(runs)]
     text = html(opened, out)
     with replacing(out) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -91,6 +91,6 @@ def test_a_report_is_written_whole_and_replaced_only_when_asked(own, tmp_path):
     before = out.read_text()
     with pytest.raises(FileExistsError, match="--overwrite"):
         report.write([own], out)
-    report.write([own], out, overwrite=True)
+    assert report.write([str(own)], str(out), overwrite=True) == out
     assert out.read_text() == before
     assert len(before) < 100_000
