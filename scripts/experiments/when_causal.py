@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 import xarray as xr
 from matplotlib.axes import Axes
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import dynamics as dy
@@ -90,7 +90,7 @@ class Found:
         return self.heads["source"].sel(measure="accuracy").mean("example")
 
 
-def heads_of(model: nn.Module, like: dy.Batch) -> list[dy.sites.Site]:
+def heads_of(model: nn.Module, like: Tensor) -> list[dy.sites.Site]:
     """Every head's output."""
     return dy.sites.activations(model, "blocks.*.attn.hook_z", by=("layer", "head"), like=like)
 
@@ -98,7 +98,7 @@ def heads_of(model: nn.Module, like: dy.Batch) -> list[dy.sites.Site]:
 def one_task(runs: Sequence[Trajectory], out: Path) -> Found:
     """Both sweeps; what is computed is kept under `out`."""
     task = dy.tasks.load(runs[0].config)
-    like = task.contrasts()[0].base
+    like = torch.zeros_like(task.contrasts()[0].base.tokens)  # a token of every run's own vocabulary
     end = task.config.phases.starts.get("late", runs[0].steps[-1])
     common = set.intersection(*(set(run.steps) for run in runs))
     steps = sorted(step for step in common if FIRST <= step <= end)
