@@ -80,7 +80,7 @@ ROWS = {
     "disk": Row(disks.full, 3, 50, 10),
     "denied": Row(disks.denied, 2, 50, 10),
     "vanishing": Row(disks.vanishing, 2, 50, 10),
-    "beside": Row(company.beside, 50, 5000, 500),
+    "beside": Row(company.beside, 50, 20_000, 500),
     "locks": Row(company.locks, 2, 50, 10),
     "interruptions": Row(verbs.interruptions, 4, 200, 50),
     "calls": Row(verbs.calls, 10, 1000, 1000),
