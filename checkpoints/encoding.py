@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoints import hdf5, values
+from checkpoints import files, hdf5, values
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import TrajectoryError
 from checkpoints.optimizer import OptimizerState
@@ -247,7 +247,7 @@ _Nodes = dict[str, Any]
 def _opened(source: io.BytesIO | Path, origin: str) -> Iterator[tuple[_Nodes, dict[str, Any]]]:
     """The open file, as `_dataset` takes it, and its index; what is wrong with a file is a TrajectoryError."""
     try:
-        with h5py.File(source, "r") as file:
+        with h5py.File(files.plain(source) if isinstance(source, Path) else source, "r") as file:
             version = int(file.attrs.get("schema_version", 0))
             if version < 1:
                 raise TrajectoryError(f"{origin} is an HDF5 file but no checkpoint: it has no schema_version")

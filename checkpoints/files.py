@@ -48,11 +48,16 @@ def unsealed(text: bytes, before: str = "") -> tuple[dict[str, Any], str]:
     return document, checksum
 
 
-def read(path: Path) -> bytes:
-    """A file's bytes; of what is no plain file, such as a pipe that would never end, an OSError."""
+def plain(path: Path) -> Path:
+    """The path of a plain file, or of none; of anything else, such as a pipe that would never end, an OSError."""
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is no plain file")
-    return path.read_bytes()
+    return path
+
+
+def read(path: Path) -> bytes:
+    """A plain file's bytes."""
+    return plain(path).read_bytes()
 
 
 def read_checked(path: Path, size: int, checksum: str, named_by: str) -> bytes:

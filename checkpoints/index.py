@@ -50,6 +50,8 @@ def entry(step: int, file: str, sha256: str, bytes: int, begins_optimizer: bool)
     """
     if not _FILE.fullmatch(file):
         raise ValueError(f"entry {step} names {file!r}, expected trajectory/NAME.h5")
+    if int(step) < 0 or int(bytes) < 0:
+        raise ValueError(f"entry {step} of {bytes} bytes, expected numbers that are not negative")
     return Entry(int(step), file, str(sha256), int(bytes), bool(begins_optimizer))
 
 
@@ -111,6 +113,8 @@ def read(folder: Path) -> tuple[list[Entry], End | None]:
                     f"{path} has schema version {version}; this version reads up to {SCHEMA_VERSION}. "
                     "Update the package to read it."
                 )
+        if len({each.step for each in found}) < len(found):
+            raise ValueError("two checkpoints are of one step")
     except OSError as error:
         raise TrajectoryError(f"{path} cannot be read: {error}. Restore it from a copy.") from error
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:

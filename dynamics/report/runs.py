@@ -90,7 +90,8 @@ def open_run(folder: Path, beside: Sequence[Path] = ()) -> Run:
     known = task_name(trajectory.config) is not None
     task = tasks.load(trajectory.config) if known else None
     metrics = trajectory.read_file("metrics.csv") if (trajectory.path / "metrics.csv").is_file() else None
-    files = [path for each in (folder / "results", *beside) for path in _files(each, each in beside)]
+    own = [path for path in results.files_of(folder) if SHARDS not in path.relative_to(folder).parts]
+    files = [*own, *(path for place in beside for path in _files(place))]
     return Run(
         folder,
         trajectory.config,
@@ -103,16 +104,13 @@ def open_run(folder: Path, beside: Sequence[Path] = ()) -> Run:
     )
 
 
-def _files(place: Path, must_exist: bool) -> list[Path]:
+def _files(place: Path) -> list[Path]:
     """Files of results at or below a place, without the parts that a sweep has joined."""
     if place.is_file():
         return [place]
     if not place.is_dir():
-        if must_exist:
-            raise FileNotFoundError(f"there is no file or folder of results {place}.")
-        return []
-    found = sorted(place.rglob("*.h5"))
-    return [path for path in found if SHARDS not in path.relative_to(place).parts]
+        raise FileNotFoundError(f"there is no file or folder of results {place}.")
+    return [path for path in sorted(place.rglob("*.h5")) if SHARDS not in path.relative_to(place).parts]
 
 
 def curves(metrics: pd.DataFrame) -> xr.Dataset | None:

@@ -11,6 +11,7 @@ from dynamics.results.datasets import account as account
 from dynamics.results.datasets import attributions as attributions
 from dynamics.results.datasets import effects as effects
 from dynamics.results.files import ResultsError as ResultsError
+from dynamics.results.files import files_of as files_of
 from dynamics.results.files import load as load
 from dynamics.results.files import save as save
 from dynamics.results.files import verify as verify

@@ -125,10 +125,13 @@ def verify(path: str | os.PathLike[str]) -> bool:
     Raises:
         ResultsError, OSError: as `load`.
     """
-    sealed = _verify_seal(Path(path))
-    with _named(path), h5py.File(path, "r") as file:
-        hdf5.check_flat(file)
-        version = int(file.attrs.get(_SCHEMA, [0])[0])
+    file = Path(path)
+    if file.exists() and not file.is_file():
+        raise ResultsError(f"{path} is no plain file, so no file of results. Nothing of it was read.")
+    sealed = _verify_seal(file)
+    with _named(path), h5py.File(path, "r") as opened:
+        hdf5.check_flat(opened)
+        version = int(opened.attrs.get(_SCHEMA, [0])[0])
     if version > SCHEMA_VERSION:
         raise ResultsError(
             f"{path} has schema version {version}; this version reads up to {SCHEMA_VERSION}. "
@@ -140,6 +143,22 @@ def verify(path: str | os.PathLike[str]) -> bool:
             "copy, or compute it again."
         )
     return sealed
+
+
+def files_of(run: Path) -> list[Path]:
+    """Files of results in a run's folder, which a stranger may have made: a link that leads out of it is refused.
+
+    Raises:
+        ResultsError: names the link.
+    """
+    found = sorted((run / "results").rglob("*.h5"))
+    for path in found:
+        if not path.resolve().is_relative_to(run.resolve()):
+            raise ResultsError(
+                f"{path} leads out of the run's folder, to {path.resolve()}. Nothing of it was read: name that "
+                "file itself if it is meant."
+            )
+    return found
 
 
 @contextmanager

@@ -198,3 +198,19 @@ def test_a_full_disk_at_closing_costs_the_count_alone(run, small, monkeypatch):
         writer.close()
     assert Trajectory.open(run).steps == (0, 10, 20, 30)
     TrajectoryWriter.resume(run).close()
+
+
+@pytest.mark.parametrize("change", [{"step": 0}, {"step": -1}, {"bytes": -1}])
+def test_numbers_that_no_checkpoint_has_are_damage(run, change):
+    entries, _ = index.read(run)
+    index.write(run, [*entries[:-1], replace(entries[-1], **change)])
+    with pytest.raises(TrajectoryError, match=r"index\.jsonl is damaged in line"):
+        Trajectory.open(run)
+
+
+def test_a_pipe_in_place_of_a_checkpoint_is_not_waited_for(run):
+    entry = index.read(run)[0][-1]
+    (run / entry.file).unlink()
+    os.mkfifo(run / entry.file)
+    with pytest.raises(TrajectoryError, match=entry.file):
+        Trajectory.open(run).at(entry.step)

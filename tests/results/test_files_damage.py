@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -151,3 +152,30 @@ def test_a_file_that_points_outside_itself_or_swells_is_refused_before_it_is_rea
     unsealed(path, edit)
     with pytest.raises(ResultsError, match=message):
         results.load(path)
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir])
+def test_what_is_no_plain_file_is_refused_at_once(path, put):
+    path.unlink()
+    put(path)
+    with pytest.raises(ResultsError, match=r"r\.h5 is no plain file"):
+        results.load(path)
+
+
+def test_a_run_s_results_do_not_lead_out_of_its_folder(path, tmp_path):
+    run = tmp_path / "run"
+    (run / "results").mkdir(parents=True)
+    assert results.files_of(run) == []
+    (run / "results" / "own.h5").write_bytes(path.read_bytes())
+    (run / "results" / "again.h5").symlink_to("own.h5")
+    assert [found.name for found in results.files_of(run)] == ["again.h5", "own.h5"]
+    (run / "results" / "odd.h5").symlink_to(path)
+    with pytest.raises(ResultsError, match=r"odd\.h5 leads out of the run's folder, to .*r\.h5"):
+        results.files_of(run)
+
+
+def test_a_folder_of_results_that_is_a_link_out_of_the_run_is_refused(path, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results").symlink_to(tmp_path, target_is_directory=True)
+    with pytest.raises(ResultsError, match="leads out"):
+        results.files_of(tmp_path / "run")

@@ -39,7 +39,7 @@ def made_to_harm(n: int, folder: Path, rng: np.random.Generator) -> Iterator[str
     """Hostile files: 0 executed, 0 read outside, each refused by name in under 1 s and 100 MB"""
     run, canary = a_run(folder / "run"), folder / "executed"
     manifest, lines, step = run / "manifest.json", run / index.INDEX, run / "trajectory/step-00000001.h5"
-    result, secret = run / "results" / "effects.h5", folder / "secret.h5"
+    result, metrics, secret = run / "results" / "effects.h5", run / "metrics.csv", folder / "secret.h5"
     with h5py.File(secret, "w") as file:
         file["w"] = np.arange(3.0)
     read_result, read_step = partial(dy.results.load, result), lambda: Trajectory.open(run).at(1)
@@ -130,7 +130,31 @@ def made_to_harm(n: int, folder: Path, rng: np.random.Generator) -> Iterator[str
             partial(Trajectory.open, run),
             manifest,
         ),
-        "checkpoint: /dev/zero": (lambda: (step.unlink(), step.symlink_to("/dev/zero")), read_step, step),
+        **{
+            f"{name}: {kind}": (
+                lambda path=path, put=put: (path.unlink(missing_ok=True), put(path)),
+                read,
+                path,
+            )
+            for name, path, read in (
+                ("checkpoint", step, read_step),
+                ("results", result, lambda: [dy.results.load(path) for path in dy.results.files_of(run)]),
+                ("index", lines, partial(Trajectory.open, run)),
+                ("metrics", metrics, lambda: Trajectory.open(run).read_file("metrics.csv")),
+            )
+            for kind, put in (
+                ("/dev/zero", lambda path: path.symlink_to("/dev/zero")),
+                ("a link", lambda path: path.symlink_to(secret)),
+                ("a pipe", os.mkfifo),
+            )
+        },
+        **{
+            f"index: {values}": (entry(**values), read_step, named)
+            for values, named in (
+                *(({"step": 0}, lines), ({"step": -1}, lines), ({"bytes": -1}, lines)),
+                *(({"bytes": 1 << 62}, step), ({"sha256": ""}, step)),
+            )
+        },
         "pickle": (
             lambda: pickled.write_bytes(pickle.dumps({"w": Canary(canary)}, protocol=2)),
             lambda: Trajectory.from_state_dicts(pickled, folder / "imported"),
@@ -153,6 +177,19 @@ def made_to_harm(n: int, folder: Path, rng: np.random.Generator) -> Iterator[str
                 safe,
             )
             for size in (0, 10, 1 << 20, 1 << 62)
+        },
+        **{
+            f"safetensors: {words}": (
+                partial(safe.write_bytes, len(text).to_bytes(8, "little") + text + bytes(8)),
+                lambda: Trajectory.from_safetensors(safe, folder / "imported"),
+                safe,
+            )
+            for words, text in {
+                "data beyond its end": b'{"w":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}',
+                "a shape beyond its data": b'{"w":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,8]}}',
+                "negative": b'{"w":{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}}',
+                "brackets": b"[" * 100_000,
+            }.items()
         },
     }
 
