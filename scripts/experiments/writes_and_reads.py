@@ -196,8 +196,8 @@ def half(across: Array, curve: Array) -> float:
     return float(across[np.argmax(beyond)]) if beyond.any() else float("nan")
 
 
-def compared(found: Story) -> dict[str, list[float]]:
-    """For each example of each run: how alike the places are, and how long after the writes the reads come."""
+def compared(found: Story) -> dict[str, Array]:
+    """For each run, its examples' mean: how alike the places are, and how long after the writes the reads come."""
     across = found.read["step"].values.astype(float)
     columns: dict[str, list[float]] = {"alike": [], "heads": [], "lag": [], "lag at its head": []}
     for seed, example in np.ndindex(found.read.sizes["seed"], found.read.sizes["example"]):
@@ -213,7 +213,9 @@ def compared(found: Story) -> dict[str, list[float]]:
         best = heads[int(np.argmax(grown[heads]))]
         own = half(across, read.values[:, best]) - half(across, written.values[:, best])
         columns["lag at its head"].append(own)
-    return columns
+    shape = found.read.sizes["seed"], found.read.sizes["example"]
+    known = {name: np.ma.masked_invalid(values).reshape(shape) for name, values in columns.items()}
+    return {name: values.mean(1).filled(np.nan) for name, values in known.items()}
 
 
 def places(parts: Sequence[xr.DataArray], n: int = 4) -> str:
@@ -237,23 +239,23 @@ def report(found: Sequence[Story]) -> str:
     for name in dict.fromkeys(one.name for one in found):
         stories = [one for one in found if one.name == name]
         each = [compared(one) for one in stories]
-        columns = [np.array([value for one in each for value in one[key]]) for key in each[0]]
-        sizes = [one.read.sizes["seed"] * one.read.sizes["example"] for one in stories]
+        columns = [np.concatenate([one[key] for one in each]) for key in each[0]]
         rows.append(
             [
                 name,
-                f"{sum(sizes)}",
+                f"{len(columns[0])}",
                 places([one.written["effect"].sum("step") for one in stories]),
                 places([one.grown for one in stories]),
                 *(interval(column[np.isfinite(column)]) for column in columns),
             ]
         )
     caption = (
-        "n: facts or aliases, the units of the intervals (mean [95 % t interval]). Shares of the sum over places; "
-        "heads of a layer together. Read: growth over the stretch of what the place restores; written: sum over "
-        "its steps. ρ: Spearman's over places, of one fact's writes and reads. Half: the step where half of the "
-        "final value is there. Exchanging the embedding is asking about the other subject altogether, so as a "
-        f"reader it restores the whole difference by construction. {stamp(__file__)}"
+        "n: runs, each the mean of its facts, or aliases of one run, the units of the intervals (mean [95 % t "
+        "interval]). Shares of the sum over places; heads of a layer together. Read: growth over the stretch of "
+        "what the place restores; written: sum over its steps. ρ: Spearman's over places, of one fact's writes and "
+        "reads. Half: the step where half of the final value is there. Exchanging the embedding is asking about "
+        "the other subject altogether, so as a reader it restores the whole difference by construction. "
+        f"{stamp(__file__)}"
     )
     return "\n".join([*markdown(head, rows), "", caption])
 
