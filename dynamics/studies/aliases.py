@@ -115,8 +115,9 @@ def _answers(task: AliasTask, trajectory: Trajectory, path: Path) -> None:
     def asked(state: Checkpoint) -> dict[str, xr.Dataset]:
         return {"answers": score(recipe, state, questions, coords)}
 
-    found = over_training({1: asked}, trajectory, trajectory.steps, recipe, task.batch)
-    results.save(found["answers"], path)
+    answers = over_training({1: asked}, trajectory, trajectory.steps, recipe, task.batch)["answers"]
+    answers.attrs["provenance"] = results.provenance(quantity="score", config=task.config.to_dict())
+    results.save(answers, path)
 
 
 def _draw(task: AliasTask, metrics: pd.DataFrame, summary: xr.Dataset, folder: Path) -> None:

@@ -62,7 +62,9 @@ def test_a_study_prints_the_table_and_the_findings(run):
 
 
 def test_a_study_keeps_what_each_alias_answered_as_training_counted_it(run):
-    answers = results.load(run / "results" / "answers.h5")["accuracy"]
+    kept = results.load(run / "results" / "answers.h5")
+    assert {"config", "date", "quantity"} <= set(json.loads(kept.attrs["provenance"]))
+    answers = kept["accuracy"]
     metrics = pd.read_csv(run / "metrics.csv").set_index("step")
     assert answers["step"].values.tolist() == list(Trajectory.open(run).steps)
     for name in ("Dt3", "Df4"):
