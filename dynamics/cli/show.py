@@ -66,7 +66,6 @@ def _contents(trajectory: Trajectory) -> dict[str, list[str]]:
     """What a run's folder holds, under a word each."""
     folder = trajectory.path
     config = read(trajectory.config) if task_name(trajectory.config) else None
-    results = sorted((folder / "results").rglob("*.h5"))
     figures = sorted((folder / "figures").rglob("*.png"))
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {
@@ -76,7 +75,7 @@ def _contents(trajectory: Trajectory) -> dict[str, list[str]]:
         "checkpoints": [
             f"{len(trajectory)} at steps {_ranges(trajectory.steps)}" if len(trajectory) else "none"
         ],
-        "results": [f"{path.relative_to(folder)}: {_sizes(path)}" for path in results] or ["none"],
+        "results": _results(folder) or ["none"],
         "figures": [", ".join(str(path.relative_to(folder)) for path in figures) or "none"],
         "size": [f"{sum(path.stat().st_size for path in files) / 1e6:,.1f} MB in {len(files)} files"],
     }
@@ -117,6 +116,16 @@ def _ranges(steps: Sequence[int]) -> str:
         else:
             joined.append([step])
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in joined)
+
+
+def _results(folder: Path) -> list[str]:
+    """A line for each file of results; where a link leads out of the run's folder, what is wrong with it."""
+    from dynamics import results
+
+    try:
+        return [f"{path.relative_to(folder)}: {_sizes(path)}" for path in results.files_of(folder)]
+    except results.ResultsError as error:
+        return [f"not readable: {error}"]
 
 
 def _sizes(path: Path) -> str:

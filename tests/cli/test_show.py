@@ -67,6 +67,14 @@ def test_a_run_is_listed_with_all_it_holds(capsys, alias_run, file):
     assert said["size"] == f"{sum(sizes) / 1e6:,.1f} MB in {len(sizes)} files"
 
 
+def test_results_that_lie_outside_the_run_are_not_looked_at(capsys, alias_run, file):
+    (alias_run / "results").mkdir()
+    (alias_run / "results" / "odd.h5").symlink_to(file)
+    said = columns(shown(capsys, alias_run))["results"].replace(" ", "")
+    assert "odd.h5leadsoutoftherun'sfolder" in said
+    assert "3site" not in said
+
+
 def test_of_a_run_of_ones_own_is_said_what_is_known(capsys, own_run):
     said = columns(shown(capsys, own_run))
     assert said["task"].startswith("not known: the config names no task of this toolkit")
