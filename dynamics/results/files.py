@@ -145,13 +145,17 @@ def verify(path: str | os.PathLike[str]) -> bool:
     return sealed
 
 
-def files_of(run: Path) -> list[Path]:
+def files_of(run: Path, under: str = "results") -> list[Path]:
     """Files of results in a run's folder, which a stranger may have made: a link that leads out of it is refused.
+
+    Args:
+        run: its folder.
+        under: the folder in it that is looked through.
 
     Raises:
         ResultsError: names the link.
     """
-    found = sorted((run / "results").rglob("*.h5"))
+    found = sorted((run / under).rglob("*.h5"))
     for path in found:
         if not path.resolve().is_relative_to(run.resolve()):
             raise ResultsError(

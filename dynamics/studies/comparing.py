@@ -63,7 +63,7 @@ def compare_pair(run: Trajectory, before: int, after: int) -> Compared:
         return {**parts.compared(first, second), **_answers(parts.task, parts.recipe, first, second)}
 
     folders = _folders(run, f"compare-{before}-{after}")
-    found = _kept(folders[0], computed)
+    found = _kept(run, folders[0], computed)
     _draw(
         folders[1],
         {"moved": plots.moved(at_level(found["weights"], "matrices"), found["logits"])},
@@ -91,7 +91,7 @@ def compare_every(run: Trajectory, chosen: Sequence[int] | None = None) -> Compa
     if len(taken) < 3:
         raise TrajectoryError(f"found {len(taken)} steps of {run.path}; neighbours' updates need at least 3.")
     folders = _folders(run, f"compare-every-{len(taken)}-{digest(taken)[:8]}")
-    found = _kept(folders[0], lambda: _along(parts, taken))
+    found = _kept(run, folders[0], lambda: _along(parts, taken))
     _draw(folders[1], _maps(parts.task, found), found["weights"])
     return Compared(found, every_table(parts.task, found), *folders)
 
@@ -210,7 +210,7 @@ def _folders(run: Trajectory, name: str) -> tuple[Path, Path]:
     return run.path / "results" / name, run.path / "figures" / name
 
 
-def _kept(folder: Path, compute: Callable[[], Found]) -> Found:
+def _kept(run: Trajectory, folder: Path, compute: Callable[[], Found]) -> Found:
     """The Datasets of a folder, computed and saved where there are none."""
     if not folder.is_dir():
         partial = folder.with_name(f".{folder.name}.partial")
@@ -219,7 +219,8 @@ def _kept(folder: Path, compute: Callable[[], Found]) -> Found:
             path.unlink(missing_ok=True)
             results.save(dataset, path)
         partial.rename(folder)
-    return {path.stem: results.load(path) for path in sorted(folder.glob("*.h5"))}
+    under = str(folder.relative_to(run.path))
+    return {path.stem: results.load(path) for path in results.files_of(run.path, under)}
 
 
 def _draw(folder: Path, figures: plots.Figures, dataset: xr.Dataset) -> None:

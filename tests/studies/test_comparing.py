@@ -9,6 +9,7 @@ import torch
 import dynamics as dy
 from checkpoints import Trajectory, TrajectoryError
 from dynamics import comparison, sites, studies, tasks
+from dynamics.results import ResultsError
 from tests.zoo.comparison_models import short_run
 
 
@@ -114,6 +115,16 @@ def test_every_checkpoint_is_drawn_and_told(every):
     first = every.table.splitlines()[every.table.splitlines().index("where weights moved fastest") + 2]
     assert first.split()[:2] == [str(int(fastest["previous"])), str(int(fastest["step"]))]
     assert str(fastest["site"].values) in first
+
+
+@pytest.mark.slow
+def test_a_comparison_that_is_a_link_out_of_the_run_is_refused(run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run.path, folder, ignore=shutil.ignore_patterns("results", "figures"))
+    (folder / "results").mkdir()
+    (folder / "results" / "compare-2-4").symlink_to(studies.compare_pair(run, 2, 4).results)
+    with pytest.raises(ResultsError, match="leads out of the run's folder"):
+        studies.compare_pair(Trajectory.open(folder), 2, 4)
 
 
 @pytest.mark.slow
