@@ -1,4 +1,4 @@
-"""Where and when is a fact read, and where was it written? About 10 minutes for five runs and one of aliases.
+"""Where and when is a fact read, and where was it written? About 25 minutes for twelve runs and one of aliases.
 
 Activation patching above gradient patching on one time axis, in runs of `facts` and one of the aliases. At
 every step of the stretch in which late facts (aliases of X2) are learnt:
@@ -38,7 +38,7 @@ from dynamics.plots import figures
 from dynamics.plots.figures import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
-from scripts.shared.into_readme import conclude, interval, markdown, stamp
+from scripts.shared.into_readme import conclude, correlation_interval, interval, markdown, stamp
 from scripts.shared.runs import parser_of_runs
 
 MEASURE = dy.measures.centred_logit
@@ -232,6 +232,7 @@ def places(parts: Sequence[xr.DataArray], n: int = 4) -> str:
 
 def report(found: Sequence[Story]) -> str:
     """A line for facts and one for aliases."""
+    intervals = {"alike": correlation_interval, "heads": correlation_interval}
     head = ["", "n", "written in, share", "read from, share"]
     head += ["writes and reads over places: ρ", "over heads alone: ρ"]
     head += ["half read − half written, steps", "the same at the head that restores most"]
@@ -239,22 +240,26 @@ def report(found: Sequence[Story]) -> str:
     for name in dict.fromkeys(one.name for one in found):
         stories = [one for one in found if one.name == name]
         each = [compared(one) for one in stories]
-        columns = [np.concatenate([one[key] for one in each]) for key in each[0]]
+        columns = {key: np.concatenate([one[key] for one in each]) for key in each[0]}
         rows.append(
             [
                 name,
-                f"{len(columns[0])}",
+                f"{len(columns['alike'])}",
                 places([one.written["effect"].sum("step") for one in stories]),
                 places([one.grown for one in stories]),
-                *(interval(column[np.isfinite(column)]) for column in columns),
+                *(
+                    intervals.get(key, interval)(column[np.isfinite(column)])
+                    for key, column in columns.items()
+                ),
             ]
         )
     caption = (
         "n: runs, each the mean of its facts, or aliases of one run, the units of the intervals (mean [95 % t "
         "interval]). Shares of the sum over places; heads of a layer together. Read: growth over the stretch of "
         "what the place restores; written: sum over its steps. ρ: Spearman's over places, of one fact's writes and "
-        "reads. Half: the step where half of the final value is there. Exchanging the embedding is asking about "
-        "the other subject altogether, so as a reader it restores the whole difference by construction. "
+        "reads, its interval on Fisher's scale. Half: the step where half of the final value is there. Exchanging "
+        "the embedding is asking about the other subject altogether, so as a reader it restores the whole "
+        "difference by construction. "
         f"{stamp(__file__)}"
     )
     return "\n".join([*markdown(head, rows), "", caption])

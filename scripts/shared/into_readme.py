@@ -76,6 +76,12 @@ def interval(values: npt.ArrayLike) -> str:
     return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*map(float, dy.statistics.mean_interval(values)))
 
 
+def correlation_interval(values: npt.ArrayLike) -> str:
+    """Mean with its 95 % t interval on the scale of Fisher's z, so never outside -1 to 1; over the last axis."""
+    found = dy.statistics.mean_interval(np.arctanh(np.asarray(values, dtype=float)))
+    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*map(float, np.tanh(found)))
+
+
 def bootstrap_interval(values: npt.ArrayLike) -> tuple[float, float, float]:
     """Mean, and the 95 % percentile interval of the means of redrawn values: never outside what they can be.
 

@@ -56,3 +56,27 @@ def test_bootstrap_intervals_of_twelve_skewed_shares_cover_nine_times_in_ten():
         _, low, high = into_readme.bootstrap_interval(draws.beta(6, 1, 12))
         covered.append(low <= 6 / 7 <= high)
     assert 0.84 < np.mean(covered) < 0.97
+
+
+def test_an_interval_of_correlations_stays_between_them_and_one():
+    assert into_readme.correlation_interval([0.5, 0.5, 0.5]) == "+0.50 [+0.50, +0.50]"
+    low, high = bounds(into_readme.correlation_interval([0.1, 0.2, 0.9, 0.97]))
+    assert -1 <= low < 0.1
+    assert 0.9 < high <= 1
+
+
+def test_intervals_of_twelve_correlations_cover_nineteen_times_in_twenty():
+    draws = np.random.default_rng(0)
+    covered = []
+    for _ in range(400):
+        runs = [
+            np.corrcoef(draws.multivariate_normal([0, 0], [[1, 0.6], [0.6, 1]], 21).T)[0, 1]
+            for _ in range(12)
+        ]
+        low, high = bounds(into_readme.correlation_interval(runs))
+        covered.append(low <= 0.6 <= high)
+    assert 0.92 < np.mean(covered) < 0.98
+
+
+def bounds(said):
+    return map(float, said[said.index("[") + 1 : -1].split(", "))
