@@ -28,7 +28,7 @@ class Figure:
         commands: that make the Dataset, and a figure of it, from a shell.
         python: lines that do the same. In both, {sel}, {at}, {level}, {variable} and {draw} stand for what is
             chosen on the page.
-        settings: of the kind; see `templates/page.js`.
+        settings: of the kind; see `templates/script/figures.js`.
     """
 
     kind: Kind
