@@ -34,7 +34,7 @@ from dynamics.sweeps.errors import SweepError
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, slice, Path)
 _ATOMS = (*_PLAIN, np.generic, np.ufunc, torch.dtype, torch.device, torch.layout)
 _OF_A_LIBRARY = (type, BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType)
-_ABOVE = ("__main__.py", "cli", "plots", "studies", "training")
+_ABOVE = ("__main__.py", "cli", "plots", "report", "studies", "training")
 """Parts of the package that have no say in a sweep's numbers."""
 
 

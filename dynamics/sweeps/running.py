@@ -109,6 +109,12 @@ def run(
         for number, unit in enumerate(asked.units)
     ]
     todo = [(n, unit, path) for n, unit, path in jobs if path is None or not path.exists()]
+    for other in shards.answered_otherwise(asked, folder) if folder and todo else ():
+        logger.warning(
+            "%s was asked in the same words, of other code, versions or data: its shards are not used, and what is "
+            "asked now is computed anew. Delete it and them if they are of no more use.",
+            other,
+        )
     found: dict[int, xr.Dataset] = {}
     try:
         with _progress(asked, todo) as bar, _way(todo, workers, scheduler) as done:

@@ -39,6 +39,19 @@ def describe(plan: Plan, folder: Path) -> None:
     files.write_atomically(folder / f"{plan.name}.json", (text + "\n").encode())
 
 
+def answered_otherwise(plan: Plan, folder: Path) -> list[Path]:
+    """What a folder says of sweeps asked in the same words, whose code, versions or data were others."""
+    words, found = json.loads(json.dumps(plan.words)), []
+    for path in sorted(folder.glob("*.json")):
+        with suppress(ValueError):
+            asked = json.loads(path.read_bytes())
+            if path.stem != plan.name and isinstance(asked, dict):
+                shards = asked.pop("shards", ())
+                if asked == words and any((folder / "shards" / str(name)).exists() for name in shards):
+                    found.append(path)
+    return found
+
+
 def _contents(plan: Plan, folder: Path) -> dict[str, Any]:
     return {
         shard(folder, unit).name: {

@@ -165,6 +165,23 @@ def test_another_measure_of_the_same_name_is_computed_anew(run, tmp_path):
     assert len(list((tmp_path / "shards").iterdir())) == 2
 
 
+@pytest.mark.slow
+def test_shards_of_other_code_are_named_where_they_are_not_used(run, tmp_path, caplog, monkeypatch):
+    swept(patch_gradients, run, 8, out=tmp_path)
+    (before,) = tmp_path.glob("*.json")
+    (tmp_path / "notes.json").write_text("[1, 2")
+    swept(patch_gradients, run, 9, out=tmp_path)
+    swept(patch_gradients, run, 8, out=tmp_path)
+    assert not caplog.text
+    monkeypatch.setattr(units, "sources", lambda: "edited")
+    swept(patch_gradients, run, 8, out=tmp_path)
+    assert f"{before} was asked in the same words, of other code" in caplog.text
+    assert caplog.text.count("asked in the same words") == 1
+    caplog.clear()
+    swept(patch_gradients, run, 8, out=tmp_path)
+    assert not caplog.text
+
+
 def only_first(model):
     return sites.heads(model)[:1]
 
