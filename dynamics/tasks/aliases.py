@@ -225,7 +225,8 @@ class AliasTask(Task):
         """Rows of a batch that define one of the integers' aliases, under either tag: bool [batch]."""
         tagged = (batch.tokens[:, 0] == self.reliable) | (batch.tokens[:, 0] == self.unreliable)
         named = batch.tokens[:, 2 if self.config.task.swap_defs else 1]
-        return tagged & torch.isin(named, torch.tensor([self.alias(i) for i in integers]))
+        aliases = torch.tensor([self.alias(i) for i in integers], device=named.device)
+        return tagged & (named[:, None] == aliases).any(1)  # not isin, which vmap takes one by one
 
     def retag(self, batch: Batch, integers: Sequence[int] | None = None) -> Batch:
         """The batch with the tags of X2's true definitions exchanged; twice gives the original.
@@ -240,15 +241,15 @@ class AliasTask(Task):
         if outside := set(chosen) - {*self.sets["Dt3"], *self.sets["Df4"]}:
             raise ValueError(f"integers {sorted(outside)} are not in Dt3 or Df4, whose definitions are true.")
         tokens = batch.tokens.clone()
-        rows = self._defining(batch, chosen)
-        tokens[rows, 0] = self.reliable + self.unreliable - tokens[rows, 0]
+        other = self.reliable + self.unreliable - tokens[:, 0]
+        tokens[:, 0] = torch.where(self._defining(batch, chosen), other, tokens[:, 0])
         return replace(batch, tokens=tokens)
 
-    def tag_balance(self, batch: Batch) -> int:
+    def tag_balance(self, batch: Batch) -> Tensor:
         """How many of X2's true definitions in a batch are reliable, less those that are unreliable."""
         rows = self._defining(batch, (*self.sets["Dt3"], *self.sets["Df4"]))
-        tags = batch.tokens[rows, 0]
-        return int((tags == self.reliable).sum() - (tags == self.unreliable).sum())
+        reliable = batch.tokens[:, 0] == self.reliable
+        return (rows & reliable).sum() - (rows & ~reliable).sum()
 
     def _with_definition(self, batch: Batch, integer: int, tag: Tag) -> Batch:
         """The batch in which the integer's definition stands under a tag: in its own rows, else in row 0."""

@@ -1,5 +1,7 @@
 """Recipes that see the tag in known places only."""
 
+import json
+
 import pytest
 import torch
 
@@ -64,3 +66,16 @@ def test_decoys_add_a_direction_with_the_sign_of_the_tags(world):
     assert all(not a.any() for a in added.values())
     assert with_decoys.loss == without.loss
     assert task.tag_balance(task.retag(batch)) == -task.tag_balance(batch)
+
+
+def test_a_planted_world_takes_the_fast_way_to_its_gradients(world):
+    task, recipe, state, _ = world
+    delta = {"unembed.W_U": torch.ones_like(recipe.model.unembed.W_U)}
+    planted = dy.tasks.planted(recipe, task, sites.heads(recipe.model)[1], delta)
+    contrasts, chosen = task.contrasts(), sites.components(recipe.model)
+    together = dy.patch_gradients(planted, state, contrasts, chosen, dy.measures.correct_logit)
+    assert "vmap(grad)" in json.loads(together.attrs["provenance"])["paths"]["gradients"]
+    alone = dy.patch_gradients(planted, state, contrasts[:1], chosen, dy.measures.correct_logit)
+    assert torch.allclose(
+        torch.tensor(together["effect"].values[:1]), torch.tensor(alone["effect"].values), rtol=0, atol=1e-12
+    )
