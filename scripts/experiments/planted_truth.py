@@ -251,11 +251,14 @@ def one_world(task: AliasTask, run: Trajectory, plant: str) -> xr.Dataset:
 
 # --- how well methods do ----------------------------------------------------------------------------------
 
-FIGURES = {"precision": "average precision of the plant", "rank": "rank correlation with the truth"}
+FIGURES = {
+    "precision": "average precision of the plant,\nwhere it is the largest true effect",
+    "rank": "rank correlation with the truth,\nall worlds",
+}
 
 
 def graded(world: xr.Dataset, method: str) -> dict[str, float]:
-    """One method in one world: average precision of the plant (1 / its rank), and Spearman's ρ with |truth|."""
+    """One method in one world: average precision of the plant and of the largest |truth| (1 / its rank), and ρ."""
     score = world["score"].sel(by=method).values
     known = ~np.isnan(score)
     planted = world["planted"].values[known]
@@ -265,8 +268,12 @@ def graded(world: xr.Dataset, method: str) -> dict[str, float]:
     rank = scipy.stats.spearmanr(truth[known], score).statistic if np.ptp(score) else 0.0
     return {
         "precision": float(average_precision_score(planted, score)),
+        "of the largest": float(average_precision_score(truth[known] == truth.max(), score))
+        if known[truth.argmax()]
+        else np.nan,
         "rank": float(rank),
         "largest": bool(world["planted"].values[truth.argmax()]),
+        "decoy": bool(world["decoy"].values[truth.argmax()]),
         "n": len(planted),
     }
 
@@ -285,8 +292,8 @@ def grades(found: Mapping[str, Found]) -> pd.DataFrame:
 
 
 def per_seed(found: pd.DataFrame, key: str) -> np.ndarray:
-    """The mean over the worlds of each seed."""
-    return found.groupby("seed")[key].mean().to_numpy()
+    """The mean over the worlds of each seed that has one."""
+    return found.groupby("seed")[key].mean().dropna().to_numpy()
 
 
 def chance(found: pd.DataFrame) -> float:
@@ -300,33 +307,40 @@ def table(found: pd.DataFrame) -> list[str]:
     for method, of_method in found.groupby("method"):
         parts = [of_method[of_method["largest"] == largest] for largest in (True, False)]
         cells = [bootstrapped(per_seed(part, "precision")) for part in parts]
+        cells.append(bootstrapped(per_seed(parts[1], "of the largest")))
         cells.append(bootstrapped(per_seed(of_method, "rank")))
         rows.append([str(method), *cells, str(of_method["plant"].nunique())])
-    head = ["method", "mean average precision", "of the plant where it is not the largest effect"]
+    head = ["method", "average precision of the plant, where it is the largest true effect"]
+    head += ["of the plant, where it is not", "of the largest there"]
     return markdown(
         [*head, "rank correlation with the truth", "plants"],
         [
             *sorted(rows, key=lambda row: (-float(row[1].split()[0]), row[0])),
-            [CHANCE, *[f"{chance(found):.2f}"] * 2, "0", ""],
+            [CHANCE, *[f"{chance(found):.2f}"] * 3, "0", ""],
         ],
     )
 
 
 def worlds_said(found: pd.DataFrame) -> str:
-    """In how many worlds the plant has the largest true effect."""
+    """In how many worlds the plant has the largest true effect, and in how many a decoy has."""
     one = found[found["method"] == found["method"].iloc[0]]
-    return f"The plant has the largest true effect in {one['largest'].sum()} of {len(one)} worlds."
+    return (
+        f"The plant has the largest true effect in {one['largest'].sum()} of {len(one)} worlds, a decoy in "
+        f"{one['decoy'].sum()}."
+    )
 
 
 @figures.styled
 def draw(found: pd.DataFrame) -> Figure:
     """Every method's average precision, where the plant is the truth, and rank: mean over seeds, plants as dots."""
-    order = found.groupby("method")["precision"].mean().sort_values().index
+    shown = found[found["largest"]]
+    order = shown.groupby("method")["precision"].mean().sort_values().index
     figure = Figure(figsize=(9, 0.3 * len(order) + 1.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for ax, (key, name), lowest in zip(axes, FIGURES.items(), (0, -1), strict=True):
         for row, method in enumerate(order):
-            part = found[(found["method"] == method) & (found["largest"] if key == "precision" else True)]
+            part = shown if key == "precision" else found
+            part = part[part["method"] == method]
             dots = part.groupby("plant")[key].mean()
             ax.plot(
                 dots, [row] * len(dots), "o", color="0.75", markersize=4, clip_on=False, label="one plant"
@@ -336,7 +350,7 @@ def draw(found: pd.DataFrame) -> Figure:
             ax.plot(mean, row, "o", color="C0", clip_on=False, label="mean over seeds, 95 %")
         nothing = chance(found) if key == "precision" else 0
         ax.axvline(nothing, color="k", linestyle=":", linewidth=1, label="chance")
-        ax.set(xlabel=name, xlim=(lowest, 1))
+        ax.set(xlabel=name, xlim=(lowest, 1), xticks=np.linspace(lowest, 1, 5 if lowest else 6))
     axes[0].set_yticks(range(len(order)), order)
     handles, labels = axes[0].get_legend_handles_labels()
     named = dict(zip(labels, handles, strict=True))

@@ -100,20 +100,34 @@ def _share(count: int, n: int) -> str:
     return f"{count} of {n} [{low:.2f}, {high:.2f}]"
 
 
-@figures.styled
-def draw(found: Mapping[int, Sequence[xr.Dataset]]) -> figures.Figure:
-    """By length of the window, how large effects are beside both floors: medians over seeds and components."""
+def sizes(found: Mapping[int, Sequence[xr.Dataset]]) -> dict[str, xr.DataArray]:
+    """How large the effect of a component of a fork is, and both floors: [seed, fork, step, site] in logits."""
     every = xr.concat([xr.concat(forks, "fork") for forks in found.values()], "seed")
-    curves = {
+    return {
         "effect of a component": abs(every["effect"]),
         "under noise (standard deviation)": every["noisy"].std("noise", ddof=1),
         "random parameters, same ‖Δ‖": abs(every["random"]).max("placebo"),
     }
-    after = every["step"].values
+
+
+def table_of_sizes(found: Mapping[int, Sequence[xr.Dataset]]) -> list[str]:
+    """Lines: medians over seeds, forks and components, by length of the window."""
+    medians = {
+        name: size.median(("seed", "fork", "site"), skipna=True) for name, size in sizes(found).items()
+    }
+    rows = [[name, *(f"{float(of.sel(step=n)):.2g}" for n in AFTER)] for name, of in medians.items()]
+    return markdown(["size of the effect on D, median, logits", *(f"{n} steps" for n in AFTER)], rows)
+
+
+@figures.styled
+def draw(found: Mapping[int, Sequence[xr.Dataset]]) -> figures.Figure:
+    """By length of the window, how large effects are beside both floors: medians over seeds and components."""
+    curves = sizes(found)
     figure = figures.Figure(figsize=(5.6, 3.4))
     axes = figure.subplots()
     colours = (figures.BLUE, figures.GREY, figures.ORANGE)
     for (name, values), colour in zip(curves.items(), colours, strict=True):
+        after = values["step"].values
         middle = values.median(("seed", "fork", "site"), skipna=True)
         low, high = (values.quantile(q, ("seed", "fork", "site"), skipna=True) for q in (0.25, 0.75))
         axes.plot(after, middle, "o-", color=colour, label=name, markersize=4)
@@ -136,6 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = ["Explored:", "", *table(explored)]
     if others:
         text += ["", "Confirmed:", "", *table(others)]
+    text += ["", *table_of_sizes({**explored, **others})]
     text += [
         "",
         f"Seeds in which a component exceeds both floors [95 % exact interval]; {seeds_said(explored, others)}. "

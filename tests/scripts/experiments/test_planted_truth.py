@@ -32,7 +32,7 @@ def test_a_planted_site_is_scored_by_every_method_in_every_run(alias_runs, tmp_p
     methods = [row[0] for row in rows_of(printed)[2:]]
     assert {"attribute_training, both tags", "patch_parameters, both tags", "chance"} < {*methods}
     assert len(methods) == len({*methods}) == world.sizes["by"] + 1
-    assert "The plant has the largest true effect in 4 of 4 worlds." in printed
+    assert "The plant has the largest true effect in 4 of 4 worlds, a decoy in 0." in printed
     assert "seeds 402, 403" in printed
     assert (tmp_path / "planted" / "planted.png").stat().st_size > 10_000
 
@@ -41,11 +41,12 @@ def test_a_planted_site_is_scored_by_every_method_in_every_run(alias_runs, tmp_p
 
 
 def world(scores: list[float], planted: int = 0) -> xr.Dataset:
-    """Four sites, the first or another planted, the first the largest truth, and one method's scores."""
+    """Four sites, the first or another planted, the first the largest truth or a decoy, and a method's scores."""
     return xr.Dataset(
         {
             "truth": ("site", [-4.0, 1.0, 2.0, 3.0]),
             "planted": ("site", [int(i == planted) for i in range(4)]),
+            "decoy": ("site", [int(i == 0 != planted) for i in range(4)]),
             "score": (("by", "site"), [scores]),
         },
         {"site": list("abcd"), "by": ["a method"]},
@@ -70,6 +71,13 @@ def test_average_precision_is_one_over_the_rank_of_the_plant(scores, planted, pr
     assert graded["largest"] == (planted == 0)
 
 
+def test_the_largest_truth_is_graded_where_a_method_says_something_of_it():
+    assert planted_truth.graded(world([2.5, 1, 2, 3], 3), "a method")["of the largest"] == pytest.approx(
+        1 / 2
+    )
+    assert np.isnan(planted_truth.graded(world([np.nan, 1, 2, 3], 3), "a method")["of the largest"])
+
+
 def test_ranks_are_correlated_with_the_size_of_the_truth():
     assert planted_truth.graded(world([4, 1, 2, 3]), "a method")["rank"] == pytest.approx(1.0)
     assert planted_truth.graded(world([1, 4, 3, 2]), "a method")["rank"] == pytest.approx(-1.0)
@@ -83,9 +91,10 @@ def test_worlds_where_the_plant_is_not_the_largest_effect_stand_apart():
         {"a": {seed: [world([9, 1, 2, 3]), world([9, 1, 2, 3], 1)] for seed in (1, 2)}}
     )
     row, chance = rows_of("\n".join(planted_truth.table(found)))[2:]
-    assert row[:3] == ["a method", "1.00 [1.00, 1.00]", "0.25 [0.25, 0.25]"]
+    assert row[:4] == ["a method", "1.00 [1.00, 1.00]", "0.25 [0.25, 0.25]", "1.00 [1.00, 1.00]"]
     assert chance[1] == f"{(1 + 1 / 2 + 1 / 3 + 1 / 4) / 4:.2f}"
-    assert planted_truth.worlds_said(found) == "The plant has the largest true effect in 2 of 4 worlds."
+    said = "The plant has the largest true effect in 2 of 4 worlds, a decoy in 2."
+    assert planted_truth.worlds_said(found) == said
 
 
 def test_the_axes_of_the_figure_end_at_one_and_hold_every_mean():

@@ -43,6 +43,14 @@ def test_a_component_is_told_where_the_mean_of_its_forks_exceeds_both_floors():
     assert rows[-1] == ["embed", "1 of 3 [0.01, 0.91]", "0 of 3 [0.00, 0.71]"]
 
 
+def test_sizes_are_medians_over_seeds_and_forks():
+    quiet = {"noisy": [-0.1, 0.1], "random": [0.25, -0.3]}
+    found = {1: [_fork(-0.4, **quiet), _fork(0.3, **quiet)], 2: [_fork(0.9, **quiet), _fork(0.1, **quiet)]}
+    with in_small(window_floor, AFTER=(10, 20)):
+        rows = rows_of("\n".join(window_floor.table_of_sizes(found)))
+    assert [row[1:] for row in rows[-3:]] == [["0.35", "0.035"], ["0.14", "0.14"], ["0.3", "0.3"]]
+
+
 @pytest.mark.slow
 def test_windows_and_their_floors_are_what_the_verb_gives(alias_runs):
     run = Trajectory.open(alias_runs[0])
