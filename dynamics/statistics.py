@@ -237,6 +237,36 @@ def summarize(dataset: xr.Dataset, over: str = "example", confidence: float = 0.
     return summary.assign_attrs({**dataset.attrs, "unit": described, "confidence": confidence})
 
 
+def antisymmetric(dataset: xr.Dataset) -> xr.Dataset:
+    """What a site does whichever of the two examples is the base: half of what it brings less what it takes away.
+
+        effect = (sufficiency − necessity) / 2        mixing = (sufficiency + necessity) / 2
+
+    One direction alone is no test of whether base and source differ. A step with a part of each gradient may
+    measure more, or less, than both steps with one gradient, where nothing tells these two apart: that is
+    `mixing`. Where base and source change places `effect` turns its sign and `mixing` stays.
+
+    Args:
+        dataset: from `both_directions`, with the dim `direction`.
+
+    Returns:
+        Without `direction`, as one direction for `summarize`: `effect`, and `mixing` with the same dims; all else
+        as in the direction "sufficiency".
+
+    Raises:
+        ValueError: there is no dim `direction` with both directions, or no `effect`.
+    """
+    _expect_variables(dataset, "effect")
+    if set(np.atleast_1d(dataset.get("direction", ""))) != {"sufficiency", "necessity"}:
+        raise ValueError(
+            "the dataset has not both directions along a dim 'direction'; give what dy.both_directions returns."
+        )
+    brings, takes = (dataset.sel(direction=which, drop=True) for which in ("sufficiency", "necessity"))
+    brought, taken = brings["effect"], takes["effect"]
+    found = {"effect": (brought - taken) / 2, "mixing": (brought + taken) / 2}
+    return brings.assign({name: half.assign_attrs(brought.attrs) for name, half in found.items()})
+
+
 def is_summary(dataset: xr.Dataset) -> bool:
     """Whether it has come out of `summarize`."""
     return "effect_low" in dataset

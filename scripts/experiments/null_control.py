@@ -28,7 +28,7 @@ from dynamics.config import StudyConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.shared.forks import sparse
-from scripts.shared.into_readme import conclude, markdown, stamp
+from scripts.shared.into_readme import conclude, interval, markdown, stamp
 from scripts.shared.runs import each, parser, stored
 
 SEEDS = range(500, 524)
@@ -43,7 +43,7 @@ Array = npt.NDArray[np.float64]
 
 
 def one_run(config: StudyConfig, out: Path) -> xr.Dataset:
-    """Effects of every site in one run whose tags say nothing, averaged over its aliases."""
+    """Effects of every site in one run whose tags say nothing, averaged over its aliases, in both directions."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     return stored(out / f"seed-{config.seed}.h5", partial(_effects, config, out / f"seed-{config.seed}"))
@@ -56,7 +56,9 @@ def _effects(config: StudyConfig, folder: Path) -> xr.Dataset:
     state = dy.steps.reach(recipe, run, config.phases.starts["x2"] + X2_STEP, task.batch)
     chosen = [s for level in ("components", "heads") for s in dy.sites.LEVELS[level](recipe.model)]
     parts = [
-        dy.patch_gradients(recipe, at, task.contrasts(), chosen, dy.measures.correct_logit)
+        dy.both_directions(
+            dy.patch_gradients, recipe, at, task.contrasts(), chosen, dy.measures.correct_logit
+        )
         for at in (state.with_fresh_optimizer(), state)
     ]
     found = dy.results.concat(parts, "optimizer", ["fresh", "stored"])
@@ -135,6 +137,17 @@ def table(effect: xr.DataArray) -> list[str]:
     )
 
 
+def mixed(both: xr.Dataset) -> list[str]:
+    """Lines: by component what a step with gradients of both tags does beyond steps with one, and the tags' gap."""
+    states = [both.sel(optimizer=state) for state in ("fresh", "stored")]
+    rows = [
+        [site, *(interval(of["mixing"].sel(site=site).values) for of in states)]
+        for site in map(str, both["site"].values[both["level"].values == "components"])
+    ]
+    rows.append(["reliable − unreliable", *(interval((of["source"] - of["base"]).values) for of in states)])
+    return markdown(["component", "fresh", "stored"], rows)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Say what it will take, train and ask, and say what was found."""
     made = parser(__doc__)
@@ -147,9 +160,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     found = each(one_run, [(without_meaning(seed), given.out) for seed in SEEDS], given.workers)
     joined = dy.results.concat(found, "seed", list(SEEDS))
+    one, both = joined.sel(direction="sufficiency", drop=True), dy.statistics.antisymmetric(joined)
+    by_run = [of["effect"].transpose("seed", "optimizer", "site") for of in (one, both)]
     text = [
-        *table(joined["effect"].transpose("seed", "optimizer", "site")),
-        "",
+        *("One direction, as the study asks:", "", *table(by_run[0]), ""),
+        *("Both directions, half of their difference:", "", *table(by_run[1]), ""),
+        *("What mixing does by itself, half of their sum, in logits:", "", *mixed(both), ""),
         f"{len(SEEDS)} runs (seeds {SEEDS[0]}–{SEEDS[-1]}) whose tags are random in X1; X2 step {X2_STEP}, "
         f"correct logit. The run is the unit: p by sign flips over runs; of as many, by exchanging runs' tags "
         f"at all sites at once. {stamp(__file__)}",

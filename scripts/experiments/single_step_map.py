@@ -67,6 +67,31 @@ def recovered(task: AliasTask, run: Trajectory) -> xr.Dataset:
     )
 
 
+def both_ways(task: AliasTask, run: Trajectory) -> xr.Dataset:
+    """Fresh, primary step, logits an alias: of both directions `effect` and `mixing` [site]; `whole`."""
+    recipe, components = task.recipe(), dy.sites.components(task.model())
+    state = steps.reach(recipe, run, task.config.phases.starts["x2"] + PRIMARY, task.batch)
+    at = state.with_fresh_optimizer()
+    asked_twice = dy.both_directions(dy.patch_gradients, recipe, at, task.contrasts(), components, MEASURE)
+    found = dy.statistics.antisymmetric(asked_twice)
+    found["whole"] = found["source"] - found["base"]
+    means = found[["effect", "mixing", "whole"]].mean("example")
+    bare = means.drop_vars([name for name in means.coords if name != "site"])
+    return bare.assign_attrs(provenance=results.provenance(verb="patch_gradients", step=at.step))
+
+
+def table_both_ways(found: xr.Dataset) -> list[str]:
+    """Lines: by component the effect of both directions, how many seeds are positive, and mixing; the whole."""
+    rows = []
+    for name, effect in [(site, found["effect"].sel(site=site)) for site in map(str, found["site"].values)]:
+        p, above = float(dy.statistics.sign_flip_p(effect.values)), int((effect > 0).sum())
+        mixing = interval(found["mixing"].sel(site=name).values)
+        rows.append([name, interval(effect.values), f"{above} of {effect.size}", f"{p:.4f}", mixing])
+    rows.append(["everything", interval(found["whole"].values), "", "", ""])
+    head = ["logits an alias", "both directions", "seeds above 0", "p", "mixing alone"]
+    return markdown(head, rows)
+
+
 def by_seed(found: Mapping[int, Sequence[xr.Dataset]]) -> xr.Dataset:
     """The mean of each seed's forks, along a dim `seed`."""
     means = [xr.concat(forks, "fork").mean("fork") for forks in found.values()]
@@ -110,8 +135,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     on_explored, on_others = asked(recovered, given)
     explored = by_seed(on_explored)
     confirming = by_seed(on_others) if on_others else None
+    both = [by_seed(part) for part in asked(both_ways, given, "both") if part]
     text = [
         *table(explored, confirming),
+        "",
+        f"Both directions at step {PRIMARY}, fresh, all seeds; looked at after the others had been opened:",
+        "",
+        *table_both_ways(xr.concat(both, "seed")),
         "",
         f"Mean over seeds [95 % t interval], p by sign flips over seeds; {seeds_said(on_explored, on_others)}. A "
         "recovery holds where the interval of the seeds that confirm leaves out 0, on the side explored. "

@@ -467,6 +467,37 @@ def test_where_sites_do_not_interact_the_two_directions_differ_in_sign_alone(set
     assert abs(clipped.sum("direction")).max() > 1e-6
 
 
+def test_the_antisymmetric_effect_turns_where_base_and_source_change_places(setting):
+    patched = sites.parameters(setting[0].model)
+    halves = [
+        dy.statistics.antisymmetric(
+            dy.both_directions(dy.patch_gradients, *setting, contrasts, patched, linear)
+        )
+        for contrasts in (PAIRS, [pair.reversed() for pair in PAIRS])
+    ]
+    one, turned = (half["effect"].values for half in halves)
+    assert abs(one).max() > 1e-6
+    np.testing.assert_allclose(one, -turned, rtol=0, atol=1e-12)
+    mixing, again = (half["mixing"].values for half in halves)
+    assert abs(mixing).max() > 1e-6
+    np.testing.assert_allclose(mixing, again, rtol=0, atol=1e-12)
+    brought = dy.patch_gradients(*setting, PAIRS, patched, linear)
+    np.testing.assert_allclose(one + mixing, brought["effect"].values, rtol=0, atol=1e-12)
+    assert halves[0]["effect"].attrs == brought["effect"].attrs
+    assert set(halves[0].dims) == {"example", "site"}
+    dy.statistics.table(dy.statistics.summarize(halves[0]))
+
+
+def test_one_direction_has_no_antisymmetric_part(setting):
+    patched = sites.parameters(setting[0].model)
+    one = dy.patch_updates(*setting, PAIRS, patched, linear)
+    with pytest.raises(ValueError, match=r"not both directions.*dy\.both_directions"):
+        dy.statistics.antisymmetric(one)
+    both = dy.both_directions(dy.patch_updates, *setting, PAIRS, patched, linear)
+    with pytest.raises(ValueError, match="not both directions"):
+        dy.statistics.antisymmetric(both.sel(direction="necessity"))
+
+
 def test_directions_keep_the_measures_and_the_facts_they_share():
     recipe, checkpoint, contrast = language("gradients")
     measures = {name: dy.measures.by_name(name) for name in ("correct_logit", "probability")}

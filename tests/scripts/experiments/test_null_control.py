@@ -5,8 +5,9 @@ import pytest
 import xarray as xr
 
 import dynamics as dy
+from dynamics import results
 from scripts.experiments import null_control
-from tests.scripts.calling import in_small, rows_of
+from tests.scripts.calling import call, in_small, rows_of
 
 RUNS, SITES = 24, 12
 
@@ -64,6 +65,29 @@ def test_levels_and_states_are_counted_apart():
     assert rows["components", "stored"][3].startswith("1.000 [1.000, 1.000]")
     assert rows["components", "fresh"][2][-4:] == "of 1"
     assert rows["all", "both"][2].endswith("of 6")
+
+
+def test_where_both_directions_bring_alike_only_one_of_them_calls_a_site(tmp_path):
+    """Every site brings 1 ± .1 in either direction, and 0 ± .1 beyond that."""
+    draws = np.random.default_rng(4)
+    dims, coords = ("direction", "optimizer", "site"), {"direction": ["sufficiency", "necessity"]}
+    coords |= {
+        "optimizer": ["fresh", "stored"],
+        "site": list("ab"),
+        "level": ("site", ["components", "heads"]),
+    }
+    for seed in null_control.SEEDS:
+        base, effect = draws.standard_normal((2, 2, 1)), 1 + 0.1 * draws.standard_normal((2, 2, 2))
+        sides = {"base": (dims[:2], base[..., 0]), "source": (dims[:2], base[::-1, :, 0])}
+        results.save(xr.Dataset({"effect": (dims, effect), **sides}, coords), tmp_path / f"seed-{seed}.h5")
+    with in_small(null_control, N_EXCHANGES=499, N_HALVES=10):
+        rows = rows_of(call(null_control, "--out", tmp_path))
+    called = [row[2] for row in rows if row[:2] == ["all", "both"]]
+    assert called[0] == "4 of 4"
+    assert called[1] in ("0 of 4", "1 of 4")
+    (mixing,) = (row for row in rows if row[0] == "a")
+    assert float(mixing[1].split()[0]) == pytest.approx(1, abs=0.1)
+    assert [row[0] for row in rows][-1] == "reliable − unreliable"
 
 
 def test_tags_say_nothing_in_runs_of_the_default_study_whose_seeds_nobody_saw():

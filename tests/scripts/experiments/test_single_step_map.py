@@ -60,3 +60,39 @@ def test_a_recovery_holds_on_the_side_that_was_explored(explored, confirming, sa
         for side in (explored, confirming)
     )
     assert single_step_map.holds(first, second, "embed") == f"{said}, p = 0.2500"
+
+
+@pytest.mark.slow
+def test_both_ways_a_component_brings_as_much_as_it_takes_away_elsewhere(alias_runs):
+    run = Trajectory.open(alias_runs[0])
+    task = dy.tasks.load(run.config)
+    with in_small(single_step_map, PRIMARY=2):
+        found = single_step_map.both_ways(task, run)
+    recipe = task.recipe()
+    state = dy.steps.reach(recipe, run, task.config.phases.starts["x2"] + 2, task.batch)
+    (attention,) = [s for s in dy.sites.components(recipe.model) if s.label == "attn 0"]
+    one, other = (
+        dy.patch_gradients(
+            recipe, state.with_fresh_optimizer(), pairs, [attention], dy.measures.correct_logit
+        )
+        for pairs in (task.contrasts(), [pair.reversed() for pair in task.contrasts()])
+    )
+    expected = float(one["effect"].mean() - other["effect"].mean()) / 2
+    assert float(found["effect"].sel(site="attn 0")) == pytest.approx(expected, abs=1e-4)
+    assert float(found["whole"]) == pytest.approx(float((one["source"] - one["base"]).mean()), abs=1e-4)
+
+
+def test_a_line_says_in_how_many_seeds_a_component_brings_something():
+    effect = xr.Dataset(
+        {
+            "effect": (("seed", "site"), [[0.1], [0.3], [-0.1]]),
+            "mixing": (("seed", "site"), [[0.1], [0.1], [0.1]]),
+            "whole": ("seed", [1.0, 1.0, 1.0]),
+        },
+        {"site": ["embed"]},
+    )
+    first, last = rows_of("\n".join(single_step_map.table_both_ways(effect)))[2:]
+    assert first[0] == "embed"
+    assert first[1].startswith("+0.10 [")
+    assert first[2:] == ["2 of 3", "0.7500", "+0.10 [+0.10, +0.10]"]
+    assert last[1] == "+1.00 [+1.00, +1.00]"
