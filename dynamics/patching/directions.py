@@ -30,7 +30,8 @@ def both_directions(
     Sufficiency: the base run, with the site from the source. Necessity: the source run, with the site from the
     base; its `base` is the contrast's source, so recovery reads the same way in both. Where sites do not
     interact the two effects differ only in sign. Of a `CheckpointPair` the checkpoints change places too, and what
-    the parameters of both are measured on stays.
+    the parameters of both are measured on stays. `dy.statistics.antisymmetric` takes half their difference, free
+    of what mixing two gradients does by itself.
     """
     turned = checkpoint
     if isinstance(checkpoint, CheckpointPair):
