@@ -31,7 +31,7 @@ from dynamics.tasks import AliasTask
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.experiments.account import difference
 from scripts.shared.forks import asked, command_line, seeds_said
-from scripts.shared.into_readme import conclude, markdown, stamp
+from scripts.shared.into_readme import conclude, interval, markdown, stamp
 
 AFTER = (10, 20, 50, 100, 200)
 N_NOISE = 4
@@ -100,6 +100,16 @@ def _share(count: int, n: int) -> str:
     return f"{count} of {n} [{low:.2f}, {high:.2f}]"
 
 
+def table_of_effects(found: Mapping[int, Sequence[xr.Dataset]]) -> list[str]:
+    """Lines: the mean effect of each component over seeds, with t intervals, by length of the window."""
+    effect = xr.concat([xr.concat(forks, "fork")["effect"].mean("fork") for forks in found.values()], "seed")
+    rows = [
+        [site, *(interval(effect.sel(site=site, step=n).values) for n in AFTER)]
+        for site in map(str, effect["site"].values)
+    ]
+    return markdown(["effect on D, logits", *(f"{n} steps" for n in AFTER)], rows)
+
+
 def sizes(found: Mapping[int, Sequence[xr.Dataset]]) -> dict[str, xr.DataArray]:
     """How large the effect of a component of a fork is, and both floors: [seed, fork, step, site] in logits."""
     every = xr.concat([xr.concat(forks, "fork") for forks in found.values()], "seed")
@@ -138,7 +148,7 @@ def draw(found: Mapping[int, Sequence[xr.Dataset]]) -> figures.Figure:
     axes.minorticks_off()
     axes.set_xlabel("steps of X2 with exchanged tags")
     axes.set_ylabel("|effect on Dt3 − Df4| (logits)")
-    axes.set_title("Windows beside their noise floor (median, quartiles)")
+    axes.set_title(f"Windows beside both floors, {len(found)} seeds (median, quartiles)")
     axes.legend()
     return figure
 
@@ -150,13 +160,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = ["Explored:", "", *table(explored)]
     if others:
         text += ["", "Confirmed:", "", *table(others)]
-    text += ["", *table_of_sizes({**explored, **others})]
+    every = {**explored, **others}
+    text += ["", *table_of_effects(every), "", *table_of_sizes(every)]
     text += [
         "",
-        f"Seeds in which a component exceeds both floors [95 % exact interval]; {seeds_said(explored, others)}. "
+        f"Seeds in which a component exceeds both floors [95 % exact interval]; mean effects [95 % t interval] and "
+        f"median sizes over all seeds here; {seeds_said(explored, others)}. "
         f"{stamp(__file__)}",
     ]
-    conclude(given, "floor", "\n".join(text), draw(explored), {"script": Path(__file__).name})
+    conclude(given, "floor", "\n".join(text), draw(every), {"script": Path(__file__).name})
 
 
 if __name__ == "__main__":
