@@ -43,13 +43,14 @@ def event_curves(columns: Mapping[str, Sequence[Panel]]) -> Figure:
     if len(sizes) != 1 or 0 in sizes:
         raise ValueError(f"the columns have {sorted(sizes)} panels; expected as many in each, at least one")
     (n_rows,) = sizes
-    figure = Figure(figsize=(4.6 * len(columns) + 0.6, 2.5 * n_rows + 0.9))
-    grid = figure.subplots(n_rows, len(columns), squeeze=False, sharex="col")
-    for column, (title, panels) in enumerate(columns.items()):
-        grid[0, column].set_title(title, fontsize=10)
-        grid[-1, column].set_xlabel("training step")
-        for axes, (curves, marks) in zip(grid[:, column], panels, strict=True):
+    figure = Figure(figsize=(4.6 * len(columns) + 0.6, 2.2 * n_rows + 0.9))
+    parts = figure.subfigures(1, len(columns), squeeze=False)[0]
+    for part, (title, panels) in zip(parts, columns.items(), strict=True):
+        part.suptitle(title, fontsize=10)
+        rows = part.subplots(n_rows, 1, squeeze=False, sharex=True)[:, 0]
+        for axes, (curves, marks) in zip(rows, panels, strict=True):
             _panel(axes, curves, marks)
+        rows[-1].set_xlabel("training step, from the first")
     return figure
 
 
@@ -85,7 +86,7 @@ def _panel(axes: Axes, curves: xr.Dataset, marks: Mapping[str, xr.Dataset]) -> N
     is_share = str(curves.attrs.get("long_name", "")).startswith(("accuracy", "attention"))
     if is_share and all(float(curve.min()) >= 0 for curve in curves.data_vars.values()):
         axes.set_ylim(0.0, 1.0)  # an interval may reach beyond, a share cannot; a difference may
-    axes.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, borderaxespad=0.2)
 
 
 @styled

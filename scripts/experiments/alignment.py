@@ -36,6 +36,7 @@ PAIRS = {"x1": ("DtQ1", "DfQ2"), "x2": ("Dt3", "Df4")}
 """The reliable and the unreliable set that a phase is about."""
 
 TAGS = ("reliable", "unreliable")
+UNITS = {"alignment": "cosine", "alignment by tag": "cosine", "single step": "logits"}
 MEASURE = dy.measures.correct_logit
 
 
@@ -119,7 +120,8 @@ def panels(found: Found, phase: str) -> dict[str, xr.Dataset]:
     }
     return {
         words: xr.Dataset(
-            {name: curve.reset_coords(drop=True) for name, curve in of.items()}, attrs={"long_name": words}
+            {name: curve.reset_coords(drop=True) for name, curve in of.items()},
+            attrs={"long_name": f"{words} ({UNITS[words]})" if words in UNITS else words},
         )
         for words, of in shown.items()
     }
@@ -149,6 +151,14 @@ def is_common(found: xr.Dataset) -> bool:
     return int(found["n"]) > found.sizes["seed"] / 2
 
 
+def apart_from(curve: xr.DataArray) -> str:
+    """The first of the steps measured from which on the mean over seeds stays away from zero, its interval too."""
+    _, low, high = dy.statistics.mean_interval(curve.transpose("step", "seed").values)
+    at_zero = np.flatnonzero((low <= 0) & (high >= 0))
+    later = curve["step"].values[(at_zero[-1] + 1 if at_zero.size else 0) :]
+    return f"{later[0]:.0f}" if later.size else "–"
+
+
 def table(phases: Mapping[str, Mapping[str, xr.Dataset]]) -> list[str]:
     """Lines: what changes, from where to where, and when; a dash where most seeds have no change."""
     rows = []
@@ -159,10 +169,17 @@ def table(phases: Mapping[str, Mapping[str, xr.Dataset]]) -> list[str]:
                 after = interval(curve.where(curve["step"] >= found["at"]).mean("step").values)
                 at = "{:.0f} [{:.0f}, {:.0f}]".format(*(float(found[k]) for k in ("mean", "low", "high")))
             first = interval(curve.isel(step=0).values)
-            rows.append(
-                [phase.upper(), words, first, after, at, f"{int(found['n'])} of {curve.sizes['seed']}"]
-            )
-    head = ["phase", "what", "at the first step", "after the change", "change at step", "seeds with one"]
+            with_one = f"{int(found['n'])} of {curve.sizes['seed']}"
+            rows.append([phase.upper(), words, first, after, at, with_one, apart_from(curve)])
+    head = [
+        "phase",
+        "what",
+        "at the first step",
+        "after the change",
+        "change at step",
+        "seeds with one",
+        "away from zero from step",
+    ]
     return markdown(head, rows)
 
 
@@ -206,8 +223,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         *order(phases),
         "",
         f"{seeds_said(explored, others)}; mean [95 % t interval over seeds], of steps on a logarithmic scale, "
-        f"counted from the phase's first. By tag: the same new aliases under either tag. Single step: how much "
-        f"further a step on its definition takes a new alias under the reliable tag, in logits. {stamp(__file__)}",
+        f"counted from the phase's first. Away from zero: the interval excludes it at every step measured from "
+        f"there on. By tag: the same new aliases under either tag. Single step: how much further a step on its "
+        f"definition takes a new alias under the reliable tag, in logits. {stamp(__file__)}",
     ]
     conclude(given, "alignment", "\n".join(text), draw(phases), {"script": Path(__file__).name})
 

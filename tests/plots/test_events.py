@@ -53,7 +53,7 @@ def test_a_curve_over_seeds_is_its_mean_with_the_interval_and_an_event_a_line():
     assert span.get_x() == pytest.approx(max(0.0, float(event["low"])))
     assert span.get_x() + span.get_width() == pytest.approx(float(event["high"]))
     assert axes.get_ylabel() == "alignment"
-    assert axes.get_title() == "X2"
+    assert [part.get_suptitle() for part in figure.subfigs] == ["X2"]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ def test_each_phase_has_a_row_for_all_that_may_change(alias_runs, tmp_path):
     with in_small(alignment, POINTS=5):
         said = call(alignment, tmp_path / "forks", "--out", "aligned")
         assert call(alignment, tmp_path / "forks", "--out", "aligned") == said
-    rows = [row for row in rows_of(said)[2:] if row[0] in ("X1", "X2") and len(row) == 6]
+    rows = [row for row in rows_of(said)[2:] if row[0] in ("X1", "X2") and len(row) == 7]
     assert [row[:2] for row in rows] == [
         [phase, words.format(*pair)]
         for phase, pair in (("X1", ("DtQ1", "DfQ2")), ("X2", ("Dt3", "Df4")))
@@ -69,6 +69,13 @@ def test_an_event_is_found_and_averaged_on_the_scale_of_log_steps():
     assert int(found["n"]) == 2
     np.testing.assert_allclose(found["mean"], np.sqrt(4 * 28) - 1)
     assert float(found["low"]) >= 0
+
+
+def test_curves_are_away_from_zero_where_they_do_not_come_back():
+    around = np.array([[0.5], [1.0], [1.5]])
+    for means, expected in (([0, 4, 0, 4, 4], "9"), ([0, -4, 4, 4, 4], "1"), ([4, 4, 4, 4, 0], "–")):
+        curve = xr.DataArray(around - 1 + means, dims=("seed", "step"), coords={"step": [0, 1, 3, 9, 27]})
+        assert alignment.apart_from(curve) == expected
 
 
 def test_the_same_aliases_stand_under_either_tag():
@@ -127,4 +134,4 @@ def test_the_order_says_by_what_factor_the_second_event_is_later():
     assert row[:3] == ["X2", "accuracy, Dt3 − Df4", "alignment, Dt3 − Df4"]
     assert row[3].startswith("×0.4 [")  # (1 + 3) / (1 + 9)
     (dash,) = [row for row in rows_of("\n".join(alignment.table({"x2": panels}))) if row[1].startswith("att")]
-    assert dash[3:] == ["–", "–", "0 of 2"]
+    assert dash[3:] == ["–", "–", "0 of 2", "–"]
