@@ -1,5 +1,7 @@
 """Closing the loop, in miniature: the ways of choosing explored, the best one confirmed, and what is gone."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ def test_every_way_is_explored_and_the_best_alone_is_run_on_the_seeds_that_confi
     forks_of(tmp_path / "forks", alias_runs[0], *EXPLORED)
     forks_of(tmp_path / "forks", alias_runs[1], *CONFIRMED)
     ways = (Way("alone", 2), Way("together", 2))
-    with in_small(closing_the_loop, WAYS=ways, STEPS=4):
+    with in_small(closing_the_loop, WAYS=ways, LATER=Way("alone", 3), STEPS=4):
         printed = call(closing_the_loop, tmp_path / "forks", "--out", tmp_path / "loop", "--confirm")
     (best,) = [way for way in ways if f"Of these ways the best: {way}." in printed]
     for way in ways:
@@ -37,7 +39,9 @@ def test_every_way_is_explored_and_the_best_alone_is_run_on_the_seeds_that_confi
             matched = worlds[["parameters", "difference"]].isel(erased=slice(1, None)).to_array()
             assert bool(((matched > 0.5) & (matched < 2)).all())
     assert printed.count(f"(together, {ways[1].look} steps)") + printed.count("(alone, 2 steps)") == 3
-    assert "The goals" in printed
+    assert printed.count("(alone, 3 steps)") == 1
+    assert [path.name.split("-")[1] for path in (tmp_path / "loop" / "alone-3").iterdir()] == ["0"]
+    assert printed.count("The goals") == printed.count("Logits gone where W_E") == 2
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------
@@ -94,6 +98,19 @@ def test_both_goals_must_be_reached(chosen, random, said):
     found = _found(chosen=chosen + jitter, random_0=random + jitter)
     plain = _found(nowhere=5 + jitter, everywhere=1 + jitter / 2)
     assert said in closing_the_loop.verdict(plain, found)
+
+
+def test_forks_that_chose_the_embedding_stand_apart():
+    plain, found = _found(nowhere=[4, 6, 5]), _found(chosen=[1, 2, 0])
+    for seed, forks in found.items():
+        found[seed] = [
+            fork.assign(matrices=("erased", [name]))
+            for fork, name in zip(forks, ("W_E, W_K", "W_V"), strict=True)
+        ]
+    found[2][1] = found[2][0]
+    said = closing_the_loop.by_embedding(plain, found)
+    assert re.search(r"among the chosen: \+4.25 \[.*\] \(4 forks\); where", said)  # 3, 4, 5 and 5
+    assert re.search(r"where it is not: \+3.50 \[.*\] \(2 forks\)\.", said)
 
 
 def test_what_a_site_covers_is_squared_and_summed():
