@@ -50,7 +50,7 @@ def event_curves(columns: Mapping[str, Sequence[Panel]]) -> Figure:
         rows = part.subplots(n_rows, 1, squeeze=False, sharex=True)[:, 0]
         for axes, (curves, marks) in zip(rows, panels, strict=True):
             _panel(axes, curves, marks)
-        rows[-1].set_xlabel("training step, from the first")
+        rows[-1].set_xlabel("training step")
     return figure
 
 

@@ -284,24 +284,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     plain, found = asked(EXPLORED[: given.explore], WAYS)
     way = best(found)
-    text = ["Explored:", "", *table(plain, found), "", f"Of these ways the best: {way}.", ""]
+    best_of = f"Of these ways the best: {way}. {matched(found[way])}"
+    text = [f"Explored, {len(plain)} seeds:", "", *table(plain, found), "", best_of, ""]
     there: Found = {}
     if given.confirm:
         there, confirmed = asked(CONFIRMED, [way])
         for words, part, of in (("Confirmed", there, confirmed), ("Afterwards", *asked(EXPLORED, [LATER]))):
             (one,) = of.values()
-            text += [
-                f"{words}:",
-                "",
-                *table(part, of),
-                "",
-                f"{verdict(part, one)} {by_embedding(part, one)}",
-                "",
-            ]
+            said = f"{verdict(part, one)} {by_embedding(part, one)} {matched(one)}"
+            text += [f"{words}, {len(part)} seeds:", "", *table(part, of), "", said, ""]
     text += [
         f"X2's first {STEPS} steps again; means over the last quarter; gone = ratio of means to what is gone "
-        f"everywhere, Fieller's 95 % interval over seeds; {seeds_said(plain, there)}. {matched(found[way])} "
-        f"{stamp(__file__)}",
+        f"everywhere, Fieller's 95 % interval over seeds; {seeds_said(plain, there)}. {stamp(__file__)}",
     ]
     conclude(given, "loop", "\n".join(text))
 
