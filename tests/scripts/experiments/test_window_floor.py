@@ -43,6 +43,15 @@ def test_a_component_is_told_where_the_mean_of_its_forks_exceeds_both_floors():
     assert rows[-1] == ["embed", "1 of 3 [0.01, 0.91]", "0 of 3 [0.00, 0.71]"]
 
 
+def test_effects_are_means_over_seeds_of_both_forks():
+    """Seeds of .3 and .5: a mean of .4, and half an interval of 12.71 times .1 (t with one degree of freedom)."""
+    quiet = {"noisy": [-0.1, 0.1], "random": [0.25, -0.3]}
+    found = {1: [_fork(0.4, **quiet), _fork(0.2, **quiet)], 2: [_fork(0.9, **quiet), _fork(0.1, **quiet)]}
+    with in_small(window_floor, AFTER=(10, 20)):
+        rows = rows_of("\n".join(window_floor.table_of_effects(found)))
+    assert rows[-1] == ["embed", "+0.40 [-0.87, +1.67]", "+0.04 [-0.09, +0.17]"]
+
+
 def test_sizes_are_medians_over_seeds_and_forks():
     quiet = {"noisy": [-0.1, 0.1], "random": [0.25, -0.3]}
     found = {1: [_fork(-0.4, **quiet), _fork(0.3, **quiet)], 2: [_fork(0.9, **quiet), _fork(0.1, **quiet)]}
