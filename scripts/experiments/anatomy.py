@@ -169,19 +169,19 @@ def share(summary: xr.Dataset) -> str:
     return "–" if np.isnan(values[0]) else "{:.2f} [{:.2f}, {:.2f}]".format(*values)
 
 
-def per_alias(found: Found, name: str, **selected: str) -> str:
-    """An effect with its interval over the aliases of all runs together."""
+def effect(found: Found, name: str, **selected: str) -> str:
+    """An effect with its interval over runs, each the mean of its aliases."""
     chosen = {"measure": "correct_logit", "optimizer": "fresh", **selected}
-    return interval(np.concatenate([f[name]["effect"].sel(chosen).values for f in found]))
+    return interval([float(f[name]["effect"].sel(chosen).mean()) for f in found])
 
 
 def gap_row(found: Found, name: str) -> list[str]:
-    """The whole gap, source − base: over aliases with the fresh state, over runs with both."""
-    whole = [f[name]["source"] - f[name]["base"] for f in found]
-    chosen = [w.sel(measure="correct_logit", optimizer=s) for s in ("fresh", "stored") for w in whole]
-    fresh, stored = chosen[: len(found)], chosen[len(found) :]
-    over = [interval([float(w.mean()) for w in state]) for state in (fresh, stored)]
-    return [f"gap {over[0]}", interval(np.concatenate([w.values for w in fresh])), f"gap {over[1]}"]
+    """The whole gap, source − base, with the fresh state (as an effect too) and with the run's own."""
+    whole = [(f[name]["source"] - f[name]["base"]).sel(measure="correct_logit") for f in found]
+    fresh, own = (
+        interval([float(w.sel(optimizer=state).mean()) for w in whole]) for state in ("fresh", "stored")
+    )
+    return [f"gap {fresh}", fresh, f"gap {own}"]
 
 
 def signals_table(found: Found) -> list[str]:
@@ -200,13 +200,13 @@ def signals_table(found: Found) -> list[str]:
 
 
 def recoveries_table(found: Found, name: str, labels: list[str]) -> list[str]:
-    """One row per site: recovery over runs with either state, effect over aliases."""
+    """One row per site: recovery with either state, and the effect itself."""
     fresh, stored = (summary_of(found, name, optimizer=state) for state in ("fresh", "stored"))
     rows = [["everything", *gap_row(found, name)]]
     for label in labels:
-        effect = per_alias(found, name, site=label)
-        rows.append([label, share(fresh.sel(site=label)), effect, share(stored.sel(site=label))])
-    head = ["gradient of", "recovery, fresh [over runs]", "effect, fresh [over aliases]", "recovery, stored"]
+        moved = effect(found, name, site=label)
+        rows.append([label, share(fresh.sel(site=label)), moved, share(stored.sel(site=label))])
+    head = ["gradient of", "recovery, fresh", "effect, fresh", "recovery, stored"]
     return markdown(head, rows)
 
 
@@ -217,9 +217,9 @@ def factors_table(found: Found) -> list[str]:
     for label in map(str, fresh["site"].values):
         shares = [share(fresh.sel(site=label, factor=f)) for f in ("x", "delta", "both")]
         rows.append(
-            [label, *shares, *(per_alias(found, "factors", site=label, factor=f) for f in ("x", "delta"))]
+            [label, *shares, *(effect(found, "factors", site=label, factor=f) for f in ("x", "delta"))]
         )
-    return markdown(["matrix", "x", "δ", "both", "x [over aliases]", "δ [over aliases]"], rows)
+    return markdown(["matrix", "x", "δ", "both", "effect of x", "effect of δ"], rows)
 
 
 def window_table(found: Found) -> list[str]:
@@ -316,7 +316,7 @@ def report(found: Found, names: list[str]) -> str:
         f"Runs of {', '.join(names)}, {n_aliases} aliases each; X2 step {X2_STEP} where not said. "
         "Values are changes of the correct logit of an alias's own questions. Recovery is a ratio of means with "
         "Fieller's 95 % interval over "
-        f"{len(found)} runs; other intervals are Student's t over runs, or over all aliases where it says so. A "
+        f"{len(found)} runs; other intervals are Student's t over runs, each the mean of its aliases. A "
         f"dash: the gap is not distinguishable from zero over runs. {stamp(__file__)}"
     )
     lines = [line for title, rows in sections.items() for line in (f"## {title}", "", *rows, "")]
