@@ -44,6 +44,7 @@ from dynamics.tasks import AliasTask
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
 from scripts.experiments import account
+from scripts.shared.difference import difference
 from scripts.shared.into_readme import interval, markdown, stamp
 from scripts.shared.runs import parser_of_runs, run_key, stored
 
@@ -99,7 +100,7 @@ def magic(task: AliasTask, start: Checkpoint, defined: Sequence[str], eps_root: 
     from bergson.magic.trainer import BackwardState, Trainer
     from torchopt.pytree import tree_iter, tree_leaves
 
-    recipe, (measure, probe) = task.recipe(), account.difference(task)
+    recipe, (measure, probe) = task.recipe(), difference(task)
     batches = [task.batch(start.step + i) for i in range(account.RETRAINED)]
     place = {name: i for i, name in enumerate(defined)}
     groups = [

@@ -25,12 +25,11 @@ import scipy.stats
 import torch
 import xarray as xr
 from matplotlib.figure import Figure
-from torch import Tensor
 
 import dynamics as dy
 from checkpoints import Checkpoint, Trajectory
 from dynamics import results, steps
-from dynamics.batch import Batch, concatenate
+from dynamics.batch import Batch
 from dynamics.comparison import perturbed
 from dynamics.measures import LogitMeasure
 from dynamics.plots import figures
@@ -39,6 +38,7 @@ from dynamics.sites import Site
 from dynamics.tasks import AliasTask
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
+from scripts.shared.difference import asked_by_set, difference
 from scripts.shared.into_readme import conclude, interval, markdown, stamp
 from scripts.shared.runs import each, parser_of_runs, run_key, stored
 
@@ -54,29 +54,6 @@ EVERY = 10
 """Steps between those whose batches are attributed row by row."""
 
 Array = npt.NDArray[np.float64]
-
-
-def asked_by_set(task: AliasTask) -> dict[str, Batch]:
-    """The untrained questions of Dt3 and of Df4, up to the position that is scored."""
-    return {name: _read(task.evaluation[name]) for name in ("Dt3", "Df4")}
-
-
-def _read(batch: Batch) -> Batch:
-    return replace(batch, tokens=batch.tokens[:, : int(batch.target_pos.max()) + 1])
-
-
-def difference(task: AliasTask) -> tuple[LogitMeasure, Batch]:
-    """D = mean correct logit of Dt3 less that of Df4, as the mean over the rows of one batch, and that batch."""
-    parts = list(asked_by_set(task).values())
-    n = sum(map(len, parts))
-    weight = torch.cat(
-        [torch.full((len(p),), sign * n / len(p)) for p, sign in zip(parts, (1, -1), strict=True)]
-    )
-
-    def from_logits(logits: Tensor, batch: Batch) -> Tensor:
-        return logits.gather(-1, batch.targets[:, None]).squeeze(-1) * weight
-
-    return LogitMeasure("Dt3 − Df4", "logit", from_logits), concatenate(parts)
 
 
 def own_rows(task: AliasTask) -> list[Site]:

@@ -37,7 +37,7 @@ from dynamics.sites import Site
 from dynamics.tasks import AliasTask
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # what the scripts share
-from scripts.experiments.account import difference
+from scripts.shared.difference import difference
 from scripts.shared.forks import Found, asked, command_line, seeds_said
 from scripts.shared.into_readme import bootstrap_interval, bootstrapped, conclude, markdown, stamp
 

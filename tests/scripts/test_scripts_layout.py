@@ -14,10 +14,17 @@ from tests.scripts.calling import ROOT
 
 SCRIPTS = ROOT / "scripts"
 SHELL = ("setup", "study", "test", "docs")
-SHARED = ("scripts/shared/forks.py", "scripts/shared/into_readme.py", "scripts/shared/runs.py")
-SHARED += ("scripts/reproductions/subjects.py", "scripts/benchmarks/seed_loop.py")
-SHARED += ("scripts/benchmarks/explaind_there.py",)
-SHARED += ("scripts/benchmarks/verb_cases.py", "scripts/shared/synchronising_calls.py")
+SHARED = (
+    "scripts/benchmarks/explaind_there.py",
+    "scripts/benchmarks/seed_loop.py",
+    "scripts/benchmarks/verb_cases.py",
+    "scripts/reproductions/subjects.py",
+    "scripts/shared/difference.py",
+    "scripts/shared/forks.py",
+    "scripts/shared/into_readme.py",
+    "scripts/shared/runs.py",
+    "scripts/shared/synchronising_calls.py",
+)
 """Modules that scripts import and nobody runs."""
 
 DURATION = re.compile(r"(seconds|minutes?|hours?)\b.*\.$")

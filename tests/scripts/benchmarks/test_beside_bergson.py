@@ -10,6 +10,7 @@ import dynamics as dy
 from checkpoints import Trajectory
 from scripts.benchmarks import beside_bergson as beside
 from scripts.experiments import account
+from scripts.shared.difference import difference
 from tests.scripts.calling import call, in_small, rows_of
 
 STEPS = 4
@@ -25,7 +26,7 @@ def _with_bergson():
 
 def derivatives(task, start, defined, eps=1e-3):
     """Of D at the end by each definition's weight: trained again with a little more and a little less."""
-    recipe, (measure, probe) = task.recipe(), account.difference(task)
+    recipe, (measure, probe) = task.recipe(), difference(task)
     batches = [task.batch(start.step + i) for i in range(STEPS)]
 
     def end(of, by):
