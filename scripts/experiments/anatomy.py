@@ -149,77 +149,47 @@ def norms(recipe: Recipe, state: Checkpoint, contrasts: list[Contrast], side: st
 Found = list[dict[str, xr.Dataset]]
 
 
-def over_runs(parts: list[xr.Dataset]) -> xr.Dataset:
-    """Means over the aliases of each run, along `seed`."""
-    bare = [p.drop_vars([n for n, c in p.coords.items() if "example" in c.dims]) for p in parts]
-    means = [p.mean("example", keep_attrs=True) for p in bare]
-    return dy.results.concat(means, "seed", range(len(parts)))
-
-
-def summary_of(found: Found, name: str, **selected: str) -> xr.Dataset:
-    """One question's effects over runs: the correct logit."""
-    return dy.statistics.summarize(over_runs([f[name] for f in found])).sel(
-        measure="correct_logit", **selected
-    )
-
-
-def share(summary: xr.Dataset) -> str:
-    """Recovery with its interval; a dash where the gap is not distinguishable from zero."""
-    values = [float(summary[name]) for name in ("recovery", "recovery_low", "recovery_high")]
-    return "–" if np.isnan(values[0]) else "{:.2f} [{:.2f}, {:.2f}]".format(*values)
-
-
-def effect(found: Found, name: str, **selected: str) -> str:
-    """An effect with its interval over runs, each the mean of its aliases."""
-    chosen = {"measure": "correct_logit", "optimizer": "fresh", **selected}
-    return interval([float(f[name]["effect"].sel(chosen).mean()) for f in found])
-
-
-def gap_row(found: Found, name: str) -> list[str]:
-    """The whole gap, source − base, with the fresh state (as an effect too) and with the run's own."""
-    whole = [(f[name]["source"] - f[name]["base"]).sel(measure="correct_logit") for f in found]
-    fresh, own = (
-        interval([float(w.sel(optimizer=state).mean()) for w in whole]) for state in ("fresh", "stored")
-    )
-    return [f"gap {fresh}", fresh, f"gap {own}"]
+def effects(found: Found, name: str, optimizer: str = "fresh", **selected: str) -> list[float]:
+    """What an exchange does to the correct logit, in each run the mean of its aliases."""
+    chosen = {"measure": "correct_logit", "optimizer": optimizer, **selected}
+    return [float(f[name]["effect"].sel(chosen).mean()) for f in found]
 
 
 def signals_table(found: Found) -> list[str]:
-    """(a): recovery by hook and position."""
-    fresh, stored = (summary_of(found, "signals", optimizer=state) for state in ("fresh", "stored"))
-    forward = summary_of(found, "signals-forward", optimizer="fresh")
+    """(a): effect by hook and position."""
     rows = []
     for place in PLACES:
-        after = max(abs(float(fresh["effect"].sel(site=f"{place} @{pos}"))) for pos in (2, 3))
-        at_alias = [share(s.sel(site=f"{place} @1")) for s in (fresh, forward, stored)]
-        rows.append(
-            [place, share(fresh.sel(site=f"{place} @0")), *at_alias, f"{after:.0e}" if after else "0"]
-        )
+        tag, alias, *after = (f"{place} @{pos}" for pos in range(4))
+        most = max(abs(value) for site in after for value in effects(found, "signals", site=site))
+        at_alias = [
+            effects(found, name, state, site=alias)
+            for name, state in (("signals", "fresh"), ("signals-forward", "fresh"), ("signals", "stored"))
+        ]
+        shown = map(interval, (effects(found, "signals", site=tag), *at_alias))
+        rows.append([place, *shown, f"{most:.0e}" if most else "0"])
     head = ["signal at", "tag", "alias", "alias, activation too", "alias, stored state", "integer and after"]
     return markdown(head, rows)
 
 
-def recoveries_table(found: Found, name: str, labels: list[str]) -> list[str]:
-    """One row per site: recovery with either state, and the effect itself."""
-    fresh, stored = (summary_of(found, name, optimizer=state) for state in ("fresh", "stored"))
-    rows = [["everything", *gap_row(found, name)]]
-    for label in labels:
-        moved = effect(found, name, site=label)
-        rows.append([label, share(fresh.sel(site=label)), moved, share(stored.sel(site=label))])
-    head = ["gradient of", "recovery, fresh", "effect, fresh", "recovery, stored"]
-    return markdown(head, rows)
+def effects_table(found: Found, name: str, labels: list[str]) -> list[str]:
+    """One row per site, under that of the whole gap, source − base: with either state."""
+    whole = [(f[name]["source"] - f[name]["base"]).sel(measure="correct_logit") for f in found]
+    states = ("fresh", "stored")
+    gaps = [interval([float(w.sel(optimizer=state).mean()) for w in whole]) for state in states]
+    rows = [
+        [label, *(interval(effects(found, name, state, site=label)) for state in states)] for label in labels
+    ]
+    return markdown(["gradient of", *states], [["everything", *gaps], *rows])
 
 
 def factors_table(found: Found) -> list[str]:
     """(b): which factor carries each matrix."""
-    fresh = summary_of(found, "factors", optimizer="fresh")
-    rows = []
-    for label in map(str, fresh["site"].values):
-        shares = [share(fresh.sel(site=label, factor=f)) for f in ("x", "delta", "both")]
-        rows.append(
-            [label, *shares, *(effect(found, "factors", site=label, factor=f) for f in ("x", "delta"))]
-        )
-    return markdown(["matrix", "x", "δ", "both", "effect of x", "effect of δ"], rows)
+    factors = ("x", "delta", "both")
+    rows = [
+        [label, *(interval(effects(found, "factors", site=label, factor=f)) for f in factors)]
+        for label in map(str, found[0]["factors"]["site"].values)
+    ]
+    return markdown(["matrix", "x", "δ", "both"], rows)
 
 
 def window_table(found: Found) -> list[str]:
@@ -301,23 +271,22 @@ def report(found: Found, names: list[str]) -> str:
     first = [s for s in placed if s.startswith(("embed", "pos_embed", "attn", "mlp"))]
     sections = {
         "(a) Where must the backward signal come from the reliable definition?": signals_table(found),
-        "(a) Which position's contribution to a component's gradient?": recoveries_table(
+        "(a) Which position's contribution to a component's gradient?": effects_table(
             found, "positions", first
         ),
         "(b) Is it what a matrix read (x) or the signal that reached it (δ)?": factors_table(found),
         f"(c) {WINDOW} steps of X2 with the tags' gradients exchanged": window_table(found),
         "(d) Do O and V of block 0 interact?": interactions_table(found),
         "(e) Why can the correct logit fall after an unreliable definition?": fall_table(found),
-        "The definition inside the real batch of its step": recoveries_table(found, "in-batch", components),
-        "Noise floor: another row of that batch exchanged": recoveries_table(found, "noise", components),
+        "The definition inside the real batch of its step": effects_table(found, "in-batch", components),
+        "Noise floor: another row of that batch exchanged": effects_table(found, "noise", components),
     }
     n_aliases = ", ".join(dict.fromkeys(str(f["signals"].sizes["example"]) for f in found))
     caption = (
         f"Runs of {', '.join(names)}, {n_aliases} aliases each; X2 step {X2_STEP} where not said. "
-        "Values are changes of the correct logit of an alias's own questions. Recovery is a ratio of means with "
-        "Fieller's 95 % interval over "
-        f"{len(found)} runs; other intervals are Student's t over runs, each the mean of its aliases. A "
-        f"dash: the gap is not distinguishable from zero over runs. {stamp(__file__)}"
+        "Values are changes of the correct logit of an alias's own questions, except accuracies and norms: means "
+        f"over {len(found)} runs, each the mean of its aliases, with Student's 95 % t interval; shares are ratios "
+        f"of means with Fieller's. {stamp(__file__)}"
     )
     lines = [line for title, rows in sections.items() for line in (f"## {title}", "", *rows, "")]
     return "\n".join(["# The anatomy of a definition's step", "", caption, "", *lines])

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
-import xarray as xr
 
 from dynamics import results
 from scripts.experiments import anatomy as script
@@ -103,15 +102,18 @@ def test_the_anatomys_caption_says_how_many_aliases_the_runs_have(anatomy):
     assert f"{N_ALIASES} aliases each" in anatomy[1]
 
 
-def test_over_runs_keeps_the_mean_of_each_runs_aliases():
-    parts = [
-        xr.Dataset(
-            {"effect": (("example", "site"), np.arange(6.0).reshape(3, 2) + 10 * i)}, {"site": ["a", "b"]}
-        )
-        .assign_coords(example=[f"alias {k + i}" for k in range(3)])
-        .assign_attrs(provenance="{}")
-        for i in range(2)
-    ]
-    joined = script.over_runs(parts)
-    assert joined["effect"].dims == ("seed", "site")
-    assert joined["effect"].values.tolist() == [[2.0, 3.0], [12.0, 13.0]]
+@pytest.mark.slow
+def test_the_anatomys_effects_are_means_over_runs_of_the_means_of_their_aliases(anatomy):
+    out, printed = anatomy
+    folders = named(out, "").values()
+    section = printed.split("## (b)")[1].split("## (c)")[0]
+    row = next(row for row in rows_of(section) if row[0] == "W_V 0")
+    for shown, factor in zip(row[1:], ("x", "delta", "both"), strict=True):
+        of_run = []
+        for folder in folders:
+            effect = results.load(folder / "factors.h5")["effect"].sel(
+                measure="correct_logit", optimizer="fresh"
+            )
+            of_run.append(effect.sel(site="W_V 0", factor=factor).values.mean())
+        bounds = scipy.stats.ttest_1samp(of_run, 0).confidence_interval()
+        assert shown == f"{np.mean(of_run):+.2f} [{bounds.low:+.2f}, {bounds.high:+.2f}]"
