@@ -245,6 +245,7 @@ def fall_table(found: Found) -> list[str]:
             untouched = np.array([float(m["untouched"]) for m in means])
             kinds = ("coasted", "base", "neutral", "source", "matched_base", "matched_source")
             changes = [interval(np.array([float(m[kind]) for m in means]) - untouched) for kind in kinds]
+            changes.insert(4, interval([float(m["source"] - m["base"]) for m in means]))
             falls = [
                 np.mean(
                     [float((p[kind] < p["untouched"]).sel(measure="correct_logit").mean()) for p in parts]
@@ -254,7 +255,16 @@ def fall_table(found: Found) -> list[str]:
             sizes = [np.mean([float(p[f"norm_{side}"].mean()) for p in parts]) for side in ("base", "source")]
             last = ["{:.0%} / {:.0%}".format(*falls), "{:.0f} / {:.0f}".format(*sizes)]
             rows.append([str(n), state, f"{untouched.mean():.2f}", *changes, *last])
-    head = ["X2 step", "state", "no step", "coasting", "unreliable", "padding", "reliable"]
+    head = [
+        "X2 step",
+        "state",
+        "no step",
+        "coasting",
+        "unreliable",
+        "padding",
+        "reliable",
+        "reliable − unreliable",
+    ]
     head += [
         "unreliable, clipped to 1e-3",
         "reliable, clipped to 1e-3",

@@ -85,6 +85,8 @@ def test_the_anatomys_numbers_are_means_over_its_datasets(anatomy):
     changes = [(p["base"] - p["untouched"]).sel(optimizer="fresh").values.mean() for p in parts]
     bounds = scipy.stats.ttest_1samp(changes, 0).confidence_interval()
     assert row[4] == f"{np.mean(changes):+.2f} [{bounds.low:+.2f}, {bounds.high:+.2f}]"
+    gaps = [(p["source"] - p["base"]).sel(optimizer="fresh").values.mean() for p in parts]
+    assert row[7].startswith(f"{np.mean(gaps):+.2f} [")
 
 
 @pytest.mark.slow
